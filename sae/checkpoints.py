@@ -1,0 +1,94 @@
+"""Checkpoints of a training run, so that an interrupted run resumes as if it had never stopped.
+
+`checkpoints/` holds the last two states (orbax) and run.json, which says what they belong to. A run opens the folder
+with its own identity: equal, and it resumes; different, and the error names what differs.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from activations.errors import DiskSpaceError, MismatchError
+from sae.config import TrainConfig
+from sae.step import TrainState
+
+# A run may be resumed with other values of these: they change where and when it reports, not what it computes.
+FREE = ("store", "out", "eval_every", "eval_tokens", "log_every", "checkpoint_every", "log")
+KEPT = 2
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, config: TrainConfig, store_fingerprint: str):
+        """Open or create the folder; raises MismatchError if it belongs to another run."""
+        self.path = config.out.absolute() / "checkpoints"
+        self.path.mkdir(parents=True, exist_ok=True)
+        _check_identity(self.path / "run.json", _identity(config, store_fingerprint))
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self.path, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.close()
+
+    @property
+    def last(self) -> int:
+        """Step of the newest checkpoint, 0 if there is none."""
+        return self._manager.latest_step() or 0
+
+    def restore(self, template: TrainState) -> TrainState:
+        """The newest state, or `template` itself if there is none."""
+        if not self.last:
+            return template
+        names, leaves, structure = _flatten(template)
+        wanted = {name: ocp.utils.to_shape_dtype_struct(leaf) for name, leaf in zip(names, leaves, strict=True)}
+        saved: Any = self._manager.restore(self.last, args=ocp.args.StandardRestore(wanted))
+        return jax.tree.unflatten(structure, [saved[name] for name in names])
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Keep `state` as the newest; raises DiskSpaceError before writing if it would not fit."""
+        if step == self.last:
+            return
+        names, leaves, _ = _flatten(state)
+        _check_space(self.path, sum(leaf.nbytes for leaf in leaves))
+        self._manager.save(step, args=ocp.args.StandardSave(dict(zip(names, leaves, strict=True))))
+
+
+def _flatten(state: TrainState) -> tuple[list[str], list[Any], Any]:
+    paths, structure = jax.tree_util.tree_flatten_with_path(state)
+    return [jax.tree_util.keystr(path) for path, _ in paths], [leaf for _, leaf in paths], structure
+
+
+def _identity(config: TrainConfig, store_fingerprint: str) -> dict[str, Any]:
+    content = config.model_dump(mode="json", exclude=set(FREE))
+    sae = {f"sae.{key}": value for key, value in content.pop("sae").items()}
+    return content | sae | {"store": store_fingerprint}
+
+
+def _check_identity(path: Path, mine: dict[str, Any]) -> None:
+    if not path.exists():
+        path.write_text(json.dumps(mine, indent=2) + "\n")
+        return
+    theirs = json.loads(path.read_text())
+    differing = [key for key in mine if mine[key] != theirs.get(key)]
+    if differing:
+        raise MismatchError(
+            f"{path.parent}: checkpoints of another run",
+            expected=", ".join(f"{key}={mine[key]}" for key in differing),
+            got=", ".join(f"{key}={theirs.get(key)}" for key in differing),
+            fix="Use another --set out=..., the old settings, or delete the folder.",
+        )
+
+
+def _check_space(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path).free
+    if free < 1.1 * needed:
+        got = f"{free / 2**20:.0f} MiB"
+        raise DiskSpaceError(path, expected=f"{needed / 2**20:.0f} MiB free", got=got, fix="Make room, then resume.")

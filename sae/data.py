@@ -1,0 +1,145 @@
+"""Data order: batch i is a pure function of (store, seed, i), so that a run resumes anywhere and replays nothing.
+
+1. The last sequences are held out, from the document boundary nearest to the asked share.
+2. Each epoch permutes the chunks (shards of the store) of the rest, and groups as many as fit into memory into blocks.
+3. The unmasked tokens of a block are permuted and cut into batches; what is left over, less than a batch, is dropped.
+4. The number of unmasked tokens of each chunk is known, so batch i maps to (epoch, block, offset) by arithmetic.
+
+The one thing kept between calls is a cache of the current block; nothing depends on what was read before.
+Left out: anything that depends on a framework.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from activations.errors import ShapeError
+from activations.store import ActivationStore
+
+
+class Place(NamedTuple):
+    """Where a batch is."""
+
+    epoch: int
+    block: int
+    offset: int
+    """batches of the same block before it"""
+
+
+class Block(NamedTuple):
+    """Sequences that are in memory together."""
+
+    chunks: tuple[int, ...]
+    n_batches: int
+
+
+def split(store: ActivationStore, holdout_fraction: float) -> int:
+    """First held-out sequence: the document boundary nearest to the asked share, or that share if there is none."""
+    n = store.n_sequences
+    target = min(max(round(n * (1 - holdout_fraction)), 1), max(n - 1, 1))
+    boundaries = 1 + np.flatnonzero(np.diff(store.documents(0, n)))
+    return int(boundaries[np.abs(boundaries - target).argmin()]) if len(boundaries) else target
+
+
+class TokenOrder:
+    """Shuffled batches of the sequences before `stop`."""
+
+    def __init__(
+        self, store: ActivationStore, hook_point: str, *, stop: int, batch_size: int, seed: int, memory_mb: int
+    ):
+        """Count the unmasked tokens; raises ShapeError if they do not fill one batch."""
+        self._store, self._hook_point, self._stop = store, hook_point, stop
+        self._batch_size, self._seed = batch_size, seed
+        self._rows = store.meta.commit_sequences
+        used = store.mask(0, stop).sum(axis=1)
+        self._counts = np.add.reduceat(used, np.arange(0, stop, self._rows))
+        chunk_bytes = self._rows * store.ctx * store.d_model * 4
+        self._block_chunks = max(1, memory_mb * 2**20 // chunk_bytes)
+        self._epochs: dict[int, tuple[Block, ...]] = {}
+        self._cached: tuple[tuple[int, int], np.ndarray] | None = None
+        if not sum(block.n_batches for block in self.epoch(0)):
+            raise ShapeError(
+                f"{store.path}: unmasked training tokens",
+                expected=f"at least one batch of {batch_size}",
+                got=int(used.sum()),
+                fix="Harvest more tokens, or lower batch_size.",
+            )
+
+    @cached_property
+    def n_tokens(self) -> int:
+        """Unmasked tokens to train on."""
+        return int(self._counts.sum())
+
+    def epoch(self, epoch: int) -> tuple[Block, ...]:
+        """Blocks of an epoch, in order."""
+        if epoch not in self._epochs:
+            order = self._random(epoch).permutation(len(self._counts)).tolist()
+            step = self._block_chunks
+            groups = [tuple(order[i : i + step]) for i in range(0, len(order), step)]
+            self._epochs[epoch] = tuple(Block(g, int(self._counts[list(g)].sum()) // self._batch_size) for g in groups)
+        return self._epochs[epoch]
+
+    def locate(self, i: int) -> Place:
+        """Where batch i is."""
+        for epoch in range(i + 1):
+            for number, block in enumerate(self.epoch(epoch)):
+                if i < block.n_batches:
+                    return Place(epoch, number, i)
+                i -= block.n_batches
+        raise AssertionError("an epoch has at least one batch")
+
+    def batch(self, i: int) -> Float[np.ndarray, "batch d_model"]:
+        """Activations of batch i."""
+        place = self.locate(i)
+        start = place.offset * self._batch_size
+        return self._block(place)[start : start + self._batch_size]
+
+    def batches(self, start: int, stop: int) -> Iterator[Float[np.ndarray, "batch d_model"]]:
+        """Batches start..stop."""
+        return (self.batch(i) for i in range(start, stop))
+
+    def _block(self, place: Place) -> Float[np.ndarray, "token d_model"]:
+        key = place.epoch, place.block
+        if self._cached is None or self._cached[0] != key:
+            self._cached = None  # frees the old block before the new one is read
+            self._cached = key, self._read(place)
+        return self._cached[1]
+
+    def _read(self, place: Place) -> Float[np.ndarray, "token d_model"]:
+        chunks = self.epoch(place.epoch)[place.block].chunks
+        slots = self._random(place.epoch, place.block).permutation(int(self._counts[list(chunks)].sum()))
+        tokens = np.empty((len(slots), self._store.d_model), np.float32)
+        at = 0
+        for chunk in chunks:
+            start, stop = chunk * self._rows, min((chunk + 1) * self._rows, self._stop)
+            part = used_tokens(self._store, self._hook_point, start, stop)
+            tokens[slots[at : at + len(part)]] = part
+            at += len(part)
+        return tokens
+
+    def _random(self, *place: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, *place])))
+
+
+def used_tokens(store: ActivationStore, hook_point: str, start: int, stop: int) -> Float[np.ndarray, "token d_model"]:
+    """Unmasked activations of sequences start..stop, in order."""
+    return store.activations(hook_point, start, stop)[store.mask(start, stop)]
+
+
+def holdout(store: ActivationStore, hook_point: str, start: int, max_tokens: int) -> Float[np.ndarray, "token d_model"]:
+    """Up to `max_tokens` held-out tokens, from sequences spread evenly over start..n_sequences.
+
+    Raises: ShapeError if all of them are masked.
+    """
+    used = store.mask(start, store.n_sequences).sum(axis=1)
+    needed = min(len(used), int(np.ceil(max_tokens / max(used.mean(), 1))))
+    chosen = start + np.unique(np.linspace(0, len(used) - 1, max(needed, 1)).astype(int))
+    x = np.concatenate([used_tokens(store, hook_point, i, i + 1) for i in chosen.tolist()])[:max_tokens]
+    if not len(x):
+        raise ShapeError(
+            f"{store.path}: held-out tokens", expected="some that are unmasked", got=0, fix="Raise holdout_fraction."
+        )
+    return x

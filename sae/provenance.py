@@ -1,0 +1,42 @@
+"""Where an SAE came from: the content of saekit.json, apart from the weights' hash."""
+
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from activations.store import ActivationStore
+from sae.config import TrainConfig
+
+PACKAGES = ("saekit", "jax", "flax", "optax", "numpy")
+
+
+def provenance(config: TrainConfig, store: ActivationStore, metrics: dict[str, float]) -> dict[str, Any]:
+    """Model, store, hook point, resolved config, versions and metrics."""
+    stats = store.stats(config.hook_point)
+    return {
+        "format_version": 1,
+        "model": {"id": store.meta.model.id, "fingerprint": store.meta.model.fingerprint},
+        "hook_point": config.hook_point,
+        "store": {"fingerprint": store.fingerprint, "n_tokens": stats.n_tokens, "mean_norm": stats.mean_norm},
+        "config": config.model_dump(mode="json"),
+        "metrics": metrics,
+        "versions": {name: _version(name) for name in PACKAGES},
+        "git_sha": git_sha(),
+    }
+
+
+def git_sha() -> str | None:
+    """Commit of the working tree that this file is in, if it is in one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,58 @@
+"""A conversation with a model that may be steered."""
+
+from typing import Any
+
+from activations.models import LoadedModel, Status, chat_prompt, load_model
+from steer.config import ChatConfig
+from steer.generate import generate
+from steer.library import find_vector, load_library
+from steer.runtime import Steer, check_model
+from steer.vectors import SteeringVector
+
+
+class Chat:
+    """A conversation: each answer sees the turns before it."""
+
+    def __init__(self, config: ChatConfig, loaded: LoadedModel | None = None, *, on_status: Status | None = None):
+        """Load model and vector. Raises: MismatchError if the vector was made from another model."""
+        vector = _vector(config)
+        self._config = config
+        self._turns: list[dict[str, str]] = []
+        self._loaded = loaded or load_model(config.model, device=config.device, on_status=on_status)
+        self._steers: list[Steer] = []
+        self.steering: dict[str, Any] = {"vector": None, "coefficient": 0.0, "dose": 0.0}
+        if vector is not None:
+            check_model(vector, self._loaded)
+            coefficient = _coefficient(config, vector)
+            self._steers = [Steer.of(vector, coefficient)]
+            self.steering = {"vector": vector.name, "coefficient": coefficient, "dose": vector.dose(coefficient)}
+
+    def answer(self, text: str) -> str:
+        """The model's answer to `text`, or its continuation if the config says `plain`."""
+        config = self._config
+        self._turns.append({"role": "user", "content": text})
+        prompt = text if config.plain else chat_prompt(self._loaded, self._turns, system=config.system)
+        (answer,) = generate(
+            self._loaded,
+            [prompt],
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed,
+            steers=self._steers,
+            add_special_tokens=config.plain,
+        )
+        self._turns.append({"role": "assistant", "content": answer.strip()})
+        return answer.strip()
+
+
+def _vector(config: ChatConfig) -> SteeringVector | None:
+    if config.library is None:
+        return None
+    name = config.vector or next(iter(load_library(config.library)))
+    return find_vector(config.library, name)
+
+
+def _coefficient(config: ChatConfig, vector: SteeringVector) -> float:
+    if config.dose is not None:
+        return vector.coefficient_of(config.dose)
+    return config.coefficient if config.coefficient is not None else vector.coefficient

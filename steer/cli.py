@@ -1,0 +1,192 @@
+"""The `saekit` command: one verb a stage, each a thin shell around one library call.
+
+Every verb reads CONFIG.yaml and `--set key.path=value`, prints a summary or, with `--json`, one JSON object on standard
+output, and with `--dry-run` only says what it would do. Exit code 0 is success, 1 an error of the project's own in one
+line, 2 wrong usage. Heavy imports sit inside the verbs, so that `saekit --help` answers at once.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from activations.config import HarvestConfig
+from activations.errors import SaekitError
+from sae.config import EvaluateConfig, IndexConfig, TrainConfig
+from steer.config import ChatConfig, DemoConfig, VectorConfig
+
+app = typer.Typer(
+    name="saekit",
+    help="Find features in a language model with sparse autoencoders, and steer the model with them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+ConfigPath = Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="Config file; defaults without one.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the config.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")]
+
+
+@app.command()
+def harvest(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Run text through a model and keep its residual stream."""
+    settings = HarvestConfig.load(config, set_)
+    if dry_run:
+        from activations.harvest import plan
+        from activations.models import load_model
+
+        width = load_model(settings.model, device=settings.device, on_status=_status).d_model
+        return _show({"config": settings.model_dump(mode="json"), **plan(settings, width)._asdict()}, json_)
+    from activations.harvest import harvest as run
+
+    result = run(settings, on_status=_status)
+    _show({**result._asdict(), "tok_s": result.tok_s}, json_)
+
+
+@app.command()
+def train(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Fit a sparse autoencoder to an activation store."""
+    settings = TrainConfig.load(config, set_)
+    if dry_run:
+        return _show({"config": settings.model_dump(mode="json")}, json_)
+    from sae.train import train as run
+
+    _show(run(settings)._asdict(), json_)
+
+
+@app.command()
+def evaluate(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Score an SAE on held-out text, also inside the model."""
+    settings = EvaluateConfig.load(config, set_)
+    if dry_run:
+        return _show({"config": settings.model_dump(mode="json")}, json_)
+    from sae.evaluate import evaluate as run
+
+    _show(run(settings), json_)
+
+
+@app.command()
+def index(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Find out what each latent responds to, and keep it in a database."""
+    settings = IndexConfig.load(config, set_)
+    if dry_run:
+        return _show({"config": settings.model_dump(mode="json")}, json_)
+    from sae.index import build_index
+
+    _show({"path": build_index(settings)}, json_)
+
+
+@app.command()
+def vector(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Make a steering vector from a latent or a contrast, and measure what it does."""
+    settings = VectorConfig.load(config, set_)
+    if dry_run:
+        return _show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.make import make_vector
+
+    made = make_vector(settings)
+    receipt = {key: value for key, value in made.receipts[-1].items() if key not in ("examples", "sweep")}
+    _show({"name": made.name, "library": settings.out, **receipt}, json_)
+
+
+@app.command()
+def chat(
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="Prompt; without one, a conversation on the terminal.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="Config file.")] = None,
+    set_: Overrides = None,
+    json_: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Talk to a model, steered by a vector of a library."""
+    settings = ChatConfig.load(config, set_)
+    if dry_run:
+        return _show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.chat import Chat
+
+    session = Chat(settings, on_status=_status)
+    if prompt:
+        text = " ".join(prompt)
+        return _show({"prompt": text, **session.steering, "answer": session.answer(text)}, json_, plain="answer")
+    _converse(session.answer)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A store, SAE, feature index or library.")],
+    latent: Annotated[int | None, typer.Option(help="Show this latent of a feature index.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """Say what an artefact is and holds."""
+    from steer.inspect import describe
+
+    _show(describe(path, latent), json_)
+
+
+@app.command()
+def demo(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Run the whole pipeline on the embedded model and text."""
+    settings = DemoConfig.load(config, set_)
+    if dry_run:
+        return _show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.demo import run_demo, transcript
+
+    summary = run_demo(settings, on_status=_status)
+    if json_:
+        return _show(summary, True)
+    sys.stdout.write(transcript(settings, summary))
+
+
+def main() -> None:
+    """Run the command; a SaekitError becomes one line and exit code 1."""
+    try:
+        app()
+    except SaekitError as error:
+        sys.stderr.write(f"saekit: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("saekit: stopped.\n")
+        sys.exit(1)
+
+
+def _status(line: str) -> None:
+    sys.stderr.write(f"  {line}\n")
+
+
+def _show(result: Mapping[str, Any], as_json: bool, plain: str | None = None) -> None:
+    """Print a result: as JSON, as one of its values, or as a table of them."""
+    if as_json:
+        sys.stdout.write(json.dumps(result, default=str) + "\n")
+    elif plain is not None:
+        sys.stdout.write(f"{result[plain]}\n")
+    else:
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for key, value in result.items():
+            table.add_row(key, _cell(value))
+        Console(soft_wrap=True).print(table, markup=False)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return json.dumps(value, default=str, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+
+
+def _converse(answer: Callable[[str], str]) -> None:
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            return
+        if text:
+            sys.stdout.write(f"{answer(text)}\n\n")

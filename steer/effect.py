@@ -1,0 +1,221 @@
+"""Receipts: what a steering vector measurably does.
+
+The effect travels through text alone. Flow:
+1. continue held-out prompts without steering, with it, with random unit directions at the same coefficient, and, for
+   comparison, without steering but with an instruction in front of the prompt;
+2. let the unsteered model re-read each continuation, and count the tokens on which the concept shows: the latent is
+   active, or the residual stream is on the positive side of a contrast's midpoint. That share is the rate;
+3. effect = rate(steered) - rate(unsteered), with a bootstrap interval over prompts; the random directions give the
+   effect that any push of this size would have;
+4. damage: KL(unsteered || steered) a token over the unsteered texts, and the negative log-likelihood of each
+   continuation under the unsteered model, which rises when steered text falls apart.
+
+Left out: judges, benchmarks of skill, safety suites.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from sae.torch_view import TorchSae
+from torch import Tensor
+from torch.nn import functional
+
+from activations.hook_points import HookPoint
+from activations.hooks import capture
+from activations.models import LoadedModel
+from steer.generate import generate_conditions
+from steer.runtime import Steer, steering
+from steer.vectors import SteeringVector
+
+READ_ROWS = 8
+Expresses = Callable[[Float[Tensor, "token d_model"]], Bool[Tensor, " token"]]
+
+
+class Reading(NamedTuple):
+    """What the unsteered model finds in continuations, one value a text."""
+
+    rate: Float[np.ndarray, " text"]
+    """share of the continuation's tokens on which the concept shows"""
+    nll: Float[np.ndarray, " text"]
+    """nats a continuation token costs the unsteered model"""
+
+
+class DoseTrial(NamedTuple):
+    """One step of a dose sweep."""
+
+    dose: float
+    coefficient: float
+    rate: float
+    nll: float
+
+
+def latent_reader(sae: TorchSae, latent: int) -> Expresses:
+    """The concept shows where the latent is active."""
+    return lambda x: sae.encode(x)[:, latent] > 0
+
+
+def contrast_reader(vector: SteeringVector) -> Expresses:
+    """The concept shows where the residual stream is on the positive side of the midpoint of the fit means."""
+    direction, midpoint = torch.from_numpy(vector.direction), vector.source["midpoint"]
+    return lambda x: x @ direction > midpoint
+
+
+def read(
+    loaded: LoadedModel, hook_point: HookPoint, expresses: Expresses, prompts: Sequence[str], texts: Sequence[str]
+) -> Reading:
+    """Re-read continuations with the unsteered model; empty continuations have rate 0 and no cost."""
+    rates, nlls = [], []
+    for start in range(0, len(texts), READ_ROWS):
+        batch = _encode(loaded, prompts[start : start + READ_ROWS], texts[start : start + READ_ROWS])
+        with torch.inference_mode(), capture(loaded.model, loaded.family, [hook_point]) as captured:
+            logits = _logits(loaded, batch)
+            x = captured[hook_point].float().cpu()
+        losses = functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch.ids[:, 1:], reduction="none")
+        for row, new in enumerate(batch.new):
+            shown = expresses(x[row][new]) if new.any() else torch.zeros(1)
+            rates.append(float(shown.float().mean()))
+            nlls.append(float(losses[row][new[1:]].mean()) if new[1:].any() else 0.0)
+    return Reading(np.array(rates), np.array(nlls))
+
+
+def kl_per_token(
+    loaded: LoadedModel, vector: SteeringVector, coefficient: float, prompts: Sequence[str], texts: Sequence[str]
+) -> float:
+    """Mean KL(unsteered || steered) in nats over the next-token distributions of prompts and texts."""
+    total, count = 0.0, 0
+    for start in range(0, len(texts), READ_ROWS):
+        batch = _encode(loaded, prompts[start : start + READ_ROWS], texts[start : start + READ_ROWS])
+        with torch.inference_mode():
+            plain = _logits(loaded, batch).log_softmax(-1)
+            with steering(loaded, [Steer.of(vector, coefficient)]):
+                steered = _logits(loaded, batch).log_softmax(-1)
+            kl = (plain.exp() * (plain - steered)).sum(-1)
+        total += float(kl[:, 1:][batch.attend[:, 1:]].sum())
+        count += int(batch.attend[:, 1:].sum())
+    return total / max(count, 1)
+
+
+def sweep_doses(
+    loaded: LoadedModel,
+    vector: SteeringVector,
+    expresses: Expresses,
+    prompts: Sequence[str],
+    doses: Sequence[float],
+    *,
+    max_new_tokens: int,
+    seed: int,
+) -> list[DoseTrial]:
+    """Rate and cost at each dose; the first trial is dose 0."""
+    point, direction = HookPoint.parse(vector.hook_point), torch.from_numpy(vector.direction)
+    coefficients = [0.0, *(vector.coefficient_of(dose) for dose in doses)]
+    deltas = torch.stack([coefficient * direction for coefficient in coefficients])
+    texts = generate_conditions(loaded, point, prompts, deltas, max_new_tokens=max_new_tokens, seed=seed)
+    reading = read(loaded, point, expresses, [*prompts] * len(deltas), [text for row in texts for text in row])
+    rates, nlls = (values.reshape(len(deltas), -1).mean(axis=1) for values in reading)
+    return [
+        DoseTrial(vector.dose(coefficient), coefficient, float(rate), float(nll))
+        for coefficient, rate, nll in zip(coefficients, rates, nlls, strict=True)
+    ]
+
+
+def choose_dose(trials: Sequence[DoseTrial], max_nll_rise: float) -> DoseTrial:
+    """The trial with the highest rate among those whose text costs at most `max_nll_rise` nats a token more than
+    unsteered text; the smallest dose if there is none."""
+    plain, *steered = trials
+    sound = [trial for trial in steered if trial.nll <= plain.nll + max_nll_rise]
+    return max(sound, key=lambda trial: trial.rate) if sound else steered[0]
+
+
+def measure(
+    loaded: LoadedModel,
+    vector: SteeringVector,
+    expresses: Expresses,
+    prompts: Sequence[str],
+    coefficient: float,
+    *,
+    instruction: str,
+    n_random: int = 3,
+    max_new_tokens: int = 32,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The receipt of one vector at one coefficient, on prompts that nothing was chosen on.
+
+    Args:
+      instruction: put in front of the prompt in the prompt baseline, such as "Write joyfully."
+      n_random: random unit directions that are steered with at the same coefficient.
+    Returns: a JSON-ready dict; rates are shares of tokens, `kl` and `nll` are nats a token.
+    """
+    point, n = HookPoint.parse(vector.hook_point), len(prompts)
+    random = _random_directions(n_random, loaded.d_model, seed)
+    rows = [torch.zeros(loaded.d_model), torch.from_numpy(vector.direction), *random]
+    texts = generate_conditions(
+        loaded, point, prompts, coefficient * torch.stack(rows), max_new_tokens=max_new_tokens, seed=seed
+    )
+    asked = [f"{instruction}\n\n{prompt}" for prompt in prompts]
+    zero = torch.zeros(1, loaded.d_model)
+    texts += generate_conditions(loaded, point, asked, zero, max_new_tokens=max_new_tokens, seed=seed)
+    reading = read(loaded, point, expresses, [*prompts] * len(texts), [text for row in texts for text in row])
+    rates, nlls = reading.rate.reshape(-1, n), reading.nll.reshape(-1, n)
+    gain = rates[1] - rates[0]
+    return {
+        "coefficient": coefficient,
+        "dose": vector.dose(coefficient),
+        "n_prompts": n,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "rate_unsteered": float(rates[0].mean()),
+        "rate_steered": float(rates[1].mean()),
+        "effect": float(gain.mean()),
+        "effect_ci95": _bootstrap_interval(gain, seed),
+        "random_control_effect": float((rates[2 : 2 + n_random] - rates[0]).mean()),
+        "random_control_effects": (rates[2 : 2 + n_random] - rates[0]).mean(axis=1).tolist(),
+        "instruction": instruction,
+        "prompt_baseline_effect": float((rates[-1] - rates[0]).mean()),
+        "kl": kl_per_token(loaded, vector, coefficient, prompts, texts[0]),
+        "nll_unsteered": float(nlls[0].mean()),
+        "nll_steered": float(nlls[1].mean()),
+        "nll_random": float(nlls[2 : 2 + n_random].mean()),
+        "nll_prompt_baseline": float(nlls[-1].mean()),
+        "examples": [
+            {"prompt": prompt, "unsteered": before, "steered": after, "random": random_, "prompt_baseline": instructed}
+            for prompt, before, after, random_, instructed in zip(
+                prompts, texts[0], texts[1], texts[2], texts[-1], strict=True
+            )
+        ],
+    }
+
+
+class _Batch(NamedTuple):
+    ids: Int[Tensor, "text pos"]
+    attend: Bool[Tensor, "text pos"]
+    new: Bool[Tensor, "text pos"]
+    """True on continuation tokens"""
+
+
+def _encode(loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str]) -> _Batch:
+    heads = [len(loaded.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    rows = [loaded.tokenizer(prompt + text)["input_ids"] for prompt, text in zip(prompts, texts, strict=True)]
+    shape = (len(rows), max(len(row) for row in rows))
+    ids, attend, new = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
+    for i, (row, head) in enumerate(zip(rows, heads, strict=True)):
+        ids[i, : len(row)], attend[i, : len(row)], new[i, head : len(row)] = torch.tensor(row), True, 1
+    return _Batch(ids, attend, new.bool())
+
+
+def _logits(loaded: LoadedModel, batch: _Batch) -> Float[Tensor, "text pos vocab"]:
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.attend.long()}
+    inputs = {key: value.to(loaded.device) for key, value in inputs.items()}
+    return loaded.model(**inputs, use_cache=False).logits.float().cpu()
+
+
+def _random_directions(n: int, d_model: int, seed: int) -> list[Float[Tensor, " d_model"]]:
+    values = torch.from_numpy(np.random.default_rng(seed).standard_normal((n, d_model))).float()
+    return list(values / values.norm(dim=1, keepdim=True))
+
+
+def _bootstrap_interval(values: Float[np.ndarray, " n"], seed: int, draws: int = 2000) -> list[float]:
+    picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    return np.quantile(values[picks].mean(axis=1), [0.025, 0.975]).tolist()

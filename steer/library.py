@@ -1,0 +1,134 @@
+"""A library: steering vectors in one directory that can be checked, read by a person, and passed on.
+
+    manifest.json        per vector: model, hook point, operation, coefficient, dose, source, receipts; content hash
+    vectors.safetensors  one float32 unit direction a vector, by name
+    README.md            the same for people
+
+The content hash covers the vectors and the manifest, and is checked on loading. Left out: signatures, gates.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from activations.errors import CorruptArtefactError, MissingArtefactError, UnknownNameError
+from activations.store import ModelRef
+from steer.vectors import SteeringVector
+
+FORMAT = "saekit-library-1"
+
+
+def save_library(path: Path, vectors: Sequence[SteeringVector]) -> str:
+    """Write `vectors` as the library at `path` and return its content hash."""
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = save_tensors({vector.name: np.ascontiguousarray(vector.direction, np.float32) for vector in vectors})
+    manifest: dict[str, Any] = {"format": FORMAT, "vectors": [_entry(vector) for vector in vectors]}
+    manifest["content_sha256"] = _content_hash(tensors, manifest["vectors"])
+    _replace(path / "vectors.safetensors", tensors)
+    _replace(path / "README.md", _card(vectors).encode())
+    _replace(path / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    return manifest["content_sha256"]
+
+
+def load_library(path: str | Path) -> dict[str, SteeringVector]:
+    """Read the library at `path`, by vector name.
+
+    Raises: MissingArtefactError if there is none, CorruptArtefactError if it is damaged or was changed by hand.
+    """
+    path = Path(path)
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        tensors = (path / "vectors.safetensors").read_bytes()
+    except FileNotFoundError as error:
+        raise MissingArtefactError(
+            path, expected="a library", got=f"no {Path(error.filename).name}", fix="Make one with: saekit vector"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _damaged(path, "a manifest that is not JSON") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise _damaged(path, "another format")
+    if manifest.get("content_sha256") != _content_hash(tensors, manifest.get("vectors")):
+        raise _damaged(path, "content that does not match its hash")
+    try:
+        directions = load_tensors(tensors)
+        return {entry["name"]: _vector(entry, directions[entry["name"]]) for entry in manifest["vectors"]}
+    except (KeyError, TypeError, SafetensorError, ValidationError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def find_vector(path: str | Path, name: str) -> SteeringVector:
+    """One vector of a library. Raises: UnknownNameError listing the names there are."""
+    vectors = load_library(path)
+    if name not in vectors:
+        raise UnknownNameError(
+            f"{path}: vector '{name}'",
+            expected=f"one of {', '.join(vectors)}",
+            got=f"'{name}'",
+            fix="Correct the name.",
+        )
+    return vectors[name]
+
+
+def _entry(vector: SteeringVector) -> dict[str, Any]:
+    return {
+        "name": vector.name,
+        "model": vector.model.model_dump(mode="json"),
+        "hook_point": vector.hook_point,
+        "operation": "add",
+        "coefficient": vector.coefficient,
+        "dose": vector.dose(vector.coefficient),
+        "mean_norm": vector.mean_norm,
+        "source": vector.source,
+        "receipts": vector.receipts,
+    }
+
+
+def _vector(entry: dict[str, Any], direction: np.ndarray) -> SteeringVector:
+    model = ModelRef.model_validate(entry["model"])
+    if direction.shape != (model.d_model,) or not np.isfinite(direction).all():
+        raise KeyError(f"a direction of shape {direction.shape} for d_model {model.d_model}")
+    return SteeringVector(
+        entry["name"],
+        direction,
+        entry["hook_point"],
+        model,
+        float(entry["mean_norm"]),
+        entry["source"],
+        float(entry["coefficient"]),
+        entry["receipts"],
+    )
+
+
+def _content_hash(tensors: bytes, entries: object) -> str:
+    return hashlib.sha256(tensors + json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _card(vectors: Sequence[SteeringVector]) -> str:
+    lines = ["# Steering vectors", "", "Each adds `coefficient * direction` at its hook point.", ""]
+    lines += ["| vector | model | hook point | coefficient | dose | effect | random control | KL |", "|" + "---|" * 8]
+    for vector in vectors:
+        receipt = vector.receipts[-1] if vector.receipts else {}
+        measured = [
+            f"{receipt[key]:+.3f}" if key in receipt else "-" for key in ("effect", "random_control_effect", "kl")
+        ]
+        cells = [vector.name, vector.model.id, vector.hook_point, f"{vector.coefficient:.3g}"]
+        lines.append("| " + " | ".join([*cells, f"{vector.dose(vector.coefficient):.2f}", *measured]) + " |")
+    return "\n".join([*lines, "", "Effect: rise in the share of generated tokens on which the concept shows.", ""])
+
+
+def _damaged(path: Path, got: str) -> CorruptArtefactError:
+    return CorruptArtefactError(path, expected="an intact library", got=got, fix="Get it again from where it came.")

