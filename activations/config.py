@@ -6,12 +6,15 @@ output it led to. Each room keeps its own configs; this module holds what they s
 """
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from activations.errors import ConfigError
+
+
+AnyConfig = TypeVar("AnyConfig", bound="Config")
 
 
 class Config(BaseModel):
@@ -20,7 +23,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     @classmethod
-    def load(cls, path: str | Path | None = None, overrides: list[str] | None = None) -> Self:
+    def load(cls: type[AnyConfig], path: str | Path | None = None, overrides: list[str] | None = None) -> AnyConfig:
         """Read a YAML file (or nothing) and apply overrides such as `sae.k=64`.
 
         Raises: ConfigError naming the file or override, the key and what it should be.
@@ -31,7 +34,7 @@ class Config(BaseModel):
         return cls.parse(data, where=str(path) if path is not None else cls.__name__)
 
     @classmethod
-    def parse(cls, data: dict[str, Any], where: str) -> Self:
+    def parse(cls: type[AnyConfig], data: dict[str, Any], where: str) -> AnyConfig:
         """Validate `data`; `where` names its origin in the error."""
         try:
             return cls.model_validate(data)

@@ -94,7 +94,7 @@ def measure_speed(config: HarvestConfig, loaded: LoadedModel, seconds: float = 3
     """Tokens a second that a harvest of full sequences would make, from a few forward passes after a first one."""
     points = [HookPoint.parse(name).check(loaded.n_layers) for name in config.hook_points]
     shape = (max(1, config.batch_tokens // config.ctx), config.ctx)
-    vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
+    vocabulary = int(loaded.model.config.vocab_size)
     tokens = np.random.default_rng(0).integers(vocabulary, size=shape, dtype=np.int32)
     attend = np.ones(shape, bool)
     _forward(config, loaded, points, tokens, attend)

@@ -169,7 +169,7 @@ def find_source(spec: str, on_status: Status) -> Source:
     if spec.startswith("wheel:"):
         return _gguf_source(gguf_in_wheel(spec.removeprefix("wheel:")), on_status)
     path = Path(spec).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return _gguf_source(path, on_status)
     if path.is_dir():
         return Source(path, path.resolve().name, None)
@@ -213,9 +213,9 @@ def _hub_source(repo: str, revision: str | None, on_status: Status) -> Source:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     on_status(f"fetching {repo} from the Hugging Face hub, unless it is here already")
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    wanted, unwanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"], ["*/*", "consolidated*"]
     try:
-        folder = snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"])
+        folder = snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise ModelError(
             f"model '{repo}'",
@@ -244,15 +244,29 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _checked_family(folder: Path, config: dict[str, Any]) -> ModelFamily:
     family = family_of_config(SimpleNamespace(**config), where=str(folder))
-    if not list(folder.glob("*.safetensors")):
+    if not weight_files(folder):
         pickles = sorted(path.name for suffix in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{suffix}"))
         raise ModelError(
             folder,
-            expected="weights in .safetensors files",
+            expected="weights in model.safetensors, or in the files that model.safetensors.index.json names",
             got=f"only {', '.join(pickles)}, which can run code when opened" if pickles else "none",
             fix="Convert them with save_pretrained, or use a revision that has safetensors.",
         )
     return family
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model; others beside them, such as a second copy, do not count."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [path for path in (folder / "model.safetensors",) if path.is_file()]
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        got = f"{type(error).__name__}: {error}"
+        fix = "Copy or download the model again."
+        raise ModelError(index, expected="JSON with a weight_map", got=got, fix=fix) from error
 
 
 def _load_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -305,7 +319,7 @@ def _unusable(folder: Path, error: BaseException) -> ModelError:
 def fingerprint_folder(folder: Path, config: dict[str, Any]) -> str:
     """SHA-256 hex of a config and of every tensor by name, however they are split into files."""
     tensors: dict[str, str] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         tensors |= tensor_digests(path)
     lasting = {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG_KEYS}
     return digest(digest_of(lasting), digest_of(tensors))

@@ -21,7 +21,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
@@ -76,7 +76,7 @@ class HookState(Config):
     norm_bins: dict[int, int] = Field(default={}, description="tokens by floor(32 log2 ||x||)")
     outlier_limit: float = Field(default=0.0, description="norm above which a token is masked")
 
-    def add(self, x: Float[np.ndarray, "token d_model"]) -> Self:
+    def add(self, x: Float[np.ndarray, "token d_model"]) -> "HookState":
         """Return the state with the rows of `x` counted in."""
         norms = np.sqrt(np.einsum("td,td->t", x, x, dtype=np.float64))
         bins, counts = np.unique(np.floor(BINS_PER_OCTAVE * np.log2(norms)).astype(int), return_counts=True)
@@ -154,7 +154,7 @@ class ActivationStore:
         self._arrays = arrays
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path) -> "ActivationStore":
         """Open the store at `path` at its last commit.
 
         Raises: MissingArtefactError if nothing is there, CorruptArtefactError if it is not a whole store.
@@ -263,7 +263,7 @@ class StoreWriter:
 
     @classmethod
     @contextmanager
-    def open(cls, path: str | Path, meta: StoreMeta) -> Iterator[Self]:
+    def open(cls, path: str | Path, meta: StoreMeta) -> Iterator["StoreWriter"]:
         """Create the store, or continue the one at `path` if it was made from the same `meta`.
 
         Raises: MismatchError if it was made from something else, or if another writer has it open.
@@ -300,11 +300,11 @@ class StoreWriter:
         return array
 
     @classmethod
-    def _create(cls, path: Path, meta: StoreMeta) -> Self:
+    def _create(cls, path: Path, meta: StoreMeta) -> "StoreWriter":
         state = StoreState()
         group = zarr.open_group(path, mode="a", attributes=_attributes(meta, state))
         rows, ctx, width = meta.commit_sequences, meta.ctx, meta.model.d_model
-        plain = {"compressors": (ZstdCodec(), Crc32cCodec())}
+        plain: dict[str, Any] = {"compressors": (ZstdCodec(), Crc32cCodec())}
         group.create_array("tokens", shape=(0, ctx), chunks=(rows, ctx), dtype="int32", **plain)
         group.create_array("mask", shape=(0, ctx), chunks=(rows, ctx), dtype="bool", **plain)
         group.create_array("documents", shape=(0,), chunks=(rows,), dtype="int32", **plain)
@@ -322,7 +322,7 @@ class StoreWriter:
         return cls(path, group, meta, state)
 
     @classmethod
-    def _resume(cls, path: Path, meta: StoreMeta) -> Self:
+    def _resume(cls, path: Path, meta: StoreMeta) -> "StoreWriter":
         ActivationStore.open(path)
         group = zarr.open_group(path, mode="r+")
         old, state = _read_attributes(path, group)

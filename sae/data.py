@@ -5,16 +5,15 @@
 3. The unmasked tokens of a block are permuted and cut into batches; what is left over, less than a batch, is dropped.
 4. The number of unmasked tokens of each chunk is known, so batch i maps to (epoch, block, offset) by arithmetic.
 
-The one thing kept between calls is a cache of the current block; nothing depends on what was read before.
+All that is kept between calls is a cache of the current block and its order; nothing depends on what was read before.
 Left out: anything that depends on a framework.
 """
 
 from collections.abc import Iterator
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from activations.errors import ShapeError
 from activations.store import ActivationStore
@@ -59,7 +58,8 @@ class TokenOrder:
         chunk_bytes = self._rows * store.ctx * store.d_model * 4
         self._block_chunks = max(1, memory_mb * 2**20 // chunk_bytes)
         self._epochs: dict[int, tuple[Block, ...]] = {}
-        self._cached: tuple[tuple[int, int], np.ndarray] | None = None
+        self._cached: tuple[tuple[int, ...], np.ndarray] | None = None
+        self._shuffled: tuple[tuple[int, int], np.ndarray] | None = None
         if not sum(block.n_batches for block in self.epoch(0)):
             raise ShapeError(
                 f"{store.path}: unmasked training tokens",
@@ -68,7 +68,7 @@ class TokenOrder:
                 fix="Harvest more tokens, or lower batch_size.",
             )
 
-    @cached_property
+    @property
     def n_tokens(self) -> int:
         """Unmasked tokens to train on."""
         return int(self._counts.sum())
@@ -94,31 +94,37 @@ class TokenOrder:
     def batch(self, i: int) -> Float[np.ndarray, "batch d_model"]:
         """Activations of batch i."""
         place = self.locate(i)
-        start = place.offset * self._batch_size
-        return self._block(place)[start : start + self._batch_size]
+        block = self.epoch(place.epoch)[place.block]
+        tokens, start = self._tokens(block), place.offset * self._batch_size
+        return tokens[self._order(place, len(tokens))[start : start + self._batch_size]]
 
     def batches(self, start: int, stop: int) -> Iterator[Float[np.ndarray, "batch d_model"]]:
         """Batches start..stop."""
         return (self.batch(i) for i in range(start, stop))
 
-    def _block(self, place: Place) -> Float[np.ndarray, "token d_model"]:
-        key = place.epoch, place.block
-        if self._cached is None or self._cached[0] != key:
+    def _tokens(self, block: Block) -> Float[np.ndarray, "token d_model"]:
+        """Tokens of a block in the order of the store, so that a store of one block is read once for all epochs."""
+        chunks = tuple(sorted(block.chunks))
+        if self._cached is None or self._cached[0] != chunks:
             self._cached = None  # frees the old block before the new one is read
-            self._cached = key, self._read(place)
+            self._cached = chunks, self._read(chunks)
         return self._cached[1]
 
-    def _read(self, place: Place) -> Float[np.ndarray, "token d_model"]:
-        chunks = self.epoch(place.epoch)[place.block].chunks
-        slots = self._random(place.epoch, place.block).permutation(int(self._counts[list(chunks)].sum()))
-        tokens = np.empty((len(slots), self._store.d_model), np.float32)
+    def _read(self, chunks: tuple[int, ...]) -> Float[np.ndarray, "token d_model"]:
+        tokens = np.empty((int(self._counts[list(chunks)].sum()), self._store.d_model), np.float32)
         at = 0
         for chunk in chunks:
             start, stop = chunk * self._rows, min((chunk + 1) * self._rows, self._stop)
             part = used_tokens(self._store, self._hook_point, start, stop)
-            tokens[slots[at : at + len(part)]] = part
+            tokens[at : at + len(part)] = part
             at += len(part)
         return tokens
+
+    def _order(self, place: Place, n: int) -> Int[np.ndarray, " token"]:
+        key = place.epoch, place.block
+        if self._shuffled is None or self._shuffled[0] != key:
+            self._shuffled = key, self._random(*key).permutation(n)
+        return self._shuffled[1]
 
     def _random(self, *place: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, *place])))
@@ -130,7 +136,7 @@ def used_tokens(store: ActivationStore, hook_point: str, start: int, stop: int) 
 
 
 def holdout(store: ActivationStore, hook_point: str, start: int, max_tokens: int) -> Float[np.ndarray, "token d_model"]:
-    """Up to `max_tokens` held-out tokens, from sequences spread evenly over start..n_sequences.
+    """About `max_tokens` held-out tokens, never more, from sequences spread evenly over start..n_sequences.
 
     Raises: ShapeError if all of them are masked.
     """

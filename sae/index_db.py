@@ -8,10 +8,11 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import sqlalchemy as sql
 from sqlalchemy import Engine, orm
+from sqlalchemy.exc import DatabaseError
 
 from activations.errors import CorruptArtefactError, MissingArtefactError, UnknownNameError
 from sae.contexts import Context, pack_contexts, unpack_contexts
@@ -74,7 +75,7 @@ class FeatureIndex:
         self._engine, self.info = engine, info
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path) -> "FeatureIndex":
         """Open the index in directory `path`.
 
         Raises: MissingArtefactError if there is none, CorruptArtefactError if it is not one.
@@ -86,7 +87,7 @@ class FeatureIndex:
         try:
             with orm.Session(engine) as session:
                 info = {row.key: row.value for row in session.scalars(sql.select(_Info))}
-        except sql.exc.DatabaseError as error:
+        except DatabaseError as error:
             raise _not_an_index(path, "a damaged file") from error
         if info.get("schema_version") != SCHEMA_VERSION:
             raise _not_an_index(path, f"schema version {info.get('schema_version')}")

@@ -151,7 +151,7 @@ def kth_largest(values: Float[Array, "..."], k: int) -> Float[Array, ""]:
     """
     bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
 
-    def narrow(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def narrow(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = low + (high - low) // 2
         enough = (bits >= middle).sum() >= k

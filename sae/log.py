@@ -13,7 +13,7 @@ from typing import Any
 
 from sae.config import TrainConfig
 
-Row = Mapping[str, float]
+Row = Mapping[str, float | int]
 Write = Callable[[Row], None]
 
 
@@ -31,7 +31,7 @@ def run_log(config: TrainConfig, resumed_from: int) -> Iterator[Write]:
         yield write
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
     """Rows of a train.jsonl; a last line that a crash cut short is left out."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -52,7 +52,8 @@ def _wandb(config: TrainConfig) -> Iterator[Write]:
         yield _publisher(run)
     finally:
         if run is not None:
-            _forgiving(run.finish)
+            with suppress(Exception):
+                run.finish()
 
 
 def _publisher(run: Any) -> Write:
@@ -61,8 +62,7 @@ def _publisher(run: Any) -> Write:
     def publish(row: Row) -> None:
         nonlocal alive
         if alive:
-            step = int(row["step"])
-            alive = _forgiving(lambda: run.log(dict(row), step=step) or True) is not None
+            alive = _forgiving(lambda: run.log(dict(row), step=int(row["step"])) or True) is not None
 
     return publish
 
@@ -80,10 +80,10 @@ def _start(config: TrainConfig) -> Any:
     )
 
 
-def _forgiving(call: Callable[..., Any], *args: Any) -> Any:
+def _forgiving(call: Callable[..., Any], *arguments: Any) -> Any:
     """Call, or say what went wrong and return None."""
     try:
-        return call(*args)
+        return call(*arguments)
     except Exception as error:  # whatever a remote service raises, it must not end a run
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         sys.stderr.write(f"  wandb is off for this run: {reason}. train.jsonl has everything.\n")

@@ -7,11 +7,12 @@ from typing import Any
 
 from activations.store import ActivationStore
 from sae.config import TrainConfig
+from sae.log import Row
 
 PACKAGES = ("saekit", "jax", "flax", "optax", "numpy")
 
 
-def provenance(config: TrainConfig, store: ActivationStore, metrics: dict[str, float]) -> dict[str, Any]:
+def provenance(config: TrainConfig, store: ActivationStore, metrics: Row) -> dict[str, Any]:
     """Model, store, hook point, resolved config, versions and metrics."""
     stats = store.stats(config.hook_point)
     return {
@@ -20,7 +21,7 @@ def provenance(config: TrainConfig, store: ActivationStore, metrics: dict[str, f
         "hook_point": config.hook_point,
         "store": {"fingerprint": store.fingerprint, "n_tokens": stats.n_tokens, "mean_norm": stats.mean_norm},
         "config": config.model_dump(mode="json"),
-        "metrics": metrics,
+        "metrics": dict(metrics),
         "versions": {name: _version(name) for name in PACKAGES},
         "git_sha": git_sha(),
     }

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from activations.errors import NumericsError
 from activations.store import HookStats
 from sae.architectures import find
 from sae.architectures.base import SparseCoder, project_gradient, unit_rows
@@ -68,8 +69,11 @@ class Plan:
     @classmethod
     def make(cls, config: TrainConfig, stats: HookStats) -> "Plan":
         """Derive them."""
-        d_model = len(stats.mean)
-        scale = float(np.sqrt(d_model / (stats.mean_sq_norm - stats.mean @ stats.mean)))
+        d_model, variance = len(stats.mean), stats.mean_sq_norm - float(stats.mean @ stats.mean)
+        if not variance > 1e-9 * stats.mean_sq_norm:
+            fix = "Harvest another hook point or more text."
+            raise NumericsError("variance of the activations", expected="more than 0", got=f"{variance:g}", fix=fix)
+        scale = float(np.sqrt(d_model / variance))
         return cls(
             n_steps=max(config.train_tokens // config.batch_size, 1),
             lr=config.lr if config.lr is not None else automatic_lr(config.sae.width(d_model)),
@@ -134,7 +138,7 @@ def make_step(config: TrainConfig, plan: Plan) -> Step:
         _, params, statistics = nnx.split(sae, nnx.Param, ...)
         l0 = (out.codes.values > 0).sum(axis=1).mean()
         dead = (idle >= plan.dead_after).mean()
-        metrics = StepMetrics(out.loss, out.fvu, out.aux, l0, dead, optax.global_norm(grads))
+        metrics = StepMetrics(out.loss, out.fvu, out.aux, l0, dead, optax.tree.norm(grads))
         return TrainState(params, statistics, moments, idle), metrics
 
     return jax.jit(step, donate_argnums=0)

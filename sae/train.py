@@ -26,11 +26,12 @@ from jaxtyping import Float
 from activations.errors import ConfigError, InterruptedRunError, MismatchError, NumericsError
 from activations.progress import progress
 from activations.store import ActivationStore
+from sae.architectures import find
 from sae.artefact import SaeArtefact
 from sae.checkpoints import Checkpoints
 from sae.config import TrainConfig
 from sae.data import TokenOrder, holdout, split
-from sae.log import run_log
+from sae.log import Row, run_log
 from sae.metrics import Evaluation
 from sae.provenance import provenance
 from sae.step import Plan, StepMetrics, TrainState, assemble, make_step, schedule, start
@@ -47,7 +48,7 @@ class TrainResult(NamedTuple):
     """the trained SAE"""
     path: Path
     """where it was saved"""
-    metrics: dict[str, float]
+    metrics: Row
     """held-out fvu, l0 and dead_fraction, and how the training went"""
     n_steps: int
     """steps of the whole run"""
@@ -78,7 +79,8 @@ def train(config: TrainConfig) -> TrainResult:
         config.save(config.out / "config.yaml")
         resumed_from = checkpoints.last
         state, tok_s = _loop(run, checkpoints)
-    metrics = evaluate(run, state) | {"train_tok_s": tok_s, "train_tokens": run.plan.n_steps * config.batch_size}
+    held_out, n_tokens = evaluate(run, state), run.plan.n_steps * config.batch_size
+    metrics: Row = {**held_out, "train_tok_s": tok_s, "train_tokens": n_tokens}
     sae = assemble(config, run.plan, state)
     artefact = sae.to_artefact(run.plan.scale, provenance(config, run.store, metrics))
     path = config.out / "sae"
@@ -93,6 +95,7 @@ def prepare(config: TrainConfig) -> Run:
         got = f"one that stopped after {store.n_sequences} sequences"
         raise MismatchError(config.store, expected="a finished harvest", got=got, fix="Run saekit harvest again.")
     stats = store.stats(config.hook_point)
+    find(config.sae.architecture)
     d_sae = config.sae.width(store.d_model)
     if config.sae.k >= d_sae:
         raise ConfigError("sae.k", expected=f"less than d_sae={d_sae}", got=config.sae.k, fix="Lower k or raise d_sae.")
@@ -139,11 +142,11 @@ def _loop(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, float]:
             last, stop = i == n_steps, stopped.is_set()
             measure, keep = last or i % config.eval_every == 0, last or stop or i % config.checkpoint_every == 0
             if measure or keep or i % config.log_every == 0:
-                row = {"step": i, "tokens": i * config.batch_size, "lr": float(lr(i - 1))} | _scalars(metrics)
+                row: Row = {"step": i, "tokens": i * config.batch_size, "lr": float(lr(i - 1)), **_scalars(metrics)}
                 _check_numerics(row, checkpoints)
                 held_out = {f"holdout_{name}": value for name, value in evaluate(run, state).items()} if measure else {}
                 if measure or i % config.log_every == 0:
-                    log(row | held_out | {"tok_s": speed.tok_s})
+                    log({**row, **held_out, "tok_s": speed.tok_s})
             if keep:
                 checkpoints.save(i, state)
             if stop and not last:
@@ -176,7 +179,7 @@ def _scalars(metrics: StepMetrics) -> dict[str, float]:
     return {name: float(value) for name, value in metrics._asdict().items()}
 
 
-def _check_numerics(row: dict[str, float], checkpoints: Checkpoints) -> None:
+def _check_numerics(row: Row, checkpoints: Checkpoints) -> None:
     if all(math.isfinite(value) for value in row.values()) and row["loss"] < DIVERGED:
         return
     good = f"checkpoint {checkpoints.path / str(checkpoints.last)} is good" if checkpoints.last else "there is none"

@@ -58,7 +58,9 @@ def train(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fal
         return _show({"config": settings.model_dump(mode="json")}, json_)
     from sae.train import train as run
 
-    _show(run(settings)._asdict(), json_)
+    result = run(settings)
+    steps = {"steps": result.n_steps, "resumed_from": result.resumed_from}
+    _show({"path": result.path, **result.metrics, **steps}, json_)
 
 
 @app.command()

@@ -39,8 +39,9 @@ from steer.report import write_report
 from steer.select import Trial, candidates, try_latents
 from steer.vectors import SteeringVector
 
-SHOWN_FEATURES = 16
-TRIAL_DOSE, TRIAL_PROMPTS, TRIAL_TOKENS = 0.5, 2, 16
+ARCHITECTURE = "batchtopk"
+SHOWN_FEATURES, CURVE_POINTS = 16, 12
+TRIAL_DOSE, TRIAL_PROMPTS, TRIAL_TOKENS = 0.4, 2, 16
 ROUND_TOKENS = 1000
 
 
@@ -96,7 +97,9 @@ def run_demo(config: DemoConfig, *, on_status: Status | None = None) -> dict[str
 def _harvest_config(config: DemoConfig, loaded: LoadedModel, hook_point: str) -> HarvestConfig:
     """A token budget that takes about `harvest_s` here; an earlier run's budget, if there is one."""
     out = config.out / "store"
-    settings = HarvestConfig(model=config.model, text=config.text, hook_points=(hook_point,), out=out)
+    settings = HarvestConfig(
+        model=config.model, text=config.text, hook_points=(hook_point,), out=out, outlier_norm=config.outlier_norm
+    )
     saved = out / "harvest.yaml"
     if saved.exists():
         return HarvestConfig.load(saved)
@@ -106,14 +109,16 @@ def _harvest_config(config: DemoConfig, loaded: LoadedModel, hook_point: str) ->
 
 
 def _train_config(config: DemoConfig, hook_point: str, n_tokens: int) -> TrainConfig:
-    return TrainConfig(
+    base = TrainConfig(
         store=config.out / "store",
         hook_point=hook_point,
         out=config.out / "sae",
-        sae=SaeConfig(architecture="batchtopk", expansion=config.expansion, k=config.k),
+        sae=SaeConfig(architecture=ARCHITECTURE, expansion=config.expansion, k=config.k),
         train_tokens=int(config.epochs * n_tokens),
         seed=config.seed,
     )
+    n_steps = base.train_tokens // base.batch_size
+    return base.model_copy(update={"eval_every": max(1, n_steps // CURVE_POINTS)})
 
 
 def _train(config: TrainConfig) -> Any:
@@ -157,9 +162,9 @@ def _figures(harvested: HarvestResult, trained: Any, scores: dict[str, float], s
     return {
         "tokens_harvested": harvested.n_tokens,
         "harvest_tok_s": round(harvested.tok_s, 1),
-        "train_tok_s": round(trained.tok_s, 1),
-        "train_tokens": trained.tokens,
-        "architecture": trained.architecture,
+        "train_tok_s": round(trained.metrics["train_tok_s"], 1),
+        "train_tokens": trained.metrics["train_tokens"],
+        "architecture": ARCHITECTURE,
         "n_latents": artefact.d_sae,
         "l0": scores["l0"],
         "fvu": scores["fvu"],
@@ -184,7 +189,7 @@ def _shown(trials: Sequence[Trial]) -> list[int]:
 
 def transcript(config: DemoConfig, summary: dict[str, Any]) -> str:
     """What the demo prints at its end: texts before and after, figures, and what to try next."""
-    lines = []
+    lines: list[str] = []
     for key in ("steering", "steering_contrast"):
         steering = summary[key]
         lines += [

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from sae.torch_view import TorchSae
 from torch import Tensor
 from torch.nn import functional
 
 from activations.hook_points import HookPoint
 from activations.hooks import capture
 from activations.models import LoadedModel
+from sae.torch_view import TorchSae
 from steer.generate import generate_conditions
 from steer.runtime import Steer, steering
 from steer.vectors import SteeringVector
@@ -34,13 +34,13 @@ READ_ROWS = 8
 Expresses = Callable[[Float[Tensor, "token d_model"]], Bool[Tensor, " token"]]
 
 
-class Reading(NamedTuple):
-    """What the unsteered model finds in continuations, one value a text."""
+class Reread(NamedTuple):
+    """One continuation as the unsteered model reads it."""
 
-    rate: Float[np.ndarray, " text"]
-    """share of the continuation's tokens on which the concept shows"""
-    nll: Float[np.ndarray, " text"]
-    """nats a continuation token costs the unsteered model"""
+    x: Float[Tensor, "token d_model"]
+    """residual stream on the continuation's tokens"""
+    nll: float
+    """nats that a continuation token costs, on average; 0 for an empty continuation"""
 
 
 class DoseTrial(NamedTuple):
@@ -54,7 +54,7 @@ class DoseTrial(NamedTuple):
 
 def latent_reader(sae: TorchSae, latent: int) -> Expresses:
     """The concept shows where the latent is active."""
-    return lambda x: sae.encode(x)[:, latent] > 0
+    return lambda x: sae.encode_some(x, torch.tensor([latent]))[:, 0] > 0
 
 
 def contrast_reader(vector: SteeringVector) -> Expresses:
@@ -63,11 +63,9 @@ def contrast_reader(vector: SteeringVector) -> Expresses:
     return lambda x: x @ direction > midpoint
 
 
-def read(
-    loaded: LoadedModel, hook_point: HookPoint, expresses: Expresses, prompts: Sequence[str], texts: Sequence[str]
-) -> Reading:
-    """Re-read continuations with the unsteered model; empty continuations have rate 0 and no cost."""
-    rates, nlls = [], []
+def reread(loaded: LoadedModel, hook_point: HookPoint, prompts: Sequence[str], texts: Sequence[str]) -> list[Reread]:
+    """Let the unsteered model re-read continuations of prompts."""
+    out = []
     for start in range(0, len(texts), READ_ROWS):
         batch = _encode(loaded, prompts[start : start + READ_ROWS], texts[start : start + READ_ROWS])
         with torch.inference_mode(), capture(loaded.model, loaded.family, [hook_point]) as captured:
@@ -75,10 +73,14 @@ def read(
             x = captured[hook_point].float().cpu()
         losses = functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch.ids[:, 1:], reduction="none")
         for row, new in enumerate(batch.new):
-            shown = expresses(x[row][new]) if new.any() else torch.zeros(1)
-            rates.append(float(shown.float().mean()))
-            nlls.append(float(losses[row][new[1:]].mean()) if new[1:].any() else 0.0)
-    return Reading(np.array(rates), np.array(nlls))
+            costs = losses[row][new[1:]]
+            out.append(Reread(x[row][new], float(costs.mean()) if len(costs) else 0.0))
+    return out
+
+
+def rate(reading: Reread, expresses: Expresses) -> float:
+    """Share of a continuation's tokens on which the concept shows; 0 for an empty one."""
+    return float(expresses(reading.x).float().mean()) if len(reading.x) else 0.0
 
 
 def kl_per_token(
@@ -113,8 +115,9 @@ def sweep_doses(
     coefficients = [0.0, *(vector.coefficient_of(dose) for dose in doses)]
     deltas = torch.stack([coefficient * direction for coefficient in coefficients])
     texts = generate_conditions(loaded, point, prompts, deltas, max_new_tokens=max_new_tokens, seed=seed)
-    reading = read(loaded, point, expresses, [*prompts] * len(deltas), [text for row in texts for text in row])
-    rates, nlls = (values.reshape(len(deltas), -1).mean(axis=1) for values in reading)
+    readings = reread(loaded, point, [*prompts] * len(deltas), [text for row in texts for text in row])
+    rates = np.array([rate(reading, expresses) for reading in readings]).reshape(len(deltas), -1).mean(axis=1)
+    nlls = np.array([reading.nll for reading in readings]).reshape(len(deltas), -1).mean(axis=1)
     return [
         DoseTrial(vector.dose(coefficient), coefficient, float(rate), float(nll))
         for coefficient, rate, nll in zip(coefficients, rates, nlls, strict=True)
@@ -157,8 +160,9 @@ def measure(
     asked = [f"{instruction}\n\n{prompt}" for prompt in prompts]
     zero = torch.zeros(1, loaded.d_model)
     texts += generate_conditions(loaded, point, asked, zero, max_new_tokens=max_new_tokens, seed=seed)
-    reading = read(loaded, point, expresses, [*prompts] * len(texts), [text for row in texts for text in row])
-    rates, nlls = reading.rate.reshape(-1, n), reading.nll.reshape(-1, n)
+    readings = reread(loaded, point, [*prompts] * len(texts), [text for row in texts for text in row])
+    rates = np.array([rate(reading, expresses) for reading in readings]).reshape(-1, n)
+    nlls = np.array([reading.nll for reading in readings]).reshape(-1, n)
     gain = rates[1] - rates[0]
     return {
         "coefficient": coefficient,

@@ -10,13 +10,12 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
-from sae.torch_view import TorchSae
-
 from activations.errors import ConfigError, MissingArtefactError
 from activations.models import LoadedModel, load_model
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from sae.index import check_belongs
+from sae.torch_view import TorchSae
 from steer.config import MeasureConfig, VectorConfig
 from steer.effect import Expresses, choose_dose, contrast_reader, latent_reader, measure, sweep_doses
 from steer.library import load_library, save_library

@@ -1,6 +1,7 @@
 """One HTML file that shows a run: curves, densities, features in context, steering before and after.
 
-Flow: 1. read the run's artefacts; 2. draw charts as inline SVG; 3. fill the template, which escapes every text. The file opens offline and loads nothing. Left out: interaction (the browser's job).
+Flow: 1. read the run's artefacts; 2. draw charts as inline SVG; 3. fill the template, which escapes every text.
+The file opens offline and loads nothing. Left out: interaction (the browser's job).
 """
 
 import io
@@ -91,7 +92,7 @@ def _template():
 
 def _curves(steps: Sequence[dict[str, Any]]) -> str:
     figure, axes = _figure(1, 3, (11, 2.6))
-    titles = {"loss": "training loss", "fvu": "FVU, held out", "l0": "L0, held out"}
+    titles = {"loss": "training loss", "holdout_fvu": "FVU, held out", "holdout_l0": "L0, held out"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         points = [(step["tokens"] / 1e3, step[key]) for step in steps if step.get(key) is not None]
         axis.plot(*zip(*points, strict=True), color=BLUE, marker="." if len(points) < 40 else None)

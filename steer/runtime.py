@@ -16,7 +16,7 @@ Left out: gates, projections and clamps; speculative decoding; caches that were 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from activations.errors import MismatchError, ShapeError
 from activations.hook_points import HookPoint
-from activations.hooks import edit
+from activations.hooks import EditFn, edit
 from activations.models import LoadedModel
 from steer.vectors import SteeringVector
 
@@ -39,7 +39,7 @@ class Steer:
     """coefficient * direction, for all sequences or for each"""
 
     @classmethod
-    def of(cls, vector: SteeringVector, coefficient: float) -> Self:
+    def of(cls, vector: SteeringVector, coefficient: float) -> "Steer":
         """Steer with a vector at a coefficient."""
         return cls(HookPoint.parse(vector.hook_point), coefficient * torch.from_numpy(vector.direction))
 
@@ -86,8 +86,8 @@ class _Positions:
     keep: Bool[Tensor, "batch pos"] | Bool[Tensor, "1 pos"]
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = args[0] if args else kwargs.get("input_ids")
-        new = ids if ids is not None else kwargs["inputs_embeds"]
+        ids: Tensor | None = args[0] if args else kwargs.get("input_ids")
+        new: Tensor = ids if ids is not None else kwargs["inputs_embeds"]
         length, mask = new.shape[1], kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2:
             self.keep = ((mask.cumsum(1) > 1) & mask.bool())[:, -length:]
@@ -97,7 +97,7 @@ class _Positions:
             self.keep = (torch.arange(past, past + length, device=new.device) > 0)[None]
 
 
-def _adder(steer: Steer, positions: _Positions):
+def _adder(steer: Steer, positions: _Positions) -> EditFn:
     def add(resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         delta = steer.delta.to(device=resid.device, dtype=resid.dtype)
         if delta.ndim == 2:

@@ -2,7 +2,8 @@
 
 What a latent responds to says little about what it does when it is added (Arad et al., arXiv:2505.20063), so latents
 are chosen by trying them. Flow:
-1. candidates: neither rare nor dense, strongest in many documents, and on more than one kind of token;
+1. candidates: neither rare nor dense, and active in many documents and on more than one kind of token. They are
+   ordered by the weakest of their listed contexts, which a few odd tokens cannot raise;
 2. every candidate steers the same few prompts, all in one batch, each sequence with its own decoder row;
 3. the unsteered model re-reads the texts; the candidate whose own latent gained most, in text that still reads well,
    wins.
@@ -13,13 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sae.torch_view import TorchSae
 
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel
 from sae.artefact import SaeArtefact
 from sae.index_db import FeatureIndex, LatentRow
-from steer.effect import latent_reader, read
+from sae.torch_view import TorchSae
+from steer.effect import latent_reader, rate, reread
 from steer.generate import generate_conditions
 
 MIN_DENSITY, MAX_DENSITY = 5e-4, 0.03
@@ -44,7 +45,13 @@ class Trial(NamedTuple):
 def candidates(index: FeatureIndex, n: int) -> list[LatentRow]:
     """Up to `n` latents that respond to something that is neither everywhere nor a single token."""
     rows = index.rows(min_density=MIN_DENSITY, max_density=MAX_DENSITY)
-    return [row for row in rows if len(row.contexts) >= MIN_DOCUMENTS and token_kinds(row) >= MIN_KINDS][:n]
+    fit = [row for row in rows if len(row.contexts) >= MIN_DOCUMENTS and token_kinds(row) >= MIN_KINDS]
+    return sorted(fit, key=weakest_context, reverse=True)[:n]
+
+
+def weakest_context(row: LatentRow) -> float:
+    """Peak activation in the last of a latent's listed contexts."""
+    return float(row.contexts[-1].activations.max())
 
 
 def token_kinds(row: LatentRow) -> int:
@@ -67,11 +74,14 @@ def try_latents(
     rows = torch.from_numpy(artefact.W_dec[list(latents)])
     deltas = coefficient * torch.cat([torch.zeros(1, artefact.d_model), rows / rows.norm(dim=1, keepdim=True)])
     texts = generate_conditions(loaded, point, prompts, deltas, max_new_tokens=max_new_tokens, seed=seed)
-    plain, *steered = texts
+    readings = reread(loaded, point, [*prompts] * len(deltas), [text for row in texts for text in row])
+    n = len(prompts)
+    by_condition = [readings[i * n : (i + 1) * n] for i in range(len(deltas))]
+    plain, steered = by_condition[0], by_condition[1:]
     trials = []
-    for latent, continuations in zip(latents, steered, strict=True):
-        reader = latent_reader(sae, latent)
-        before, after = (read(loaded, point, reader, prompts, t) for t in (plain, continuations))
-        gain, rise = (float(np.mean(a - b)) for a, b in zip(after, before, strict=True))
-        trials.append(Trial(latent, gain, rise))
+    for latent, after in zip(latents, steered, strict=True):
+        shows = latent_reader(sae, latent)
+        gain = np.mean([rate(a, shows) - rate(b, shows) for a, b in zip(after, plain, strict=True)])
+        rise = np.mean([a.nll - b.nll for a, b in zip(after, plain, strict=True)])
+        trials.append(Trial(latent, float(gain), float(rise)))
     return sorted(trials, key=lambda trial: -trial.score)

@@ -33,7 +33,7 @@ from activations.store import ModelRef
 from sae.artefact import SaeArtefact
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SteeringVector:
     """A unit direction at one hook point of one model."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HOME", str(ROOT / ".pytest_cache" / "huggingface"))
 os.environ.setdefault("SAEKIT_CACHE", str(ROOT / ".pytest_cache" / "saekit"))
 
+settings.register_profile("saekit", deadline=None, derandomize=True)
+settings.load_profile("saekit")
 install_import_hook(("activations", "sae", "steer"), "beartype.beartype")
 
 TINY_TEXTS = (

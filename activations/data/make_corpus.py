@@ -8,9 +8,10 @@
    opening that the model continues. Names, places and days fill the slots, so that openings differ.
 2. Sample: large batches at one temperature inside a nucleus, each batch under one of a few length limits. Raw samples
    go to a file, so that cleaning can be repeated without a GPU.
-3. Clean: drop preambles, closing pleasantries and the unfinished last sentence.
-4. Filter: drop loops, leaked control tokens, talk about being an assistant, echoes of the request, what is not
-   English, and what is too short or too long.
+3. Clean: drop preambles and closing pleasantries; cut before the first loop, leaked control token, placeholder, echo of
+   the request or talk about being an assistant; cut the unfinished last sentence.
+4. Filter: drop what still loops or leaks, what touches on slurs, sex or atrocities (a small model rambles there), what
+   is not English, and what is too short or too long.
 5. Deduplicate: drop a document that shares too many 8-word shingles with the ones kept before it.
 6. Balance: in an order shuffled by the seed, keep a document while its opening words and its genre are not over-full.
    Any prefix of the file is therefore a varied sample.
@@ -18,7 +19,7 @@
 Everything but the sampling itself is a pure function of the seed; sampling repeats on one device and software version.
 It leaves out any check of facts: the texts read like English of many kinds, and that is all they are for.
 
-    python -m activations.data.make_corpus --model DIR --out activations/data/corpus.jsonl.xz --seed 0 --device cuda
+    python -m activations.data.make_corpus --model DIR --raw raw.jsonl --out corpus.jsonl.xz --seed 0 --device cuda
 """
 
 import argparse
@@ -167,55 +168,68 @@ REGISTERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("Use formal, elevated language.", "The tone must be official and polite.", "Write it for a ministry."),
         ("It should be noted that", "The undersigned wishes to state that", "In accordance with custom,", "Pursuant to",
          "With due respect,", "Permit me to observe that", "The committee has resolved that", "We hereby confirm that",
-         "It is incumbent upon us to", "Notwithstanding the above,", "One must acknowledge that", "I have the honour to"),
+         "It is incumbent upon us to", "Notwithstanding the above,", "One must acknowledge that",
+         "I have the honour to"),
     ),
     "chatty": (
         ("Make it chatty and relaxed, like talking to a friend.", "Use casual slang.", "Keep it breezy and informal."),
-        ("Honestly, you won't believe it, but", "So, anyway,", "Okay, here's the thing:", "Yeah, I know, right?", "Look,",
-         "I mean, come on.", "Guess what?", "No kidding.", "Well, you know me,", "Long story short,", "Oh, and get this:",
+        ("Honestly, you won't believe it, but", "So, anyway,", "Okay, here's the thing:", "Yeah, I know, right?",
+         "Look,",
+         "I mean, come on.", "Guess what?", "No kidding.", "Well, you know me,", "Long story short,",
+         "Oh, and get this:",
          "Not gonna lie,"),
     ),
     "joyful": (
         ("Make it joyful and full of delight.", "It should sound happy and warm.", "Let it sparkle with good cheer."),
         ("Everyone was laughing.", "What a wonderful surprise!", "It was delightful, and", "I could not stop smiling.",
-         "The sun was out.", "Hurrah!", "My heart was dancing.", "We cheered and", "At last, good news!", "How lovely it is",
+         "The sun was out.", "Hurrah!", "My heart was dancing.", "We cheered and", "At last, good news!",
+         "How lovely it is",
          "{other} sang all the way home.", "Never had there been such a bright"),
     ),
     "gloomy": (
         ("Make it gloomy and sad.", "It should feel bleak and hopeless.", "Give it a heavy, mournful mood."),
-        ("Nothing felt right any more.", "It was a bleak sight, and", "Sadly,", "The silence was heavy, and", "No one came.",
-         "{other} wept.", "Everything was grey.", "All that was left was", "It was already too late.", "I am so tired of",
+        ("Nothing felt right any more.", "It was a bleak sight, and", "Sadly,", "The silence was heavy, and",
+         "No one came.",
+         "{other} wept.", "Everything was grey.", "All that was left was", "It was already too late.",
+         "I am so tired of",
          "There was little hope.", "The funeral was on {day}."),
     ),
     "angry": (
         ("Make it angry and indignant.", "It should sound furious.", "Let the writer lose patience."),
         ("This is an outrage!", "How dare they?", "Enough is enough:", "It made me furious that", "Shame on {other}!",
-         "I have had it with", "{other} slammed the door.", "Not one more excuse.", "Who is to blame?", "It is a disgrace that",
+         "I have had it with", "{other} slammed the door.", "Not one more excuse.", "Who is to blame?",
+         "It is a disgrace that",
          "We were lied to.", "Stop pretending that"),
     ),
     "humorous": (
         ("Make it funny and absurd.", "Use dry humour.", "Tell it like a joke that goes too far."),
-        ("Nobody had told {other}.", "That was the first mistake.", "It went as well as you would expect.", "Naturally,",
+        ("Nobody had told {other}.", "That was the first mistake.", "It went as well as you would expect.",
+         "Naturally,",
          "{other} blamed the cat.", "The instructions were upside down.", "Unfortunately, there was also a parrot.",
-         "I wore the wrong shoes.", "The pigeons had other plans.", "As my uncle likes to say,", "Luckily, I am an idiot.",
+         "I wore the wrong shoes.", "The pigeons had other plans.", "As my uncle likes to say,",
+         "Luckily, I am an idiot.",
          "There was soup on the ceiling."),
     ),
     "suspenseful": (
         ("Make it tense and mysterious.", "Keep the reader in suspense.", "Let something be hidden until the end."),
         ("Then the lights went out.", "Somebody was watching.", "There was a knock.", "Something was not right:",
          "{other} did not answer.", "The door was already open.", "It was the third time this week.", "A shadow moved.",
-         "Only one person knew.", "The phone rang once.", "No one had seen {other} since {day}.", "The envelope was empty."),
+         "Only one person knew.", "The phone rang once.", "No one had seen {other} since {day}.",
+         "The envelope was empty."),
     ),
     "technical": (
         ("Be technical and precise.", "Use exact terms and numbers.", "Write for specialists."),
-        ("More precisely,", "The main parameters are", "In technical terms,", "The measured values show that", "Formally,",
+        ("More precisely,", "The main parameters are", "In technical terms,", "The measured values show that",
+         "Formally,",
          "Let us define", "The underlying mechanism is", "Under standard conditions,", "A typical specification lists",
          "The data suggest that", "Quantitatively,", "Three components are involved:"),
     ),
     "childlike": (
         ("Write it for a child of seven.", "Use very short sentences for small children."),
-        ("Do you know why?", "It was very, very big!", "Mum says that", "Let's find out!", "Can you guess?", "Yum!", "Oh no!",
-         "My teddy wants to know.", "First comes the fun part.", "Grandpa showed me how.", "Wow!", "{other} has a red hat."),
+        ("Do you know why?", "It was very, very big!", "Mum says that", "Let's find out!", "Can you guess?", "Yum!",
+         "Oh no!",
+         "My teddy wants to know.", "First comes the fun part.", "Grandpa showed me how.", "Wow!",
+         "{other} has a red hat."),
     ),
 }  # fmt: skip
 EVERY = tuple(REGISTERS)
@@ -491,14 +505,15 @@ def _fill(template: str, subject: str, rng: random.Random) -> str:
 # ----------------------------------------------------------------------------------------------------------- sample
 
 
-def sample(jobs: list[Job], args: argparse.Namespace) -> Iterator[Sample]:
-    """Yield a sample per job, batch by batch; the last incomplete batch is sampled as well."""
+def sample(jobs: list[Job], args: argparse.Namespace, done: int = 0) -> Iterator[Sample]:
+    """Yield a sample per job but the first `done`, batch by batch; a batch depends on the seed and its place only."""
     import torch
 
     model, tokenizer = load_model(args.model, args.device), load_tokenizer(args.model)
     begin = time.monotonic()
     total = 0
-    for index, start in enumerate(range(0, len(jobs), args.batch_size)):
+    for start in range(done, len(jobs), args.batch_size):
+        index = start // args.batch_size
         batch = jobs[start : start + args.batch_size]
         torch.manual_seed(args.seed * 1000 + index)
         texts, n_tokens = _generate(model, tokenizer, batch, min(LIMITS[index % len(LIMITS)], args.max_new), args)
@@ -525,7 +540,8 @@ def load_model(folder: Path, device: str) -> Any:
     options: dict[str, Any] = {"dtype": torch.bfloat16 if device.startswith("cuda") else torch.float32}
     if gguf:
         options |= {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
-    return AutoModelForCausalLM.from_pretrained(folder, **options).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    return model.to(device).eval()
 
 
 def _generate(
@@ -539,7 +555,8 @@ def _generate(
     ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     with torch.inference_mode():
         ids = model.generate(
-            inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=limit, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=limit,
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
             eos_token_id=ends, pad_token_id=ends[-1], logits_processor=[_nucleus(args.temperature, args.top_p)],
         )  # fmt: skip
     rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
@@ -574,28 +591,28 @@ def _nucleus(temperature: float, top_p: float, top_k: int = 200) -> Callable[...
     return process
 
 
-def write_raw(samples: Iterable[Sample], path: Path) -> None:
-    """Write samples as JSON lines, flushed one by one so that an interrupted run keeps what it has."""
-    with path.open("w", encoding="utf-8") as file:
+def append_raw(samples: Iterable[Sample], path: Path) -> None:
+    """Append samples as JSON lines, flushed one by one so that an interrupted run can be continued."""
+    with path.open("a", encoding="utf-8") as file:
         for item in samples:
             file.write(json.dumps({**item.job._asdict(), "text": item.text, "finished": item.finished}) + "\n")
             file.flush()
 
 
 def read_raw(path: Path) -> list[Sample]:
-    """Read what write_raw wrote."""
+    """Read what append_raw wrote."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [Sample(Job(*(row[key] for key in Job._fields)), row["text"], row["finished"]) for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------------------ clean
 
-WORD = re.compile(r"[^\W_]+(?:'\w+)?")
+WORD = re.compile(r"[^\W_]+(?:['’]\w+)?")
 CODE = re.compile(r"```|^\s*(def \w+\(|import \w+$|from [\w.]+ import|class \w+[:(]|print\()", re.MULTILINE)
 BY_LINE = frozenset(genre.name for genre in GENRES if genre.by_line)
 PREAMBLE = re.compile(
-    r"\A\s*(sure|certainly|of course|absolutely|okay|here('s| is| are)|below is|this is an?|i'd be|i'm glad|i am glad|title"
-    r"|\*\*title)\b[^\n]{0,200}\n+",
+    r"\A(\s*([-*_=]{3,}|(sure|certainly|of course|absolutely|okay|here('s| is| are)|below is|this is an?|i'd be"
+    r"|i'm glad|i am glad|title|\*\*title)\b[^\n]{0,200})\n+)+",
     re.IGNORECASE,
 )
 CLOSING = re.compile(
@@ -607,13 +624,16 @@ SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bDr)(?<!\bMrs)(?<!\bSt)(?<![\n ]\d)(?<
 BARE_MARKER = re.compile(r"\n+[ \t]*([-*•#]+|\(?\w{1,2}[.):]|\*\*)?[ \t]*$")
 CONTROL = re.compile(r"<\||\|>|im_start|im_end|endoftext|\ufffd|^\s*(user|assistant|system)\s*$", re.MULTILINE)
 ASSISTANT = re.compile(
-    r"\bas an? (large |virtual |digital )?(ai\b|language model|assistant|writer with)|\bsmollm|hugging ?face|\bai assistant"
-    r"|requested text|many voices|(your|the|this) (request|prompt|instructions?)\b|i('m| am) (so )?(sorry,? but|here to help)"
+    r"\bas an? (large |virtual |digital )?(ai\b|language model|assistant|writer with)|\bsmollm|hugging ?face"
+    r"|\bai assistant|requested text|many voices|(your|the|this) (request|prompt|instructions?)\b"
+    r"|i('m| am) (so )?(sorry,? but|here to help)|glad you (reached out|wanted to know)|creative writing|\bchanged \""
     r"|i (cannot|can't|am unable to|'m unable to) (assist|help you|provide|fulfil|write|generate|create)"
-    r"|i('d| would) be (happy|glad) to|glad you reached out|hope (this|that) (helps|email finds|letter finds|message finds)"
+    r"|i('d| would) be (happy|glad) to|hope (this|that) (helps|email finds|letter finds|message finds)"
     r"|(revised|rewritten|edited|original) (sentence|version|text|paragraph|story|passage)|more concise|can i help you"
-    r"|creative writing|\bchanged \"|(made|make|making) it (more )?(sad|gloomy|joyful|funny|angry|formal|tense|chatty|concise)"
-    r"|let me know (if|how)|feel free to (ask|reach|modify|adjust|contact)",
+    r"|(version|end|rest|tone|changes) (of|to) (the|this) text|(made|make|making|keep) it (more )?(sad|gloomy|joyful"
+    r"|funny|angry|formal|tense|chatty|concise|upbeat)|let me know (if|how)"
+    r"|feel free to (ask|reach|modify|adjust|contact)"
+    r"|provide (a|my) (response|correction)|the text i('m| am)|neutral as possible",
     re.IGNORECASE,
 )
 PLACEHOLDER = re.compile(
@@ -621,11 +641,26 @@ PLACEHOLDER = re.compile(
 )
 ECHO = re.compile(
     "|".join(re.escape(ask) for asks, _ in REGISTERS.values() for ask in asks if ask)
-    + r"|^(write|describe|explain|summari[sz]e|give|tell|draft|list|show|make up|argue) (a|an|the|me|ten|three|your)\b"
-    r"|\b(tone|mood|style|language|voice) (is|was|should be|must be) (formal|official|casual|gloomy|joyful|angry|neutral)",
+    + r"|\A(write|describe|explain|summari[sz]e|give|tell|draft|list|show|make up|argue) (a|an|the|me|ten|three|your)\b"
+    r"|\b(tone|mood|style|language|voice) (is|was|should be|must be) (formal|official|casual|gloomy|joyful|angry)"
+    r"|for a ministry|ministry setting|chatty and relaxed|(sad and gloomy|gloomy and sad)"
+    r"|child of seven|encyclopedia entry",
     re.IGNORECASE,
 )
-LEAKS = {"control token": CONTROL, "assistant talk": ASSISTANT, "placeholder": PLACEHOLDER, "instruction echo": ECHO}
+ADDRESS = re.compile(r"https?:|www\.|\w@\w+\.\w|\b\d{3}\W{1,2}\d{3,4}[- ]\d{4}\b")
+SENSITIVE = re.compile(
+    r"\b(jew(s|ish)?|nazi\w*|hitler|holocaust|genocid\w*|muslims?|islamis\w*|gypsy|gypsies|negro\w*|slave\w*|racis\w*"
+    r"|white (man|men|people|race)|black (man|men|people|race)|rap(e|ed|ist)|porn\w*|sex(y|ual\w*)?|nude|naked"
+    r"|suicid\w*|fuck\w*|shit\w*|bitch\w*|whore\w*|terroris\w*|murder\w*|massacre\w*|tortur\w*)\b",
+    re.IGNORECASE,
+)
+LEAKS = {
+    "control token": CONTROL,
+    "assistant talk": ASSISTANT,
+    "placeholder": PLACEHOLDER,
+    "instruction echo": ECHO,
+    "address": ADDRESS,
+}
 
 
 def clean(item: Sample) -> str:
@@ -640,14 +675,17 @@ def clean(item: Sample) -> str:
     else:
         text = CLOSING.sub("", PREAMBLE.sub("", item.text.strip() + "\n", count=1).strip())
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", text)).strip()
-    end = min(leak_start(text), len(text) if CODE.search(text) else loop_start(text))
-    if item.finished and end == len(text):
-        return text
-    return cut_unfinished(text[:end], by_line=item.job.genre in BY_LINE)
+    by_line = item.job.genre in BY_LINE
+    for most in (6, 3, 1):  # Cut earlier if what is left still loops.
+        end = min(leak_start(text), len(text) if CODE.search(text) else loop_start(text, most=most))
+        part = text if item.finished and end == len(text) else cut_unfinished(text[:end], by_line=by_line)
+        if not is_loop(part):
+            break
+    return part
 
 
 def leak_start(text: str) -> int:
-    """Return where text leaks a control token, a placeholder, the request or talk about being an assistant, or its length.
+    """Return where text leaks a control token, a placeholder, an address, the request or assistant talk, or its length.
 
     >>> leak_start("Yours, [Your Name]"), leak_start("Yours, Ann")
     (7, 10)
@@ -692,8 +730,10 @@ def cut_unfinished(text: str, *, by_line: bool) -> str:
 # ----------------------------------------------------------------------------------------------------------- filter
 
 COMMON = frozenset(
-    ["the", "of", "and", "to", "a", "in", "is", "it", "that", "for", "was", "on", "with", "as", "are", "at", "be", "by", "this", "from", "or", "had", "not", "have", "his", "her", "you", "i", "we", "they", "he", "she"]
-)
+    re.findall(r"\w+", """
+    the of and to a in is it that for was on with as are at be by this from or had not have his her you i we they he she
+""")
+)  # fmt: skip
 
 
 def words_of(text: str) -> list[str]:
@@ -728,24 +768,36 @@ def is_loop(text: str) -> bool:
         return True
     if code:
         return False
+    top = max(Counter(word for word in words if word not in COMMON).values(), default=0)
     lines = Counter(line.strip() for line in text.split("\n") if len(line.split()) > 2)
-    heads = Counter(tuple(words_of(part)[:2]) for part in re.split(r"[.!?]+\s+|\n+(?:\d+\.)?", text) if len(part.split()) > 2)
+    heads = Counter(
+        tuple(words_of(part)[:2]) for part in re.split(r"[.!?]+\s+|\n+(?:\d+\.)?", text) if len(part.split()) > 2
+    )
     most_heads = max(heads.values(), default=0)
-    return max(lines.values(), default=0) > 2 or (most_heads > 3 and most_heads > 0.4 * heads.total())
+    return (
+        max(lines.values(), default=0) > 2
+        or top > 0.1 * len(words)
+        or (most_heads > 3 and most_heads > 0.4 * heads.total())
+    )
 
 
 def is_not_english(text: str) -> bool:
-    """Whether text holds many letters beyond ASCII, few of the common English words, or is mostly digits."""
+    """Whether text holds many digits, foreign or single letters, few common English words, or only scraps of lines."""
     words = words_of(text)
     foreign = sum(char.isalpha() and not char.isascii() for char in text)
     digits = sum(char.isdigit() for char in text)
+    if foreign > 0.01 * len(text) or digits > 0.12 * len(text):
+        return True
+    if CODE.search(text):
+        return False
     common = sum(word in COMMON for word in words)
-    floor = 0.02 if CODE.search(text) else 0.16
-    return foreign > 0.01 * len(text) or digits > 0.12 * len(text) or common < floor * len(words)
+    letters = sum(len(word) == 1 and word.isalpha() and word not in ("a", "i") for word in words)
+    return common < 0.12 * len(words) or letters > 0.1 * len(words) or len(words) < 3 * text.count("\n")
 
 
 FILTERS: dict[str, Callable[[str], object]] = {
     **{name: pattern.search for name, pattern in LEAKS.items()},
+    "sensitive": SENSITIVE.search,
     "not English": is_not_english,
     "loop": is_loop,
 }
@@ -803,32 +855,60 @@ class Balancer:
 # ---------------------------------------------------------------------------------------------------------- assemble
 
 
+def without_opening(text: str, opening: str) -> str:
+    """Return text after its given opening, from the next full sentence on.
+
+    >>> without_opening("It rained in Lima, and then more. We left. It was cold.", "It rained in Lima, and")
+    'We left. It was cold.'
+    """
+    start = len(opening)
+    if not SENTENCE_END.search(opening[-2:]):
+        match = SENTENCE_END.search(text, start)
+        start = match.end() if match else len(text)
+    return text[start:].strip()
+
+
+def candidates(samples: Iterable[Sample], count_tokens: Callable[[str], int]) -> Iterator[tuple[list[Document], str]]:
+    """Yield per sample the usable variants of its text, best first, and why it has none if so.
+
+    A plain text is offered with its opening and without, for openings are few and soon over-full.
+    """
+    for item in samples:
+        text = clean(item)
+        reason = fault(text)
+        variants = [text]
+        if item.job.form == "plain" and text.startswith(item.job.prompt):
+            variants.append(without_opening(text, item.job.prompt))
+        usable = [] if reason else [Document(part, *item.job[:4]) for part in variants if count_tokens(part) in TOKENS]
+        yield usable, reason or ("" if usable else "length")
+
+
 def assemble(
     samples: Iterable[Sample], count_tokens: Callable[[str], int], seed: int, max_tokens: int
 ) -> tuple[list[Document], Counter[str]]:
     """Clean, filter, deduplicate and balance samples; return the documents and how many each step dropped."""
     dropped: Counter[str] = Counter()
-    candidates: list[Document] = []
-    for item in samples:
-        text = clean(item)
-        reason = fault(text) or ("length" if count_tokens(text) not in TOKENS else None)
+    pool: list[list[Document]] = []
+    for variants, reason in candidates(samples, count_tokens):
         if reason:
             dropped[reason] += 1
         else:
-            candidates.append(Document(text, *item.job[:4]))
-    random.Random(seed).shuffle(candidates)
-    is_new, has_room = Deduplicator(), Balancer(len(candidates))
+            pool.append(variants)
+    random.Random(seed).shuffle(pool)
+    is_new, has_room = Deduplicator(), Balancer(len(pool))
     kept: list[Document] = []
     tokens = 0
-    for document in candidates:
-        n_tokens = count_tokens(document.text)
-        reason = "near-duplicate" if not is_new(document.text) else "balance" if not has_room(document) else None
-        reason = reason or ("over the token limit" if tokens + n_tokens > max_tokens else None)
-        if reason:
-            dropped[reason] += 1
+    for variants in pool:
+        document = next((variant for variant in variants if has_room(variant)), None)
+        if document is None:
+            dropped["balance"] += 1
+        elif not is_new(document.text):
+            dropped["near-duplicate"] += 1
+        elif tokens + count_tokens(document.text) > max_tokens:
+            dropped["over the token limit"] += 1
         else:
             kept.append(document)
-            tokens += n_tokens
+            tokens += count_tokens(document.text)
     dropped["kept"], dropped["kept tokens"] = len(kept), tokens
     return kept, dropped
 
@@ -841,7 +921,7 @@ def write_corpus(documents: Iterable[Document], path: Path) -> None:
 
 def read_corpus(path: Path) -> list[Document]:
     """Read what write_corpus wrote."""
-    return [Document(**json.loads(line)) for line in lzma.decompress(path.read_bytes()).decode().splitlines()]
+    return [Document(**json.loads(line)) for line in lzma.decompress(path.read_bytes()).splitlines()]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -851,10 +931,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--model", type=Path, required=True, help="folder with a GGUF file or a Hugging Face checkpoint"
     )
     parser.add_argument("--out", type=Path, help="the .jsonl.xz to write; without it, only sample")
-    parser.add_argument("--raw", type=Path, help="keep raw samples here, and reuse them if they are there")
+    parser.add_argument("--raw", type=Path, required=True, help="raw samples: kept here, and continued from here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--samples", type=int, default=12288, help="texts to sample before filtering")
+    parser.add_argument("--first", type=int, help="sample only the first so many of them")
     parser.add_argument("--batch-size", type=int, default=1024, help="texts sampled at once")
     parser.add_argument("--max-new", type=int, default=LIMITS[0], help="lower it for a quick try [tokens]")
     parser.add_argument("--temperature", type=float, default=0.8)
@@ -866,13 +947,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run all steps."""
     args = parse_args(argv)
-    if args.raw and args.raw.exists():
-        samples = read_raw(args.raw)
-    else:
-        samples = sample(compose(args.samples, args.seed), args)
-        if args.raw:
-            write_raw(samples, args.raw)
-            samples = read_raw(args.raw)
+    jobs = compose(args.samples, args.seed)[: args.first]
+    args.raw.touch()
+    done = len(read_raw(args.raw))
+    if done < len(jobs):
+        append_raw(sample(jobs, args, done), args.raw)
+    samples = read_raw(args.raw)
     if args.out:
         tokenizer = load_tokenizer(args.model)
         documents, dropped = assemble(samples, lambda text: len(tokenizer.encode(text)), args.seed, args.max_tokens)

@@ -102,7 +102,7 @@ def test_load_a_gguf(own_cache: Path, tmp_path: Path, tiny_tokenizer: Any, capfd
     lines: list[str] = []
     loaded = load_model(str(tmp_path / "tiny.gguf"), device="cpu", dtype="float32", on_status=lines.append)
     assert (loaded.id, loaded.d_model, loaded.n_layers) == ("tiny", D_MODEL, 1)
-    head = loaded.family.lm_head(loaded.model).weight
+    head: Any = loaded.family.lm_head(loaded.model).weight
     assert np.array_equal(head.numpy(), tensors["output.weight"]), "float32 weights are kept exactly"
     assert loaded.fingerprint == next(own_cache.iterdir()).name
     assert lines == [f"converting tiny.gguf once, to keep in {own_cache}"]

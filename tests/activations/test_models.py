@@ -122,6 +122,8 @@ def test_fingerprint_is_of_the_content(loaded: LoadedModel, tmp_path: Path) -> N
     assert fingerprint_folder(split, read_config(split)) == loaded.fingerprint
     config = read_config(split) | {"transformers_version": "0", "_name_or_path": "elsewhere"}
     assert fingerprint_folder(split, config) == loaded.fingerprint
+    (split / "consolidated.safetensors").write_bytes(b"a second copy that nothing reads")
+    assert fingerprint_folder(split, config) == loaded.fingerprint
     assert fingerprint_folder(split, config | {"rms_norm_eps": 0.5}) != loaded.fingerprint
 
 
@@ -184,7 +186,7 @@ def test_config_that_is_none(folder: Path, text: str) -> None:
 def test_pickles_are_not_opened(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     text = message(folder)
-    assert "expected weights in .safetensors files, got only pytorch_model.bin, which can run code" in text
+    assert "names, got only pytorch_model.bin, which can run code" in text
     (folder / "pytorch_model.bin").unlink()
     assert "got none" in message(folder)
 
@@ -211,6 +213,12 @@ def test_absent_weight_is_not_made_up(folder: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert "got 1 absent or of another shape, such as model.layers.1.mlp.up_proj.weight" in message(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 3}'])
+def test_broken_index(folder: Path, text: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert "model.safetensors.index.json: expected JSON with a weight_map" in message(folder)
 
 
 @pytest.mark.parametrize("n_bytes", [4, 1000, 50_000])

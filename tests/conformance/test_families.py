@@ -4,6 +4,7 @@ A new row in FAMILIES is covered without a change here, as long as transformers 
 """
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,9 +179,8 @@ def test_layer_beyond_the_model_is_refused(row: str, kind: str) -> None:
 
 
 def test_unknown_model_type_says_where_to_add_it(row: str, kind: str) -> None:
-    config = type("Config", (), {"model_type": kind + "_unknown"})()
-    model = torch.nn.Module()
-    model.config = config
+    model: Any = torch.nn.Module()
+    model.config = SimpleNamespace(model_type=kind + "_unknown")
     with pytest.raises(ModelError, match=r"activations/families/.*docs/extending\.md") as caught:
         find_family(model)
     assert kind in caught.value.expected

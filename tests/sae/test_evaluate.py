@@ -1,0 +1,213 @@
+"""Evaluation inside the model: the scale from 0 to 1 means what it says, and only held-out, unmasked tokens count."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from activations.config import HarvestConfig
+from activations.errors import HookPointError, MismatchError, SaekitError
+from activations.harvest import harvest
+from activations.hook_points import HookPoint
+from activations.hooks import edit
+from activations.models import LoadedModel, load_model
+from activations.store import ActivationStore
+from sae import evaluate as evaluate_module
+from sae.artefact import SaeArtefact
+from sae.config import EvaluateConfig
+from sae.data import split
+from sae.evaluate import evaluate, spliced_losses
+from sae.torch_view import TorchSae
+
+HOOK, CTX, WIDTH, HOLDOUT = "resid_post.1", 24, 32, 0.4
+CONTROL = "The river <|im_start|> ran past."
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_llama: Path) -> LoadedModel:
+    return load_model(str(tiny_llama))
+
+
+@pytest.fixture(scope="module")
+def store(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    """Thirty short documents, every fifth with a control token inside."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    rows = [f"Text {i} has {'la ' * (5 * i % 8)}{i * 37}." if i % 5 else CONTROL for i in range(30)]
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    config = HarvestConfig(
+        model=loaded.spec, text=str(folder / "text.jsonl"), hook_points=(HOOK,), out=folder / "store", ctx=CTX,
+        commit_sequences=8, store_dtype="float32", max_tokens=10_000,
+    )  # fmt: skip
+    return ActivationStore.open(harvest(config, loaded).path)
+
+
+def metadata(loaded: LoadedModel) -> dict[str, Any]:
+    return {"hook_point": HOOK, "model": {"id": loaded.id, "fingerprint": loaded.fingerprint}}
+
+
+def perfect(loaded: LoadedModel) -> SaeArtefact:
+    """x = relu(x) - relu(-x)."""
+    both = np.hstack([np.eye(WIDTH), -np.eye(WIDTH)]).astype(np.float32)
+    zeros, b_dec = np.zeros(2 * WIDTH, np.float32), np.zeros(WIDTH, np.float32)
+    return SaeArtefact("jumprelu", both, zeros, both.T.copy(), b_dec, threshold=zeros, metadata=metadata(loaded))
+
+
+def constant(loaded: LoadedModel, mean: np.ndarray) -> SaeArtefact:
+    """No latent is ever active."""
+    sae = perfect(loaded)
+    return replace(sae, b_dec=mean.astype(np.float32), threshold=np.full(2 * WIDTH, np.inf, np.float32))
+
+
+def run(sae: SaeArtefact, store: ActivationStore, loaded: LoadedModel, folder: Path, **changes: Any) -> dict[str, float]:
+    sae.save(folder / "sae")
+    values = {"store": store.path, "sae": folder / "sae", "model": loaded.spec, "holdout_fraction": HOLDOUT}
+    return evaluate(EvaluateConfig.model_validate(values | changes), loaded)
+
+
+def test_a_perfect_sae_recovers_everything(store: ActivationStore, loaded: LoadedModel, tmp_path: Path) -> None:
+    scores = run(perfect(loaded), store, loaded, tmp_path)
+    assert scores["fvu"] == pytest.approx(0, abs=1e-10)
+    assert scores["l0"] == pytest.approx(WIDTH)
+    assert scores["ce_sae"] == pytest.approx(scores["ce_clean"], abs=1e-5)
+    assert scores["kl_sae"] == pytest.approx(0, abs=1e-6)
+    assert scores["ce_loss_recovered"] == pytest.approx(1, abs=1e-4)
+    assert scores["ce_loss_recovered_zero"] == pytest.approx(1, abs=1e-4)
+    assert json.loads((tmp_path / "sae" / "evaluation.json").read_text()) == scores
+
+
+def test_an_sae_that_says_the_mean_recovers_nothing(store: ActivationStore, loaded: LoadedModel, tmp_path: Path) -> None:
+    scores = run(constant(loaded, store.stats(HOOK).mean), store, loaded, tmp_path)
+    assert scores["fvu"] == pytest.approx(1, abs=1e-6)
+    assert (scores["l0"], scores["dead_fraction"]) == (0, 1)
+    assert scores["ce_sae"] == pytest.approx(scores["ce_mean"], abs=1e-5)
+    assert scores["ce_loss_recovered"] == pytest.approx(0, abs=1e-4)
+    assert abs(scores["ce_mean"] - scores["ce_clean"]) > 0.01, "else 0 and 1 are the same"
+
+
+def test_an_sae_that_says_zero_is_zero_ablation(store: ActivationStore, loaded: LoadedModel, tmp_path: Path) -> None:
+    scores = run(constant(loaded, np.zeros(WIDTH)), store, loaded, tmp_path)
+    assert scores["ce_sae"] == pytest.approx(scores["ce_zero"], abs=1e-5)
+    assert scores["ce_loss_recovered_zero"] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_clean_loss_is_that_of_hugging_face_over_the_same_positions(
+    store: ActivationStore, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    scores = run(perfect(loaded), store, loaded, tmp_path)
+    total, count = 0.0, 0
+    for i in range(split(store, HOLDOUT), store.n_sequences):
+        mask = torch.from_numpy(store.mask(i, i + 1)[0])
+        length = 1 + int(torch.nonzero(mask).max())
+        ids = torch.from_numpy(store.tokens(i, i + 1)).long()[:, :length]
+        labels = ids.clone()
+        labels[0, 1:][~mask[: length - 1]] = -100  # a target counts where the token before it is unmasked
+        n = int(mask[: length - 1].sum())
+        total, count = total + n * float(loaded.model(ids, labels=labels).loss), count + n
+    assert scores["ce_tokens"] == count > 50
+    assert scores["ce_clean"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_kl_is_that_of_the_spliced_model(store: ActivationStore, loaded: LoadedModel, tmp_path: Path) -> None:
+    sae = replace(perfect(loaded), threshold=np.ones(2 * WIDTH, np.float32))
+    scores = run(sae, store, loaded, tmp_path)
+    view, total = TorchSae(sae), 0.0
+    for i in range(split(store, HOLDOUT), store.n_sequences):
+        mask = torch.from_numpy(store.mask(i, i + 1)[0])
+        length = 1 + int(torch.nonzero(mask).max())
+        ids, keep = torch.from_numpy(store.tokens(i, i + 1)).long()[:, :length], mask[None, :length, None]
+        point = HookPoint.parse(HOOK)
+        with torch.no_grad(), edit(loaded.model, loaded.family, point, lambda x, keep=keep: torch.where(keep, view(x), x)):
+            spliced = loaded.model(ids).logits[0].log_softmax(-1)
+        clean = loaded.model(ids).logits[0].log_softmax(-1)
+        kl = torch.nn.functional.kl_div(spliced, clean, log_target=True, reduction="none").sum(-1)
+        total += float(kl[:-1][mask[: length - 1]].sum())
+    assert scores["kl_sae"] == pytest.approx(total / scores["ce_tokens"], rel=1e-4)
+    assert scores["kl_sae"] > 0.001
+
+
+def test_masked_tokens_are_left_as_they_are(
+    store: ActivationStore, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @contextmanager
+    def spy(model: Any, family: Any, point: Any, fn: Any) -> Iterator[None]:
+        def recorded(x: torch.Tensor) -> torch.Tensor:
+            seen.append((x, fn(x)))
+            return seen[-1][1]
+
+        with edit(model, family, point, recorded):
+            yield
+
+    monkeypatch.setattr(evaluate_module, "edit", spy)
+    control = loaded.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    rows = np.flatnonzero((store.tokens() == control).any(axis=1))[:3]
+    mask = torch.from_numpy(np.concatenate([store.mask(i, i + 1) for i in rows.tolist()]))
+    mean = store.stats(HOOK).mean
+    spliced_losses(store, HOOK, TorchSae(constant(loaded, 0 * mean + 7)), loaded, rows)
+    ids = torch.from_numpy(np.concatenate([store.tokens(i, i + 1) for i in rows.tolist()]))
+    assert (ids[~mask] == control).sum() == 3
+    for (x, y), value in zip(seen, (None, 7.0, torch.from_numpy(mean).float(), 0.0), strict=True):
+        assert torch.equal(x[~mask], y[~mask])
+        assert torch.equal(y[mask], x[mask] if value is None else torch.zeros_like(x[mask]) + value)
+
+
+def test_only_held_out_sequences_are_read(
+    store: ActivationStore, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, rows = ActivationStore._read, {}
+
+    def spy(self: ActivationStore, name: str, start: int, stop: int | None) -> np.ndarray:
+        if name != "documents":
+            rows.setdefault(name, set()).update(range(start, self.n_sequences if stop is None else stop))
+        return read(self, name, start, stop)
+
+    monkeypatch.setattr(ActivationStore, "_read", spy)
+    scores = run(perfect(loaded), store, loaded, tmp_path, ce_sequences=3)
+    first = split(store, HOLDOUT)
+    assert 5 < first < store.n_sequences - 5
+    assert rows[HOOK] == set(range(first, store.n_sequences))
+    assert min(rows["tokens"]) >= first
+    assert len(rows["tokens"]) == 3
+    assert scores["n_tokens"] == store.mask(first).sum()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ("store", MismatchError, "a store of"),
+        ("width", MismatchError, "d_model 32, got 31"),
+        ("model", MismatchError, "another"),
+        ("hook", HookPointError, "one of resid_post.1"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(
+    store: ActivationStore, loaded: LoadedModel, tmp_path: Path, change: str, error: type[Exception], match: str
+) -> None:
+    sae = perfect(loaded)
+    if change == "store":
+        loaded = replace(loaded, fingerprint="another")
+    elif change == "width":
+        sae = replace(sae, W_enc=sae.W_enc[:31], W_dec=sae.W_dec[:, :31], b_dec=sae.b_dec[:31])
+    elif change == "model":
+        sae = replace(sae, metadata=sae.metadata | {"model": {"id": "another", "fingerprint": "beef"}})
+    else:
+        sae = replace(sae, metadata=sae.metadata | {"hook_point": "resid_post.2"})
+    with pytest.raises(error, match=match):
+        run(sae, store, loaded, tmp_path)
+    assert not (tmp_path / "sae" / "evaluation.json").exists()
+
+
+def test_held_out_text_that_is_all_masked_is_an_error_of_ours(
+    store: ActivationStore, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = ActivationStore.mask
+    monkeypatch.setattr(ActivationStore, "mask", lambda *args: mask(*args) & False)
+    with pytest.raises(SaekitError, match="held-out"):
+        run(perfect(loaded), store, loaded, tmp_path)

@@ -1,0 +1,446 @@
+"""The command: every verb answers, prints one JSON object, and turns each mistake into one line and exit code 1."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from activations.errors import SaekitError
+from activations.models import load_model
+from activations.store import ActivationStore
+from sae.artefact import SaeArtefact
+from steer import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+HOOK = "resid_post.1"
+VERBS = ("harvest", "train", "evaluate", "index", "vector", "chat", "inspect", "demo")
+MEASURE = [
+    f"measure.{key}={value}"
+    for key, value in {
+        "doses": "[0.5]", "select_prompts": 2, "heldout_prompts": 2, "max_new_tokens": 4, "n_random": 1,
+    }.items()
+]  # fmt: skip
+
+
+class Ran(NamedTuple):
+    """What one call of the command left."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+
+Saekit = Callable[..., Ran]
+
+
+@pytest.fixture
+def saekit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Saekit:
+    """Run `saekit ARGUMENTS` in this process."""
+    return lambda *arguments: call(capsys, monkeypatch, *arguments)
+
+
+def call(capsys: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Ran:
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["saekit", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    return Ran(code, *capsys.readouterr())
+
+
+def sets(*pairs: str, **values: object) -> list[str]:
+    """--set arguments."""
+    pairs = (*pairs, *(f"{key}={value}" for key, value in values.items()))
+    return [part for pair in pairs for part in ("--set", pair)]
+
+
+class Made(NamedTuple):
+    """Artefacts of a whole tiny run, and things that do not belong to it."""
+
+    model: Path
+    text: Path
+    folder: Path
+    store: Path
+    sae: Path
+    index: Path
+    library: Path
+    other_model: Path
+    wide_sae: Path
+    results: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The verbs one after the other; they meet on disk only."""
+    folder = tmp_path_factory.mktemp("cli")
+    rows = [{"text": f"Text {i} has {'la ' * (5 * i % 37)}and a cat sat on {i * 37}."} for i in range(60)]
+    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    store, run, index, library = (folder / name for name in ("store", "run", "index", "library"))
+    common = {"store": store, "sae": run / "sae", "model": tiny_llama}
+    harvest = {"ctx": 32, "commit_sequences": 16, "max_tokens": 2000, "hook_points": f"[{HOOK}]"}
+    train = {"hook_point": HOOK, "train_tokens": 2048, "batch_size": 128, "eval_every": 8, "log_every": 4}
+    stages = {
+        "harvest": sets(model=tiny_llama, text=folder / "text.jsonl", out=store, **harvest),
+        "train": sets("sae.d_sae=48", "sae.k=4", store=store, out=run, **train),
+        "evaluate": sets(**common, ce_sequences=4),
+        "index": sets(**common, out=index, n_logits=5),
+        "vector": sets(*MEASURE, **common, latent=5, out=library),
+        "chat": ["Hello there", *sets(model=tiny_llama, library=library, max_new_tokens=4)],
+    }
+    results = {}
+    with pytest.MonkeyPatch.context() as patch:
+        capture = _Capture(patch)
+        for verb, arguments in stages.items():
+            ran = call(capture, patch, verb, *arguments, "--json")
+            results[verb] = ran.json
+    other = load_model(str(tiny_llama))
+    with torch.no_grad():
+        other.model.lm_head.weight.mul_(1.5)
+    other.model.save_pretrained(folder / "other-model")
+    other.tokenizer.save_pretrained(folder / "other-model")
+    sae = SaeArtefact.load(run / "sae")
+    wide = np.zeros((8, sae.d_sae), np.float32)
+    replace(
+        sae, W_enc=np.vstack([sae.W_enc, wide]), W_dec=np.hstack([sae.W_dec, wide.T]), b_dec=np.zeros(40, np.float32)
+    ).save(folder / "wide-sae")
+    return Made(
+        tiny_llama, folder / "text.jsonl", folder, store, run / "sae", index, library, folder / "other-model",
+        folder / "wide-sae", results,
+    )  # fmt: skip
+
+
+class _Capture:
+    """What capsys does, for a fixture that outlives a test."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._patch = patch
+
+    def readouterr(self) -> tuple[str, str]:
+        texts = [stream.getvalue() if isinstance(stream, StringIO) else "" for stream in (sys.stdout, sys.stderr)]
+        for name in ("stdout", "stderr"):
+            self._patch.setattr(sys, name, StringIO())
+        return texts[0], texts[1]
+
+
+def test_help_lists_every_verb(saekit: Saekit) -> None:
+    ran = saekit("--help")
+    assert ran.code == 0
+    assert all(verb in ran.out for verb in VERBS)
+    assert {command.callback.__name__ for command in cli.app.registered_commands} == set(VERBS)
+    for verb in VERBS:
+        assert saekit(verb, "--help").code == 0
+
+
+def test_help_loads_no_framework() -> None:
+    code = "import steer.cli, sys; sys.argv = ['saekit', '--help']; steer.cli.main()"
+    command = [sys.executable, "-X", "importtime", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    modules = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "typer" in modules
+    assert not modules & {"torch", "jax", "transformers", "flax", "zarr", "matplotlib", "sqlalchemy", "numpy"}
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "index", "vector", "chat", "demo"])
+def test_a_dry_run_prints_the_resolved_config_and_does_nothing(
+    saekit: Saekit, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("model: from-the-file\n" if verb != "train" else "lr: 0.125\n")
+    file = ["--config", "c.yaml"] if verb == "chat" else ["c.yaml"]
+    config = saekit(verb, *file, *sets(seed=3) if verb in ("train", "chat", "demo") else (), "--dry-run", "--json").json["config"]
+    assert config["lr" if verb == "train" else "model"] == (0.125 if verb == "train" else "from-the-file")
+    assert config.get("seed", 3) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+
+
+def test_a_dry_harvest_also_says_what_room_it_needs(saekit: Saekit, made: Made, tmp_path: Path) -> None:
+    arguments = sets(model=made.model, text=made.text, out=tmp_path / "s", hook_points=f"[{HOOK}]", max_tokens=1000)
+    shown = saekit("harvest", *arguments, "--dry-run", "--json").json
+    assert shown["config"]["max_tokens"] == 1000
+    assert 2 * 32 * 1000 < shown["bytes_needed"] < shown["bytes_free"]
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_pipeline_runs_through_the_verbs(made: Made, saekit: Saekit) -> None:
+    results = made.results
+    store = ActivationStore.open(made.store)
+    assert results["harvest"]["n_tokens"] == store.state.tokens > 1000
+    assert results["harvest"]["tok_s"] > 0
+    assert "fvu" in json.dumps(results["train"])
+    assert len(json.dumps(results["train"])) < 2000, "figures, not weights"
+    assert 0 < results["evaluate"]["fvu"] < 2
+    assert results["index"]["path"] == str(made.index)
+    assert results["vector"]["name"] == "latent-5"
+    assert len(results["vector"]["effect_ci95"]) == 2
+    assert results["chat"]["vector"] == "latent-5"
+    assert isinstance(results["chat"]["answer"], str)
+    kinds = {"store": "activation store", "sae": "SAE", "index": "feature index", "library": "library"}
+    for name, kind in kinds.items():
+        assert saekit("inspect", getattr(made, name), "--json").json["artefact"] == kind
+        assert saekit("inspect", getattr(made, name)).code == 0
+    assert saekit("inspect", made.index, "--latent", 5, "--json").json["latent"] == 5
+
+
+def test_plain_output_is_for_people(made: Made, saekit: Saekit) -> None:
+    limits = sets(model=made.model, library=made.library, max_new_tokens=4, temperature=0)
+    as_json = saekit("chat", "Hello", "there", *limits, "--json").json
+    assert as_json["prompt"] == "Hello there"
+    assert saekit("chat", "Hello", "there", *limits).out == as_json["answer"] + "\n"
+    shown = saekit("inspect", made.index, "--latent", 5).out
+    assert "top_logits" in shown
+
+
+def test_a_conversation_goes_on_until_the_end_of_input(
+    made: Made, saekit: Saekit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter(["Hello", "", "And then?"])
+
+    def read(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    ran = saekit("chat", *sets(model=made.model, max_new_tokens=3, temperature=0))
+    assert (ran.code, ran.out.count("\n\n") >= 2) == (0, True)
+
+
+Mistake = Callable[[Made, Path], list[Any]]
+
+
+def belongs(made: Made, tmp: Path, verb: str, **changes: object) -> list[Any]:
+    values = {"store": made.store, "sae": made.sae, "model": made.model}
+    return [verb, *sets(**values | changes, **{} if verb == "evaluate" else {"out": tmp / "out"})]
+
+
+def file(tmp: Path, content: str) -> Path:
+    (tmp / "file.yaml").write_text(content)
+    return tmp / "file.yaml"
+
+
+def corrupt_store(made: Made, tmp: Path) -> Path:
+    shutil.copytree(made.store, tmp / "store")
+    for shard in (tmp / "store" / HOOK / "c").rglob("*"):
+        if shard.is_file():
+            content = bytearray(shard.read_bytes())
+            content[len(content) // 3] ^= 0xFF
+            shard.write_bytes(content)
+    return tmp / "store"
+
+
+def harvest(made: Made, tmp: Path, **changes: object) -> list[Any]:
+    values = {"model": made.model, "text": made.text, "out": tmp / "out", "hook_points": f"[{HOOK}]"}
+    return ["harvest", *sets(**values | changes)]
+
+
+def text(tmp: Path, content: str) -> Path:
+    (tmp / "text.jsonl").write_text(content)
+    return tmp / "text.jsonl"
+
+
+def damaged(path: Path, tmp: Path, name: str, content: str) -> Path:
+    shutil.copytree(path, tmp / "damaged")
+    (tmp / "damaged" / name).write_text(content)
+    return tmp / "damaged"
+
+
+def resigned(made: Made, tmp: Path) -> Path:
+    """A library whose manifest was changed by someone who also made its hash right."""
+    from steer.library import _content_hash
+
+    shutil.copytree(made.library, tmp / "library")
+    path = tmp / "library" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["vectors"][0]["model"] = {"id": 1}
+    manifest["content_sha256"] = _content_hash((tmp / "library" / "vectors.safetensors").read_bytes(), manifest["vectors"])
+    path.write_text(json.dumps(manifest))
+    return tmp / "library"
+
+
+def no_vectors(tmp: Path) -> Path:
+    from steer.library import save_library
+
+    save_library(tmp / "library", [])
+    return tmp / "library"
+
+
+MISTAKES: dict[str, tuple[Mistake, str]] = {
+    "model that is a bare name": (lambda m, t: harvest(m, t, model="gpt9"), "wheel:gpt9"),
+    "model folder that is not there": (lambda m, t: harvest(m, t, model=t / "no"), "nothing there"),
+    "model that is not installed": (lambda m, t: ["chat", "Hi", *sets(model="wheel:nothing-like-it")], "pip install"),
+    "model of another device": (lambda m, t: harvest(m, t, device="quantum"), "device"),
+    "no store to train on": (lambda m, t: ["train", *sets(store=t / "no", out=t / "out")], "saekit harvest"),
+    "no store to evaluate on": (lambda m, t: belongs(m, t, "evaluate", store=t / "no"), "saekit harvest"),
+    "no store to index": (lambda m, t: belongs(m, t, "index", store=t / "no"), "saekit harvest"),
+    "no SAE to evaluate": (lambda m, t: belongs(m, t, "evaluate", sae=t / "no"), "saekit train"),
+    "no SAE to index": (lambda m, t: belongs(m, t, "index", sae=t / "no"), "saekit train"),
+    "no SAE for a vector": (lambda m, t: belongs(m, t, "vector", sae=t / "no", latent=1), "saekit train"),
+    "no library": (lambda m, t: ["chat", "Hi", *sets(model=m.model, library=t / "no")], "saekit vector"),
+    "library without vectors": (lambda m, t: ["chat", "Hi", *sets(model=m.model, library=no_vectors(t))], "library"),
+    "nothing to inspect": (lambda m, t: ["inspect", t / "no"], "none of them"),
+    "no index to inspect": (lambda m, t: ["inspect", t, "--latent", 1], "feature index"),
+    "unknown key": (lambda m, t: ["train", *sets(stor="x")], "unknown key 'stor'"),
+    "unknown key inside": (lambda m, t: ["train", *sets("sae.kk=1")], "unknown key 'sae.kk'"),
+    "unknown key in a file": (lambda m, t: ["index", file(t, "nope: 1")], "file.yaml: unknown key 'nope'"),
+    "wrong type": (lambda m, t: ["harvest", *sets(ctx="many")], "key 'ctx'"),
+    "wrong type in a list": (lambda m, t: ["vector", *sets("measure.doses=[a]")], "measure.doses"),
+    "value out of range": (lambda m, t: ["train", *sets(batch_size=0)], "greater than 0"),
+    "not an assignment": (lambda m, t: ["train", "--set", "seed"], "key.path=value"),
+    "a value that is no YAML": (lambda m, t: ["train", *sets(seed="[1")], "YAML"),
+    "a value that is no date": (lambda m, t: ["train", *sets(seed="2024-13-45")], "seed"),
+    "a key over two lines": (lambda m, t: ["train", "--set", "a\nb=1"], "unknown key"),
+    "no config file": (lambda m, t: ["train", t / "no.yaml"], "No such file"),
+    "config that is a folder": (lambda m, t: ["train", t], "readable YAML"),
+    "malformed config": (lambda m, t: ["train", file(t, "a: [1\nb: }")], "line"),
+    "config that is no text": (lambda m, t: ["train", file(t, "\0")], "YAML"),
+    "config that is a list": (lambda m, t: ["train", file(t, "- 1")], "key: value"),
+    "config with a bad date": (lambda m, t: ["train", file(t, "seed: 2024-13-45")], "file.yaml"),
+    "hook point out of range": (lambda m, t: harvest(m, t, hook_points="[resid_post.4]"), "0 to 3"),
+    "hook point of no kind": (lambda m, t: harvest(m, t, hook_points="[mlp.1]"), "SITE.LAYER"),
+    "hook point not harvested": (lambda m, t: ["train", *sets(store=m.store, out=t / "o", hook_point="resid_post.2")], HOOK),
+    "evaluation on another model": (lambda m, t: belongs(m, t, "evaluate", model=m.other_model), "a store of"),
+    "index of another model": (lambda m, t: belongs(m, t, "index", model=m.other_model), "a store of"),
+    "vector of another model": (lambda m, t: belongs(m, t, "vector", model=m.other_model, latent=1), "a store of"),
+    "contrast on the store of another model": (
+        lambda m, t: [*belongs(m, t, "vector", model=m.other_model, kind="contrast"), *sets(*MEASURE)], "a store of",
+    ),
+    "chat with a vector of another model": (
+        lambda m, t: ["chat", "Hi", *sets(model=m.other_model, library=m.library)], "a vector of other-model",
+    ),
+    "store of other settings": (lambda m, t: harvest(m, t, out=m.store, ctx=16), "ctx of the store"),
+    "SAE of another width to evaluate": (lambda m, t: belongs(m, t, "evaluate", sae=m.wide_sae), "d_model 32, got 40"),
+    "SAE of another width to index": (lambda m, t: belongs(m, t, "index", sae=m.wide_sae), "d_model 32, got 40"),
+    "SAE of another width for a vector": (
+        lambda m, t: belongs(m, t, "vector", sae=m.wide_sae, latent=1), "d_model 32, got 40",
+    ),
+    "more latents a token than latents": (
+        lambda m, t: ["train", *sets("sae.d_sae=8", "sae.k=8", store=m.store, hook_point=HOOK, out=t / "o")], "sae.k",
+    ),
+    "unknown architecture": (
+        lambda m, t: ["train", *sets("sae.architecture=gated", store=m.store, hook_point=HOOK, out=t / "o")], "topk",
+    ),
+    "too little disk": (lambda m, t: harvest(m, t, max_tokens=10**14), "GB free"),
+    "empty text": (lambda m, t: harvest(m, t, text=text(t, '{"text": ""}')), "at least one document"),
+    "no text": (lambda m, t: harvest(m, t, text=t / "no.jsonl"), "Check the path"),
+    "text of no kind": (lambda m, t: harvest(m, t, text="novel.pdf"), ".jsonl"),
+    "text that is no JSON": (lambda m, t: harvest(m, t, text=text(t, '{"text": "fine"}\nnot fine')), "line 2"),
+    "nothing to say": (lambda m, t: ["chat", "", *sets(model=m.model, plain=True, max_new_tokens=2)], "prompt"),
+    "too much to say": (lambda m, t: ["chat", "la " * 600, *sets(model=m.model)], "Shorten the prompt"),
+    "corrupt shard": (
+        lambda m, t: ["train", *sets(store=corrupt_store(m, t), hook_point=HOOK, out=t / "o")], "intact shards",
+    ),
+    "corrupt shard to index": (lambda m, t: belongs(m, t, "index", store=corrupt_store(m, t)), "intact shards"),
+    "store that is none": (lambda m, t: ["train", *sets(store=damaged(m.store, t, "zarr.json", "{"), out=t / "o")], "store"),
+    "corrupt SAE": (
+        lambda m, t: belongs(m, t, "evaluate", sae=damaged(m.sae, t, "sae_weights.safetensors", "x")), "safetensors",
+    ),
+    "corrupt index": (lambda m, t: ["inspect", damaged(m.index, t, "index.sqlite", "x" * 999)], "a feature index"),
+    "corrupt library": (lambda m, t: ["inspect", damaged(m.library, t, "manifest.json", "{")], "an intact library"),
+    "library changed by hand": (lambda m, t: ["inspect", resigned(m, t)], "an intact library"),
+    "unknown vector": (lambda m, t: ["chat", "Hi", *sets(model=m.model, library=m.library, vector="up")], "latent-5"),
+    "unknown latent of the index": (lambda m, t: ["inspect", m.index, "--latent", 48], "0 to 47"),
+    "unknown latent of the SAE": (lambda m, t: belongs(m, t, "vector", latent=48), "0 to 47"),
+    "no latent": (lambda m, t: belongs(m, t, "vector"), "latent=123"),
+    "unknown contrast": (lambda m, t: belongs(m, t, "vector", kind="contrast", contrast="jolly"), "joyful_vs_gloomy"),
+    "out that is a file": (lambda m, t: harvest(m, t, out=m.text), "out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_1(made: Made, saekit: Saekit, tmp_path: Path, name: str) -> None:
+    arguments, says = MISTAKES[name]
+    ran = saekit(*arguments(made, tmp_path), "--json")
+    assert (ran.code, ran.out) == (1, "")
+    lines = [line for line in ran.err.splitlines() if not line.startswith("  ")]  # progress and status are indented
+    assert len(lines) == 1, ran.err
+    assert lines[0].startswith("saekit: ")
+    assert ran.err.endswith(lines[0] + "\n")
+    assert says in lines[0]
+    assert ": expected " in lines[0]
+
+
+def test_mistakes_leave_the_artefacts_alone(made: Made, saekit: Saekit) -> None:
+    assert saekit("inspect", made.store, "--json").json["fingerprint"] == ActivationStore.open(made.store).fingerprint
+    assert list(saekit("inspect", made.library, "--json").json["vectors"]) == ["latent-5"]
+
+
+@pytest.mark.parametrize("arguments", [["train", "--nope"], ["nope"], ["inspect"], ["inspect", "x", "--latent", "y"]])
+def test_wrong_usage_exits_with_2(saekit: Saekit, arguments: list[str]) -> None:
+    ran = saekit(*arguments)
+    assert ran.code == 2
+    assert "Traceback" not in ran.err
+
+
+def test_what_is_not_ours_keeps_its_traceback(saekit: Saekit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("steer.inspect.describe", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        saekit("inspect", "x")
+
+
+def test_an_error_of_several_lines_is_printed_in_one(saekit: Saekit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise SaekitError("here", expected="one", got="two\n  lines", fix="Do\nthis.")
+
+    monkeypatch.setattr("steer.inspect.describe", broken)
+    assert saekit("inspect", "x") == (1, "", "saekit: here: expected one, got two lines. Do this.\n")
+
+
+def test_ctrl_c_outside_a_stage_is_one_line(saekit: Saekit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("steer.inspect.describe", stopped)
+    assert saekit("inspect", "x") == (1, "", "saekit: stopped.\n")
+
+
+def test_ctrl_c_during_a_harvest_leaves_a_store_that_resumes(made: Made, saekit: Saekit, tmp_path: Path) -> None:
+    rows = (json.dumps({"text": f"Text {i} says {'la ' * (i % 23)}and ends."}) for i in range(4000))
+    settings = {"text": text(tmp_path, "\n".join(rows)), "ctx": 32, "commit_sequences": 4, "max_tokens": 100_000}
+    arguments = harvest(made, tmp_path, **settings)
+    command = [sys.executable, "-c", "from steer.cli import main; main()", *map(str, arguments), "--json"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline and committed(tmp_path / "out") < 8:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    lines = [line for line in err.splitlines() if not line.startswith("  ")]
+    assert (process.returncode, out, len(lines)) == (1, "", 1), err
+    assert "Run the same command again" in lines[0]
+    kept = ActivationStore.open(tmp_path / "out")
+    assert not kept.is_complete
+    assert kept.n_sequences >= 8
+    budget = kept.state.tokens + 200
+    again = saekit(*harvest(made, tmp_path, **settings | {"max_tokens": budget}), "--json").json
+    assert again["n_sequences"] > kept.n_sequences
+    assert again["new_tokens"] < 1000
+    assert ActivationStore.open(tmp_path / "out").is_complete
+
+
+def committed(path: Path) -> int:
+    try:
+        return ActivationStore.open(path).n_sequences
+    except (OSError, ValueError):
+        return 0

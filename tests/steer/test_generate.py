@@ -1,0 +1,115 @@
+"""Generation: greedy text is the model's own, seeds decide the rest, and neither padding nor the cache changes a token."""
+
+import pytest
+import torch
+
+from activations.errors import ConfigError
+from activations.hook_points import HookPoint
+from activations.models import LoadedModel
+from steer.generate import generate, generate_conditions
+from steer.runtime import Steer, steering
+from steer.vectors import SteeringVector
+
+PROMPTS = ["The river ran past the mill", "A cat", "Numbers such as 12, 345 and 6789 are written"]
+N = 12
+
+
+def ids(loaded: LoadedModel, prompt: str) -> torch.Tensor:
+    return torch.tensor([loaded.tokenizer(prompt)["input_ids"]])
+
+
+def stepwise(loaded: LoadedModel, prompt: str, steers: list[Steer], n: int = N) -> str:
+    """Greedy text by a full forward pass a token, without a cache."""
+    x = ids(loaded, prompt)
+    start = x.shape[1]
+    for _ in range(n):
+        with torch.no_grad(), steering(loaded, steers):
+            token = loaded.model(x, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+        if int(token) == loaded.tokenizer.eos_token_id:
+            break
+        x = torch.cat([x, token], dim=1)
+    return loaded.tokenizer.decode(x[0, start:].tolist(), skip_special_tokens=True)
+
+
+def test_greedy_text_is_that_of_hugging_face(tiny: LoadedModel) -> None:
+    x = ids(tiny, PROMPTS[0])
+    mask = torch.ones_like(x)
+    out = tiny.model.generate(x, attention_mask=mask, max_new_tokens=N, do_sample=False, pad_token_id=0)
+    expected = tiny.tokenizer.decode(out[0, x.shape[1] :].tolist(), skip_special_tokens=True)
+    assert generate(tiny, [PROMPTS[0]], max_new_tokens=N, temperature=0.0) == [expected]
+    assert expected
+
+
+def test_the_seed_decides_the_text(tiny: LoadedModel) -> None:
+    first, again, other = (generate(tiny, PROMPTS, max_new_tokens=N, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_the_callers_random_numbers_are_left_alone(tiny: LoadedModel) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    generate(tiny, PROMPTS[:1], max_new_tokens=2, seed=9)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 4.0])
+def test_left_padding_of_unequal_prompts_changes_nothing(
+    tiny: LoadedModel, vector: SteeringVector, coefficient: float
+) -> None:
+    assert len({ids(tiny, prompt).shape[1] for prompt in PROMPTS}) == 3
+    limits = {"max_new_tokens": N, "temperature": 0.0, "steers": [Steer.of(vector, coefficient)]}
+    together = generate(tiny, PROMPTS, **limits)
+    assert together == [generate(tiny, [prompt], **limits)[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("coefficient", [-6.0, 0.0, 6.0])
+def test_generating_with_a_cache_is_recomputing_every_step(
+    tiny: LoadedModel, vector: SteeringVector, coefficient: float
+) -> None:
+    steers = [Steer.of(vector, coefficient)]
+    for prompt in PROMPTS:
+        (text,) = generate(tiny, [prompt], max_new_tokens=N, temperature=0.0, steers=steers)
+        assert text == stepwise(tiny, prompt, steers)
+
+
+def test_steering_changes_the_text(tiny: LoadedModel, vector: SteeringVector) -> None:
+    plain = generate(tiny, PROMPTS, max_new_tokens=N, temperature=0.0)
+    assert generate(tiny, PROMPTS, max_new_tokens=N, temperature=0.0, steers=[Steer.of(vector, 20.0)]) != plain
+    assert generate(tiny, PROMPTS, max_new_tokens=N, temperature=0.0) == plain
+
+
+def test_special_tokens_are_left_out(tiny: LoadedModel) -> None:
+    end = torch.zeros(tiny.d_model)
+    head = tiny.model.lm_head.weight
+    end[:] = head[tiny.tokenizer.eos_token_id] - head.mean(0)
+    (text,) = generate(
+        tiny, [PROMPTS[0]], max_new_tokens=N, temperature=0.0, steers=[Steer(HookPoint("resid_post", 3), 500 * end)]
+    )
+    assert text == ""
+
+
+def test_a_prompt_that_does_not_fit_is_an_error(tiny: LoadedModel) -> None:
+    limit = tiny.model.config.max_position_embeddings
+    long = "la " * limit
+    with pytest.raises(ConfigError, match=rf"at most {limit - 5} tokens.*Shorten the prompt"):
+        generate(tiny, [PROMPTS[0], long], max_new_tokens=5)
+    tokens = ids(tiny, long)[0, : limit - 2].tolist()
+    just = tiny.tokenizer.decode(tokens)
+    assert ids(tiny, just).shape[1] <= limit - 2
+    assert len(generate(tiny, [just], max_new_tokens=2, temperature=0.0)) == 1
+
+
+def test_an_empty_prompt_is_an_error_of_ours(tiny: LoadedModel) -> None:
+    with pytest.raises(ConfigError, match="prompt"):
+        generate(tiny, [""], max_new_tokens=2, temperature=0.0)
+
+
+def test_conditions_are_those_of_single_runs_in_order(tiny: LoadedModel, vector: SteeringVector) -> None:
+    point, v = HookPoint.parse(vector.hook_point), torch.from_numpy(vector.direction)
+    deltas = torch.stack([0 * v, 6 * v, -6 * v])
+    texts = generate_conditions(tiny, point, PROMPTS, deltas, max_new_tokens=N, seed=0, temperature=0.0)
+    for delta, row in zip(deltas, texts, strict=True):
+        assert row == generate(tiny, PROMPTS, max_new_tokens=N, temperature=0.0, steers=[Steer(point, delta)])
+    assert texts[0] != texts[1]

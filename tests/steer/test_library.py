@@ -1,0 +1,87 @@
+"""Libraries: what was saved is loaded, and nothing else is."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from activations.errors import CorruptArtefactError, MissingArtefactError, UnknownNameError
+from activations.store import ModelRef
+from steer.library import find_vector, load_library, save_library
+from steer.vectors import SteeringVector
+
+RECEIPT = {"effect": 0.5, "random_control_effect": 0.0, "kl": 0.25, "examples": [{"prompt": "a"}]}
+
+
+@given(st.integers(1, 64), st.integers(0, 2**32 - 1), st.floats(-1e6, 1e6), st.text(min_size=1))
+def test_round_trip(tmp_path_factory, d_model: int, seed: int, coefficient: float, name: str) -> None:
+    path = tmp_path_factory.mktemp("library")
+    direction = np.random.default_rng(seed).standard_normal(d_model).astype(np.float32)
+    model = ModelRef(id="m", fingerprint="f", n_layers=3, d_model=d_model)
+    vector = SteeringVector(name, direction, "resid_post.1", model, 2.0, {"kind": "latent"}, coefficient, [RECEIPT])
+    save_library(path, [vector])
+    (loaded,) = load_library(path).values()
+    np.testing.assert_array_equal(loaded.direction, direction)
+    shared = {key: value for key, value in vars(loaded).items() if key != "direction"}
+    assert shared == {key: value for key, value in vars(vector).items() if key != "direction"}
+
+
+@pytest.fixture
+def library(tmp_path: Path, vector: SteeringVector) -> Path:
+    save_library(tmp_path, [replace(vector, coefficient=2.0, receipts=[RECEIPT])])
+    return tmp_path
+
+
+def test_the_card_tells_what_was_measured(library: Path) -> None:
+    card = (library / "README.md").read_text()
+    assert "| up |" in card
+    assert "+0.500" in card
+    assert "0.50" in card
+
+
+@pytest.mark.parametrize("key", ["coefficient", "mean_norm", "hook_point"])
+def test_a_changed_manifest_is_refused(library: Path, key: str) -> None:
+    path = library / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["vectors"][0][key] = 99
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CorruptArtefactError, match="hash"):
+        load_library(library)
+
+
+def test_changed_vectors_are_refused(library: Path) -> None:
+    path = library / "vectors.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptArtefactError, match="hash"):
+        load_library(library)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": "saekit-library-1"}'])
+def test_other_manifests_are_refused(library: Path, content: str) -> None:
+    (library / "manifest.json").write_text(content)
+    with pytest.raises(CorruptArtefactError):
+        load_library(library)
+
+
+@pytest.mark.parametrize("bad", [np.full(32, np.nan, np.float32), np.ones(31, np.float32)])
+def test_a_bad_direction_is_refused(tmp_path: Path, vector: SteeringVector, bad: np.ndarray) -> None:
+    save_library(tmp_path, [replace(vector, direction=bad)])
+    with pytest.raises(CorruptArtefactError, match="direction"):
+        load_library(tmp_path)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(MissingArtefactError, match="manifest.json"):
+        load_library(tmp_path / "none")
+
+
+def test_an_unknown_vector_lists_those_there_are(library: Path) -> None:
+    assert find_vector(library, "up").coefficient == 2.0
+    with pytest.raises(UnknownNameError, match="up"):
+        find_vector(library, "down")
