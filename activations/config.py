@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from activations.errors import ConfigError
 
-
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 
 
@@ -83,12 +82,22 @@ def _config_error(cls: type[Config], error: ValidationError, where: str) -> Conf
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"]) or "(whole)"
     if first["type"] == "extra_forbidden":
-        expected = f"one of the keys {', '.join(sorted(cls.model_fields))}"
+        expected = f"one of the keys {', '.join(sorted(_section(cls, first['loc'][:-1]).model_fields))}"
         return ConfigError(f"{where}: unknown key '{key}'", expected=expected, got=f"'{key}'", fix="Correct the key.")
     got = "nothing" if first["type"] == "missing" else repr(first["input"])
     more = f" ({len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
     fix = f"Correct the value{more}."
     return ConfigError(f"{where}: key '{key}'", expected=_lower_first(first["msg"]), got=got, fix=fix)
+
+
+def _section(cls: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
+    """The config class of a section, such as that of `sae` in a TrainConfig."""
+    for part in path:
+        annotation = cls.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        cls = annotation
+    return cls
 
 
 def _lower_first(text: str) -> str:

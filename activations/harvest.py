@@ -116,9 +116,7 @@ def harvest(
     Raises: InterruptedRunError on Ctrl-C, after the commit in flight; NumericsError for NaN or infinity; TextError if
       the text has no tokens; MismatchError if the store was made with other settings.
     """
-    loaded = loaded or load_model(
-        config.model, device=config.device, dtype=config.compute_dtype, on_status=on_status
-    )
+    loaded = loaded or load_model(config.model, device=config.device, dtype=config.compute_dtype, on_status=on_status)
     points = [HookPoint.parse(name).check(loaded.n_layers) for name in config.hook_points]
     plan(config, loaded.d_model)
     with StoreWriter.open(config.out, _meta(config, loaded)) as writer:

@@ -351,8 +351,11 @@ def _read_attributes(path: Path, group: zarr.Group) -> tuple[StoreMeta, StoreSta
     if not isinstance(content, dict):
         raise _not_a_store(path, "a zarr group without saekit's attributes")
     try:
+        version = content["meta"]["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise _not_a_store(path, f"schema version {version}, not {SCHEMA_VERSION}")
         return StoreMeta.model_validate(content["meta"]), StoreState.model_validate(content["state"])
-    except (KeyError, ValidationError) as error:
+    except (KeyError, TypeError, ValidationError) as error:
         raise _not_a_store(path, "attributes of another schema") from error
 
 

@@ -191,7 +191,7 @@ def _check_column(where: str, column: str, columns: list[str]) -> None:
 
 
 def _missing_extra(spec: str, library: str, extra: str) -> TextError:
-    fix = f"Run pip install 'saekit[{extra}]'."
+    fix = f"Run pip install {library}, or install saekit with its extra '{extra}'."
     return TextError(f"text '{spec}'", expected=f"the library {library}", got="it is not installed", fix=fix)
 
 

@@ -216,7 +216,10 @@ def _read_kind(path: Path, config: dict[str, Any]) -> tuple[SavedArchitecture, i
     for key, allowed in _ONLY.items():
         if key in config and config[key] not in allowed:
             raise MismatchError(
-                f"{path}: {key}", expected=repr(allowed[0]), got=repr(config[key]), fix="Use: saekit convert"
+                f"{path}: {key}",
+                expected=repr(allowed[0]),
+                got=repr(config[key]),
+                fix="Save it in a form that saekit reads, see docs/formats.md.",
             )
     for key in ("d_in", "d_sae"):
         if not isinstance(config.get(key), int) or config[key] < 1:
@@ -249,7 +252,10 @@ def _read_weights(path: Path, config: dict[str, Any], architecture: str) -> dict
 def _check_kind(where: str, architecture: object, k: object, d_sae: int) -> None:
     if architecture not in get_args(SavedArchitecture):
         raise MismatchError(
-            f"{where}: architecture", expected="topk or jumprelu", got=repr(architecture), fix="Use: saekit convert"
+            f"{where}: architecture",
+            expected="topk or jumprelu",
+            got=repr(architecture),
+            fix="Save it in a form that saekit reads, see docs/formats.md.",
         )
     if architecture == "topk" and not (isinstance(k, int) and 1 <= k <= d_sae):
         raise _corrupt(f"{where}: k", f"a whole number from 1 to d_sae={d_sae}", repr(k))

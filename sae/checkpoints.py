@@ -74,7 +74,9 @@ def _identity(config: TrainConfig, store_fingerprint: str) -> dict[str, Any]:
 
 def _check_identity(path: Path, mine: dict[str, Any]) -> None:
     if not path.exists():
-        path.write_text(json.dumps(mine, indent=2) + "\n")
+        whole = path.with_suffix(".new")
+        whole.write_text(json.dumps(mine, indent=2) + "\n")
+        whole.replace(path)
         return
     theirs = json.loads(path.read_text())
     differing = [key for key in mine if mine[key] != theirs.get(key)]

@@ -50,7 +50,7 @@ def evaluate(config: EvaluateConfig, loaded: LoadedModel | None = None) -> dict[
     loaded = loaded or load_model(config.model, device=config.device)
     check_belongs(store, loaded, artefact)
     start = split(store, config.holdout_fraction)
-    sae = TorchSae(artefact)
+    sae = TorchSae(artefact).to(loaded.device)
     result = reconstruction(store, artefact.hook_point, sae, start)
     result |= spliced_losses(store, artefact.hook_point, sae, loaded, _spread(start, store, config.ce_sequences))
     (config.sae / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -64,8 +64,8 @@ def reconstruction(store: ActivationStore, hook_point: str, sae: TorchSae, start
         last = min(first + BLOCK_SEQUENCES, store.n_sequences)
         x = torch.from_numpy(store.activations(hook_point, first, last)[store.mask(first, last)])
         with torch.inference_mode():
-            latents = sae.encode(x)
-            evaluation.add(x.numpy(), sae.decode(latents).numpy(), latents.numpy())
+            latents = sae.encode(x.to(sae.W_enc.device))
+            evaluation.add(x.numpy(), sae.decode(latents).cpu().numpy(), latents.cpu().numpy())
     dense = float((evaluation.density > 0.1).mean())
     return {**evaluation.summary(), "dense_fraction": dense, "n_tokens": evaluation.n_tokens}
 
@@ -81,7 +81,7 @@ def spliced_losses(
     mean = torch.from_numpy(store.stats(hook_point).mean).float()
     variants: dict[str, Replace] = {
         "clean": lambda x: x,
-        "sae": lambda x: sae.decode(sae.encode(x.float().cpu())).to(x),
+        "sae": lambda x: sae(x.float()).to(x),
         "mean": lambda x: mean.to(x).expand_as(x),
         "zero": torch.zeros_like,
     }

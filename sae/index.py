@@ -70,7 +70,7 @@ def build_index(config: IndexConfig, loaded: LoadedModel | None = None) -> Path:
     loaded = loaded or load_model(config.model, device=config.device)
     check_belongs(store, loaded, artefact)
     hook_point = artefact.hook_point
-    sae = TorchSae(artefact)
+    sae = TorchSae(artefact).to(loaded.device)
     n_tokens = int(store.mask().sum())
     with progress("index", 2 * n_tokens, "tok") as advance:
         usage = _usage(_blocks(store, hook_point, sae), config.n_contexts * SPARE, advance)
@@ -106,14 +106,27 @@ def build_index(config: IndexConfig, loaded: LoadedModel | None = None) -> Path:
     return config.out
 
 
+def check_store(store: ActivationStore, loaded: LoadedModel) -> None:
+    """Raise MismatchError unless the store was harvested from this model with this tokenizer."""
+    if store.meta.model.fingerprint != loaded.fingerprint:
+        expected, got = f"a store of {loaded.id}", f"one of {store.meta.model.id}"
+    elif store.meta.tokenizer_fingerprint != loaded.tokenizer_fingerprint:
+        expected, got = f"a store made with the tokenizer of {loaded.id}", "one made with another tokenizer"
+    else:
+        return
+    raise MismatchError(store.path, expected=expected, got=got, fix="Name the model that the store was harvested from.")
+
+
 def check_belongs(store: ActivationStore, loaded: LoadedModel, artefact: SaeArtefact) -> None:
     """Raise MismatchError unless store and SAE were made from this model, and the SAE fits the store."""
-    if store.meta.model.fingerprint != loaded.fingerprint:
+    check_store(store, loaded)
+    model = artefact.metadata.get("model", {})
+    if model.get("fingerprint", loaded.fingerprint) != loaded.fingerprint:
         raise MismatchError(
-            store.path,
-            expected=f"a store of {loaded.id}",
-            got=f"one of {store.meta.model.id}",
-            fix="Name the model that the store was harvested from.",
+            "SAE",
+            expected=f"one trained on {loaded.id}",
+            got=f"one trained on {model.get('id')}",
+            fix="Choose another.",
         )
     if artefact.d_model != store.d_model:
         raise MismatchError(
@@ -128,7 +141,7 @@ def _blocks(store: ActivationStore, hook_point: str, sae: TorchSae) -> Iterator[
         x, mask = store.activations(hook_point, start, stop), store.mask(start, stop)
         latents = torch.zeros(*mask.shape, sae.d_sae)
         with torch.inference_mode():
-            latents[torch.from_numpy(mask)] = sae.encode(torch.from_numpy(x[mask]))
+            latents[torch.from_numpy(mask)] = sae.encode(torch.from_numpy(x[mask]).to(sae.W_enc.device)).cpu()
         yield Block(start, store.tokens(start, stop), store.documents(start, stop), latents)
 
 
@@ -197,18 +210,18 @@ def _window(block: Block, row: int, latent: int, before: int, after: int) -> Con
 def _logits(
     artefact: SaeArtefact, loaded: LoadedModel, n: int
 ) -> tuple[list[list[tuple[str, float]]], list[list[tuple[str, float]]]]:
-    """Tokens that each decoder row raises and lowers most through the norm's gain and the unembedding.
+    """Tokens whose logits each decoder row raises and lowers most through the final norm and the unembedding.
 
-    The norm's data-dependent scale is left out: it stretches all logits of a token alike.
+    The norm is applied to the row itself, less what it makes of nothing (a bias), so that gain and centring of any
+    kind of norm count; its data-dependent scale is left out, since it stretches all logits of a token alike.
     """
-    head, norm = loaded.family.lm_head(loaded.model), loaded.family.final_norm(loaded.model)
-    unembedding = head.weight.detach().float().cpu()  # type: ignore[union-attr]
-    gain = norm.weight.detach().float().cpu()  # type: ignore[union-attr]
+    unembedding = loaded.family.lm_head(loaded.model).weight.detach().float().cpu()  # type: ignore[union-attr]
+    pushes = _through_norm(loaded, torch.from_numpy(artefact.W_dec))
     vocabulary = [loaded.tokenizer.decode([i]) for i in range(len(unembedding))]
     top, bottom = [], []
     with torch.inference_mode():
-        for rows in torch.from_numpy(artefact.W_dec).split(256):
-            logits = (rows * gain) @ unembedding.T
+        for rows in pushes.split(256):
+            logits = rows @ unembedding.T
             logits -= logits.mean(dim=1, keepdim=True)
             for sign, out in ((1, top), (-1, bottom)):
                 values, tokens = (sign * logits).topk(n, dim=1)
@@ -217,6 +230,15 @@ def _logits(
                     for ts, vs in zip(tokens.tolist(), values.tolist(), strict=True)
                 ]
     return top, bottom
+
+
+def _through_norm(loaded: LoadedModel, rows: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+    """What the final norm makes of directions, at the scale of the directions."""
+    norm = loaded.family.final_norm(loaded.model)
+    large = (1e3 * rows).to(device=loaded.device, dtype=loaded.dtype)  # far above the norm's epsilon
+    with torch.inference_mode():
+        pushes = (norm(large) - norm(torch.zeros_like(large[:1]))).float().cpu()
+    return pushes * rows.norm(dim=1, keepdim=True) / rows.shape[1] ** 0.5
 
 
 def _neighbours(W_dec: Float[Tensor, "d_sae d_model"], n: int) -> list[list[tuple[int, float]]]:

@@ -86,5 +86,5 @@ def _forgiving(call: Callable[..., Any], *arguments: Any) -> Any:
         return call(*arguments)
     except Exception as error:  # whatever a remote service raises, it must not end a run
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        sys.stderr.write(f"  wandb is off for this run: {reason}. train.jsonl has everything.\n")
+        sys.stderr.write(f"  wandb is off for this run: {reason.rstrip('.')}. train.jsonl has everything.\n")
         return None

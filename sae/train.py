@@ -73,19 +73,23 @@ def train(config: TrainConfig) -> TrainResult:
     Raises: MissingArtefactError, HookPointError, ShapeError, ConfigError or MismatchError before anything is written;
     NumericsError naming the last good checkpoint; InterruptedRunError after Ctrl-C, with a checkpoint kept.
     """
-    run = prepare(config)
+    run, path = prepare(config), config.out / "sae"
     config.out.mkdir(parents=True, exist_ok=True)
     with Checkpoints(config, run.store.fingerprint) as checkpoints:
         config.save(config.out / "config.yaml")
         resumed_from = checkpoints.last
-        state, tok_s = _loop(run, checkpoints)
-    held_out, n_tokens = evaluate(run, state), run.plan.n_steps * config.batch_size
-    metrics: Row = {**held_out, "train_tok_s": tok_s, "train_tokens": n_tokens}
+        if resumed_from < run.plan.n_steps or not path.exists():
+            state, tok_s = _loop(run, checkpoints)
+            _save(run, state, tok_s, path)
+    artefact = SaeArtefact.load(path)
+    return TrainResult(artefact, path, artefact.metadata["metrics"], run.plan.n_steps, resumed_from)
+
+
+def _save(run: Run, state: TrainState, tok_s: float, path: Path) -> None:
+    config, n_tokens = run.config, run.plan.n_steps * run.config.batch_size
+    metrics: Row = {**evaluate(run, state), "train_tok_s": tok_s, "train_tokens": n_tokens}
     sae = assemble(config, run.plan, state)
-    artefact = sae.to_artefact(run.plan.scale, provenance(config, run.store, metrics))
-    path = config.out / "sae"
-    artefact.save(path)
-    return TrainResult(SaeArtefact.load(path), path, metrics, run.plan.n_steps, resumed_from)
+    sae.to_artefact(run.plan.scale, provenance(config, run.store, metrics)).save(path)
 
 
 def prepare(config: TrainConfig) -> Run:

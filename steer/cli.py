@@ -31,7 +31,7 @@ app = typer.Typer(
 ConfigPath = Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="Config file; defaults without one.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the config.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 
 
 @app.command()

@@ -56,7 +56,7 @@ def run_demo(config: DemoConfig, *, on_status: Status | None = None) -> dict[str
     with _stage(say, f"harvesting {hook_point} of {loaded.n_layers} layers"):
         harvested = harvest(_harvest_config(config, loaded, hook_point), loaded)
     with _stage(say, f"training an SAE on {harvested.n_tokens:,} tokens"):
-        trained = _train(_train_config(config, hook_point, harvested.n_tokens))
+        trained = _train(_train_config(config, hook_point))
     paths: dict[str, Any] = {"model": config.model, "store": config.out / "store", "sae": config.out / "sae" / "sae"}
     with _stage(say, "evaluating it on held-out text, and inside the model"):
         scores = evaluate(EvaluateConfig(**paths, ce_sequences=config.ce_sequences), loaded)
@@ -102,19 +102,19 @@ def _harvest_config(config: DemoConfig, loaded: LoadedModel, hook_point: str) ->
     )
     saved = out / "harvest.yaml"
     if saved.exists():
-        return HarvestConfig.load(saved)
+        return settings.model_copy(update={"max_tokens": HarvestConfig.load(saved).max_tokens})
     affordable = measure_speed(settings, loaded) * config.harvest_s
     budget = int(min(max(affordable, config.min_tokens), config.max_tokens)) // ROUND_TOKENS * ROUND_TOKENS
     return settings.model_copy(update={"max_tokens": budget})
 
 
-def _train_config(config: DemoConfig, hook_point: str, n_tokens: int) -> TrainConfig:
+def _train_config(config: DemoConfig, hook_point: str) -> TrainConfig:
     base = TrainConfig(
         store=config.out / "store",
         hook_point=hook_point,
         out=config.out / "sae",
         sae=SaeConfig(architecture=ARCHITECTURE, expansion=config.expansion, k=config.k),
-        train_tokens=int(config.epochs * n_tokens),
+        train_tokens=config.train_tokens,
         seed=config.seed,
     )
     n_steps = base.train_tokens // base.batch_size
@@ -122,7 +122,9 @@ def _train_config(config: DemoConfig, hook_point: str, n_tokens: int) -> TrainCo
 
 
 def _train(config: TrainConfig) -> Any:
-    from sae.train import train  # JAX starts here, so that a stage before it does not pay for it
+    # JAX would otherwise claim most of a GPU's memory, which PyTorch is using too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from sae.train import train
 
     return train(config)
 
@@ -134,7 +136,7 @@ def _try(config: DemoConfig, loaded: LoadedModel, index: FeatureIndex, artefact:
             "latents to steer with",
             expected="some that are strongest in several documents and on several kinds of tokens",
             got="none",
-            fix="Train on more tokens: raise min_tokens.",
+            fix="Use more tokens: raise min_tokens, with another out.",
         )
     mean_norm = ActivationStore.open(config.out / "store").stats(artefact.hook_point).mean_norm
     prompts = load_prompts("select")[-TRIAL_PROMPTS:]
@@ -208,7 +210,8 @@ def transcript(config: DemoConfig, summary: dict[str, Any]) -> str:
             f"  random directions {steering['random_control_effect']:+.3f}, asking in words "
             f"{steering['prompt_baseline_effect']:+.3f}, KL {steering['kl']:.2f} nats a token",
         ]
-    out, first = config.out, summary["steering"]
+    out, first, tried = config.out, summary["steering"], summary["latents_tried"]
+    other = tried[min(1, len(tried) - 1)]["latent"]
     return "\n".join(
         [
             *lines,
@@ -222,9 +225,9 @@ def transcript(config: DemoConfig, summary: dict[str, Any]) -> str:
             "try next",
             f"  saekit chat --set library={out / 'library'} --set vector={first['latent_or_vector']} "
             f'"Tell me about your day."',
-            f"  saekit inspect {out / 'index'} --latent {summary['latents_tried'][1]['latent']}",
+            f"  saekit inspect {out / 'index'} --latent {other}",
             f"  saekit vector --set store={out / 'store'} --set sae={out / 'sae' / 'sae'} "
-            f"--set out={out / 'library'} --set latent={summary['latents_tried'][1]['latent']}\n",
+            f"--set out={out / 'library'} --set latent={other}\n",
         ]
     )
 

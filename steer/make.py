@@ -14,7 +14,7 @@ from activations.errors import ConfigError, MissingArtefactError
 from activations.models import LoadedModel, load_model
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
-from sae.index import check_belongs
+from sae.index import check_belongs, check_store
 from sae.torch_view import TorchSae
 from steer.config import MeasureConfig, VectorConfig
 from steer.effect import Expresses, choose_dose, contrast_reader, latent_reader, measure, sweep_doses
@@ -35,6 +35,7 @@ def make_vector(config: VectorConfig, loaded: LoadedModel | None = None) -> Stee
 
 
 def _direction(config: VectorConfig, loaded: LoadedModel, store: ActivationStore) -> tuple[SteeringVector, Expresses]:
+    check_store(store, loaded)
     if config.kind == "contrast":
         hook_point = config.hook_point or store.hook_points[0]
         vector = from_contrast(loaded, hook_point, Path(config.contrast).stem, load_pairs(config.contrast))

@@ -134,7 +134,7 @@ def from_contrast(loaded: LoadedModel, hook_point: str, name: str, pairs: list[C
     """Difference in means over the `fit` pairs, normalised; raises TextError if there are none.
 
     `source` keeps the midpoint between the two means along the direction, which tells the sides apart when text is read
-    back.
+    back, and the share of `heldout` pairs whose positive continuation lies further along the direction than the other.
     """
     fit = [pair for pair in pairs if pair.split == "fit"]
     if not fit:
@@ -149,9 +149,25 @@ def from_contrast(loaded: LoadedModel, hook_point: str, name: str, pairs: list[C
         "contrast": name,
         "pairs": len(fit),
         "midpoint": float((positive + negative) @ direction / 2),
+        "heldout_accuracy": _accuracy(loaded, point, direction, [pair for pair in pairs if pair.split == "heldout"]),
     }
     model = ModelRef(id=loaded.id, fingerprint=loaded.fingerprint, n_layers=loaded.n_layers, d_model=loaded.d_model)
     return SteeringVector(name, direction.astype(np.float32), hook_point, model, (norm_p + norm_n) / 2, source)
+
+
+def _accuracy(
+    loaded: LoadedModel, point: HookPoint, direction: Float[np.ndarray, " d_model"], pairs: list[ContrastPair]
+) -> float | None:
+    if not pairs:
+        return None
+    sides = [
+        [
+            _continuation_mean(loaded, point, [(pair.prompt, side)])[0] @ direction
+            for side in (pair.positive, pair.negative)
+        ]
+        for pair in pairs
+    ]
+    return float(np.mean([positive > negative for positive, negative in sides]))
 
 
 def _continuation_mean(

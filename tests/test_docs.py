@@ -14,7 +14,7 @@ from activations.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("activations", "benchmarks", "configs", "docs", "notebooks", "sae", "steer", "tests")
-PAGES = sorted(chain(ROOT.glob("*.md"), *((ROOT / room).rglob("*.md") for room in ROOMS)))
+PAGES = sorted(chain(ROOT.glob("*.md"), *((ROOT / room).rglob(end) for room in ROOMS for end in ("*.md", "*.ipynb"))))
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 

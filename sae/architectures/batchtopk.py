@@ -20,7 +20,7 @@ from sae.config import SaeConfig
 from sae.kernels import Codes, kth_largest
 
 CAPACITY = 2
-EMA_RATE = 0.02
+EMA_RATE = 0.1
 
 
 class BatchTopK(SparseCoder):

@@ -1,4 +1,4 @@
-"""The corpus script's pure parts, and the committed corpus file."""
+"""The pure parts of the corpus script and its modules, and the committed corpus file."""
 
 import random
 from collections import Counter
@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
-import activations.data.make_corpus as corpus
-from activations.data.make_corpus import Balancer, Deduplicator, Document, Job, Sample
+from activations.data import corpus_filters as filters
+from activations.data import corpus_prompts as prompts
+from activations.data import make_corpus
+from activations.data.corpus_filters import Balancer, Deduplicator, Document, Sample
+from activations.data.corpus_prompts import Job
 
-FILE = Path(corpus.__file__).with_name("corpus.jsonl.xz")
+FILE = Path(make_corpus.__file__).with_name("corpus.jsonl.xz")
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmn" for b in "aeiou" for c in ("rin", "lot", "sk", "nd", "ver")]
 TEA = "Few things are as good as tea."
 
@@ -17,31 +20,31 @@ TEA = "Few things are as good as tea."
 def prose(seed: int, n: int = 150) -> str:
     """Return n varied words in sentences of ten, a third of them common English ones."""
     rng = random.Random(seed)
-    common = sorted(corpus.COMMON)
+    common = sorted(filters.COMMON)
     words = [rng.choice(common if i % 3 == 0 else WORDS) for i in range(n)]
     return " ".join(word.capitalize() if i % 10 == 0 else word + "." * (i % 10 == 9) for i, word in enumerate(words))
 
 
-def sampled(text: str, form: corpus.Form = "chat", *, finished: bool = True, genre: str = "essay") -> Sample:
+def sampled(text: str, form: prompts.Form = "chat", *, finished: bool = True, genre: str = "essay") -> Sample:
     return Sample(Job("tea", genre, "plain", form, TEA), text, finished)
 
 
 @pytest.fixture(scope="module")
 def documents() -> list[Document]:
-    return corpus.read_corpus(FILE)
+    return make_corpus.read_corpus(FILE)
 
 
 def test_compose_is_seeded_varied_and_filled():
-    jobs = corpus.compose(580, seed=3)
-    assert jobs == corpus.compose(580, seed=3) != corpus.compose(580, seed=4)
-    assert set(Counter(job.genre for job in jobs).values()) == {580 // len(corpus.GENRES)}
-    assert {job.register for job in jobs} == set(corpus.REGISTERS)
+    jobs = prompts.compose(580, seed=3)
+    assert jobs == prompts.compose(580, seed=3) != prompts.compose(580, seed=4)
+    assert set(Counter(job.genre for job in jobs).values()) == {580 // len(prompts.GENRES)}
+    assert {job.register for job in jobs} == set(prompts.REGISTERS)
     assert not any("{" in job.prompt or "}" in job.prompt for job in jobs)
     assert 0.4 < sum(job.form == "chat" for job in jobs) / len(jobs) < 0.6
 
 
 def test_subjects_are_many_and_distinct():
-    subjects = [subject.strip() for field in corpus.FIELDS.values() for subject in field.split(";")]
+    subjects = [subject.strip() for field in prompts.FIELDS.values() for subject in field.split(";")]
     assert len(subjects) == len(set(subjects) - {""}) > 300
 
 
@@ -60,25 +63,25 @@ def test_subjects_are_many_and_distinct():
     ],
 )
 def test_clean_chat(text, expected):
-    assert corpus.clean(sampled(text)) == expected
+    assert filters.clean(sampled(text)) == expected
 
 
 def test_clean_keeps_the_opening_of_a_plain_text_and_cuts_the_last_sentence():
-    assert corpus.clean(sampled(" It is warm. It is al", "plain", finished=False)) == f"{TEA} It is warm."
+    assert filters.clean(sampled(" It is warm. It is al", "plain", finished=False)) == f"{TEA} It is warm."
 
 
 def test_clean_keeps_the_part_before_a_loop():
     good = prose(1)
-    assert corpus.clean(sampled(good + " And the cup was full of tea again." * 9)).startswith(good)
-    assert corpus.clean(sampled(good + " And the cup was full of tea again." * 9)).count("cup") <= 1
+    assert filters.clean(sampled(good + " And the cup was full of tea again." * 9)).startswith(good)
+    assert filters.clean(sampled(good + " And the cup was full of tea again." * 9)).count("cup") <= 1
 
 
 def test_starts_of_leaks_and_loops():
-    assert corpus.leak_start("Tea <|im_end|> Write to www.tea.org") == 4
-    assert corpus.leak_start("Tea.") == corpus.loop_start("Tea.") == 4
+    assert filters.leak_start("Tea <|im_end|> Write to www.tea.org") == 4
+    assert filters.leak_start("Tea.") == filters.loop_start("Tea.") == 4
     looping = prose(1) + " One cup of tea for me." * 5
-    assert len(prose(1)) < corpus.loop_start(looping) < len(prose(1)) + 40
-    assert corpus.loop_start(looping, most=99) == len(looping)
+    assert len(prose(1)) < filters.loop_start(looping) < len(prose(1)) + 40
+    assert filters.loop_start(looping, most=99) == len(looping)
 
 
 @pytest.mark.parametrize(
@@ -94,16 +97,16 @@ def test_starts_of_leaks_and_loops():
     ],
 )
 def test_cut_unfinished(text, by_line, expected):
-    assert corpus.cut_unfinished(text, by_line=by_line) == expected
+    assert filters.cut_unfinished(text, by_line=by_line) == expected
 
 
 def test_shares():
-    assert corpus.repeated_share(list("abcde"), 2) == 0
-    assert corpus.repeated_share(["a"] * 10, 2) == pytest.approx(8 / 9)
+    assert filters.repeated_share(list("abcde"), 2) == 0
+    assert filters.repeated_share(["a"] * 10, 2) == pytest.approx(8 / 9)
     fresh, loop = [str(i) for i in range(150)], ["x"] * 100
-    assert corpus.distinct_share(fresh) == 1
-    assert corpus.distinct_share(fresh + loop) == pytest.approx(0.01)
-    assert corpus.distinct_share([]) == 0
+    assert filters.distinct_share(fresh) == 1
+    assert filters.distinct_share(fresh + loop) == pytest.approx(0.01)
+    assert filters.distinct_share([]) == 0
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ def test_shares():
     ],
 )
 def test_fault_names_the_filter(text, reason):
-    assert corpus.fault(text) == reason
+    assert filters.fault(text) == reason
 
 
 def test_deduplicator_drops_what_shares_shingles():
@@ -147,40 +150,40 @@ def test_balancer_limits_genres_and_openings():
 
 def test_assemble_reports_and_limits():
     samples = [sampled(prose(seed)) for seed in range(40)] + [sampled(prose(99, n=60))]
-    kept, dropped = corpus.assemble(samples, lambda text: len(text.split()), 0, 1000)
+    kept, dropped = filters.assemble(samples, lambda text: len(text.split()), 0, 1000)
     assert dropped["length"] == 1
     assert dropped["kept"] == len(kept) > 0
     assert dropped["kept tokens"] == sum(len(document.text.split()) for document in kept) <= 1000
     assert sum(count for name, count in dropped.items() if name != "kept tokens") == len(samples)
-    assert kept == corpus.assemble(samples, lambda text: len(text.split()), 0, 1000)[0]
+    assert kept == filters.assemble(samples, lambda text: len(text.split()), 0, 1000)[0]
 
 
 def test_a_plain_text_can_stand_without_its_opening():
-    assert corpus.without_opening(f"{TEA} So is rain. Yes.", TEA) == "So is rain. Yes."
-    assert corpus.without_opening("Tea in May is fine. So is rain.", "Tea in May is") == "So is rain."
+    assert filters.without_opening(f"{TEA} So is rain. Yes.", TEA) == "So is rain. Yes."
+    assert filters.without_opening("Tea in May is fine. So is rain.", "Tea in May is") == "So is rain."
 
 
 def test_files_round_trip(tmp_path):
     document = Document("Tee, thé\n\tand\u2028tea", "tea", "essay", "plain", "chat")
-    corpus.write_corpus([document], tmp_path / "c.xz")
-    assert corpus.read_corpus(tmp_path / "c.xz") == [document]
-    corpus.append_raw([sampled("a\u2028b")], tmp_path / "raw")
-    corpus.append_raw([sampled("c", finished=False)], tmp_path / "raw")
-    assert corpus.read_raw(tmp_path / "raw") == [sampled("a\u2028b"), sampled("c", finished=False)]
+    make_corpus.write_corpus([document], tmp_path / "c.xz")
+    assert make_corpus.read_corpus(tmp_path / "c.xz") == [document]
+    make_corpus.append_raw([sampled("a\u2028b")], tmp_path / "raw")
+    make_corpus.append_raw([sampled("c", finished=False)], tmp_path / "raw")
+    assert make_corpus.read_raw(tmp_path / "raw") == [sampled("a\u2028b"), sampled("c", finished=False)]
 
 
 def test_committed_corpus_has_its_size(documents):
-    assert 900_000 <= FILE.stat().st_size <= 3_000_000
-    assert len(documents) == 4176
+    assert 1_000_000 <= FILE.stat().st_size <= 3_000_000
+    assert len(documents) == 5122
 
 
 def test_committed_corpus_is_clean(documents):
     assert len({document.text for document in documents}) == len(documents)
-    assert not [document for document in documents if corpus.CONTROL.search(document.text)]
+    assert not [document for document in documents if filters.CONTROL.search(document.text)]
     assert not [
         document for document in documents if document.text != document.text.strip() or len(document.text) < 200
     ]
-    assert all(document.register in corpus.REGISTERS and document.form in ("chat", "plain") for document in documents)
+    assert all(document.register in prompts.REGISTERS and document.form in ("chat", "plain") for document in documents)
     assert all(all(document) for document in documents)
 
 
@@ -190,6 +193,6 @@ def test_committed_corpus_is_balanced(documents, part):
     for field, most in (("genre", 0.08), ("register", 0.3), ("form", 0.6), ("subject", 0.04)):
         [(value, count)] = Counter(getattr(document, field) for document in part).most_common(1)
         assert count <= most * len(part), (field, value)
-    assert {document.genre for document in part} == {genre.name for genre in corpus.GENRES}
+    assert {document.genre for document in part} == {genre.name for genre in prompts.GENRES}
     [(start, count)] = Counter(" ".join(document.text.split()[:3]) for document in part).most_common(1)
     assert count <= 0.02 * len(part), start

@@ -139,9 +139,12 @@ def test_resuming_equals_never_stopping(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_writer_is_refused(path: Path) -> None:
-    with StoreWriter.open(path, meta()):
-        with pytest.raises(MismatchError, match="no other writer"), StoreWriter.open(path, meta()):
-            pass
+    with (
+        StoreWriter.open(path, meta()),
+        pytest.raises(MismatchError, match="no other writer"),
+        StoreWriter.open(path, meta()),
+    ):
+        pass
     with StoreWriter.open(path, meta()):
         pass
 
@@ -204,6 +207,13 @@ def test_nothing_there(tmp_path: Path) -> None:
 def test_a_missing_array_is_named(path: Path) -> None:
     shutil.rmtree(path / "tokens")
     with pytest.raises(CorruptArtefactError, match="tokens"):
+        ActivationStore.open(path)
+
+
+def test_another_schema_version_is_named(path: Path) -> None:
+    text = (path / "zarr.json").read_text()
+    (path / "zarr.json").write_text(text.replace('"schema_version": 1', '"schema_version": 2'))
+    with pytest.raises(CorruptArtefactError, match="schema version 2"):
         ActivationStore.open(path)
 
 

@@ -102,11 +102,25 @@ def test_random_bytes_raise_nothing_else(content: bytes, compressed: bool) -> No
         zlib.compress(b"\0\0"),
         pack_contexts(sample()) + b"more",
     ],
-    ids=(
-        "count -1, count -1 with a body, count -2, huge count, huge window, negative window, windows that cancel out, "
-        "last window negative, peak behind the window, peak before the window, empty window, values cut, bytes left, "
-        "nothing, no count, half a count, bytes behind the stream"
-    ).split(", "),
+    ids=[
+        "count -1",
+        "count -1 with a body",
+        "count -2",
+        "huge count",
+        "huge window",
+        "negative window",
+        "windows that cancel out",
+        "last window negative",
+        "peak behind the window",
+        "peak before the window",
+        "empty window",
+        "values cut",
+        "bytes left",
+        "nothing",
+        "no count",
+        "half a count",
+        "bytes behind the stream",
+    ],
 )
 def test_a_header_that_cannot_be_is_corrupt(damaged: bytes) -> None:
     with pytest.raises(CorruptArtefactError, match="Build the index again"):

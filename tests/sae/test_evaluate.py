@@ -64,7 +64,9 @@ def constant(loaded: LoadedModel, mean: np.ndarray) -> SaeArtefact:
     return replace(sae, b_dec=mean.astype(np.float32), threshold=np.full(2 * WIDTH, np.inf, np.float32))
 
 
-def run(sae: SaeArtefact, store: ActivationStore, loaded: LoadedModel, folder: Path, **changes: Any) -> dict[str, float]:
+def run(
+    sae: SaeArtefact, store: ActivationStore, loaded: LoadedModel, folder: Path, **changes: Any
+) -> dict[str, float]:
     sae.save(folder / "sae")
     values = {"store": store.path, "sae": folder / "sae", "model": loaded.spec, "holdout_fraction": HOLDOUT}
     return evaluate(EvaluateConfig.model_validate(values | changes), loaded)
@@ -81,7 +83,9 @@ def test_a_perfect_sae_recovers_everything(store: ActivationStore, loaded: Loade
     assert json.loads((tmp_path / "sae" / "evaluation.json").read_text()) == scores
 
 
-def test_an_sae_that_says_the_mean_recovers_nothing(store: ActivationStore, loaded: LoadedModel, tmp_path: Path) -> None:
+def test_an_sae_that_says_the_mean_recovers_nothing(
+    store: ActivationStore, loaded: LoadedModel, tmp_path: Path
+) -> None:
     scores = run(constant(loaded, store.stats(HOOK).mean), store, loaded, tmp_path)
     assert scores["fvu"] == pytest.approx(1, abs=1e-6)
     assert (scores["l0"], scores["dead_fraction"]) == (0, 1)
@@ -122,7 +126,10 @@ def test_kl_is_that_of_the_spliced_model(store: ActivationStore, loaded: LoadedM
         length = 1 + int(torch.nonzero(mask).max())
         ids, keep = torch.from_numpy(store.tokens(i, i + 1)).long()[:, :length], mask[None, :length, None]
         point = HookPoint.parse(HOOK)
-        with torch.no_grad(), edit(loaded.model, loaded.family, point, lambda x, keep=keep: torch.where(keep, view(x), x)):
+        with (
+            torch.no_grad(),
+            edit(loaded.model, loaded.family, point, lambda x, keep=keep: torch.where(keep, view(x), x)),
+        ):
             spliced = loaded.model(ids).logits[0].log_softmax(-1)
         clean = loaded.model(ids).logits[0].log_softmax(-1)
         kl = torch.nn.functional.kl_div(spliced, clean, log_target=True, reduction="none").sum(-1)

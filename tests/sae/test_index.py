@@ -9,9 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 from activations.config import HarvestConfig
-from activations.errors import CorruptArtefactError, HookPointError, MismatchError, MissingArtefactError, UnknownNameError
+from activations.errors import (
+    CorruptArtefactError,
+    HookPointError,
+    MismatchError,
+    MissingArtefactError,
+    UnknownNameError,
+)
 from activations.harvest import harvest
 from activations.models import LoadedModel, load_model
 from activations.store import ActivationStore
@@ -82,7 +89,10 @@ def store(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Activat
 
 @pytest.fixture(scope="module")
 def loaded(tiny_llama: Path) -> LoadedModel:
-    return load_model(str(tiny_llama))
+    """With a final norm whose gain is not 1, as it is in a random model."""
+    loaded = load_model(str(tiny_llama))
+    loaded.model.model.norm.weight.copy_(torch.linspace(0.2, 3, D_MODEL))
+    return loaded
 
 
 @pytest.fixture(scope="module", params=["topk", "jumprelu"])
@@ -295,7 +305,9 @@ def test_no_index(tmp_path: Path) -> None:
         FeatureIndex.open(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a database, but long enough to be looked at" * 20, b"SQLite format 3\0" * 64])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a database, but long enough to be looked at" * 20, b"SQLite format 3\0" * 64]
+)
 def test_not_an_index(tmp_path: Path, content: bytes) -> None:
     (tmp_path / FILE_NAME).write_bytes(content)
     with pytest.raises(CorruptArtefactError, match="saekit index"):
@@ -339,5 +351,3 @@ def test_a_damaged_row_is_corrupt(tmp_path: Path, statement: str) -> None:
         index.latent(0)
     with pytest.raises(CorruptArtefactError):
         index.rows()
-
-

@@ -165,7 +165,9 @@ def test_a_dry_run_prints_the_resolved_config_and_does_nothing(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text("model: from-the-file\n" if verb != "train" else "lr: 0.125\n")
     file = ["--config", "c.yaml"] if verb == "chat" else ["c.yaml"]
-    config = saekit(verb, *file, *sets(seed=3) if verb in ("train", "chat", "demo") else (), "--dry-run", "--json").json["config"]
+    config = saekit(
+        verb, *file, *sets(seed=3) if verb in ("train", "chat", "demo") else (), "--dry-run", "--json"
+    ).json["config"]
     assert config["lr" if verb == "train" else "model"] == (0.125 if verb == "train" else "from-the-file")
     assert config.get("seed", 3) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
@@ -271,7 +273,9 @@ def resigned(made: Made, tmp: Path) -> Path:
     path = tmp / "library" / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["vectors"][0]["model"] = {"id": 1}
-    manifest["content_sha256"] = _content_hash((tmp / "library" / "vectors.safetensors").read_bytes(), manifest["vectors"])
+    manifest["content_sha256"] = _content_hash(
+        (tmp / "library" / "vectors.safetensors").read_bytes(), manifest["vectors"]
+    )
     path.write_text(json.dumps(manifest))
     return tmp / "library"
 
@@ -316,7 +320,9 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "config with a bad date": (lambda m, t: ["train", file(t, "seed: 2024-13-45")], "file.yaml"),
     "hook point out of range": (lambda m, t: harvest(m, t, hook_points="[resid_post.4]"), "0 to 3"),
     "hook point of no kind": (lambda m, t: harvest(m, t, hook_points="[mlp.1]"), "SITE.LAYER"),
-    "hook point not harvested": (lambda m, t: ["train", *sets(store=m.store, out=t / "o", hook_point="resid_post.2")], HOOK),
+    "hook point not harvested": (
+        lambda m, t: ["train", *sets(store=m.store, out=t / "o", hook_point="resid_post.2")], HOOK,
+    ),
     "evaluation on another model": (lambda m, t: belongs(m, t, "evaluate", model=m.other_model), "a store of"),
     "index of another model": (lambda m, t: belongs(m, t, "index", model=m.other_model), "a store of"),
     "vector of another model": (lambda m, t: belongs(m, t, "vector", model=m.other_model, latent=1), "a store of"),
@@ -326,7 +332,9 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "chat with a vector of another model": (
         lambda m, t: ["chat", "Hi", *sets(model=m.other_model, library=m.library)], "a vector of other-model",
     ),
-    "store of other settings": (lambda m, t: harvest(m, t, out=m.store, ctx=16), "ctx of the store"),
+    "store of other settings": (
+        lambda m, t: harvest(m, t, out=m.store, ctx=16, commit_sequences=16), "ctx of the store",
+    ),
     "SAE of another width to evaluate": (lambda m, t: belongs(m, t, "evaluate", sae=m.wide_sae), "d_model 32, got 40"),
     "SAE of another width to index": (lambda m, t: belongs(m, t, "index", sae=m.wide_sae), "d_model 32, got 40"),
     "SAE of another width for a vector": (
@@ -349,7 +357,9 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         lambda m, t: ["train", *sets(store=corrupt_store(m, t), hook_point=HOOK, out=t / "o")], "intact shards",
     ),
     "corrupt shard to index": (lambda m, t: belongs(m, t, "index", store=corrupt_store(m, t)), "intact shards"),
-    "store that is none": (lambda m, t: ["train", *sets(store=damaged(m.store, t, "zarr.json", "{"), out=t / "o")], "store"),
+    "store that is none": (
+        lambda m, t: ["train", *sets(store=damaged(m.store, t, "zarr.json", "{"), out=t / "o")], "store",
+    ),
     "corrupt SAE": (
         lambda m, t: belongs(m, t, "evaluate", sae=damaged(m.sae, t, "sae_weights.safetensors", "x")), "safetensors",
     ),

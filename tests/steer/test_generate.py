@@ -1,4 +1,4 @@
-"""Generation: greedy text is the model's own, seeds decide the rest, and neither padding nor the cache changes a token."""
+"""Generation: greedy text is the model's own, seeds decide the rest, padding and caching change nothing."""
 
 import pytest
 import torch

@@ -77,7 +77,7 @@ def test_a_bad_direction_is_refused(tmp_path: Path, vector: SteeringVector, bad:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(MissingArtefactError, match="manifest.json"):
+    with pytest.raises(MissingArtefactError, match=r"manifest\.json"):
         load_library(tmp_path / "none")
 
 

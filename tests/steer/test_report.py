@@ -1,4 +1,4 @@
-"""The report: texts of models and users stay texts, nothing is fetched, the figures are there, and gaps are survived."""
+"""The report: texts stay texts, nothing is fetched, the figures are there, and gaps are survived."""
 
 import json
 import re
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from activations.store import ModelRef
 from sae.contexts import Context
 from sae.index_db import FeatureIndex, LatentRow, write_index
-from activations.store import ModelRef
 from steer.report import show_context, write_report
 from steer.vectors import SteeringVector
 
@@ -29,7 +29,11 @@ RECEIPT = {
     "sweep": [{"dose": d, "rate": d / 2, "nll": 2 + d} for d in (0.0, 0.5, 0.9)],
     "examples": [dict.fromkeys(("prompt", "unsteered", "steered", "random", "prompt_baseline"), EVIL)],
 }  # fmt: skip
-ROWS = [{"step": i, "tokens": 1000 * i, "loss": 1 / i, "fvu": 1 / i, "l0": 9.0, "holdout_fvu": 0.5, "holdout_l0": 9.0} for i in (1, 2, 3)]
+ACTIVE_TAGS = {"script", "img", "iframe", "object", "embed", "form", "a", "link", "base"}
+ROWS = [
+    {"step": i, "tokens": 1000 * i, "loss": 1 / i, "fvu": 1 / i, "l0": 9.0, "holdout_fvu": 0.5, "holdout_l0": 9.0}
+    for i in (1, 2, 3)
+]
 
 
 class Words:
@@ -58,8 +62,8 @@ class Page(HTMLParser):
 def row(latent: int, peak: float = 2.0) -> LatentRow:
     context = Context(7, 1, np.array([1, 2, 3], np.int32), np.array([0, peak, peak / 4], np.float32))
     return LatentRow(
-        latent, 0.0123 if peak else 0.0, peak, peak / 2, [3, 2, 1] if peak else [0, 0, 0], [(EVIL, 1.5)], [(EVIL, -1.5)],
-        [(0, 0.5)], [context] if peak else [],
+        latent, 0.0123 if peak else 0.0, peak, peak / 2, [3, 2, 1] if peak else [0, 0, 0], [(EVIL, 1.5)],
+        [(EVIL, -1.5)], [(0, 0.5)], [context] if peak else [],
     )  # fmt: skip
 
 
@@ -86,7 +90,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_texts_stay_texts(page: str) -> None:
     parsed = Page(page)
-    assert not {tag for tag, _ in parsed.tags} & {"script", "img", "iframe", "object", "embed", "form", "a", "link", "base"}
+    assert not {tag for tag, _ in parsed.tags} & ACTIVE_TAGS
     assert not [name for _, attributes in parsed.tags for name in attributes if name.startswith("on")]
     assert "<script" not in page.lower()
     assert parsed.text.count("<script>alert('x')</script>") > 15, "title, summary, name, instruction, examples, tokens"
@@ -138,10 +142,17 @@ def test_the_held_out_curves_show_held_out_values(tmp_path: Path, monkeypatch: p
     drawn: dict[str, list[float]] = {}
     values: list[list[float]] = []
     plot, set_ = Axes.plot, Axes.set
-    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: (values.append(list(a[1]) if len(a) > 1 else []), plot(self, *a, **k))[1])
-    monkeypatch.setattr(
-        Axes, "set", lambda self, **k: (drawn.update({k["title"]: values[-1]} if values else {}), set_(self, **k))[1]
-    )
+
+    def spy_plot(self: Axes, *data: Any, **style: Any) -> Any:
+        values.append(list(data[1]) if len(data) > 1 else [])
+        return plot(self, *data, **style)
+
+    def spy_set(self: Axes, **texts: Any) -> Any:
+        drawn[texts["title"]] = values[-1]
+        return set_(self, **texts)
+
+    monkeypatch.setattr(Axes, "plot", spy_plot)
+    monkeypatch.setattr(Axes, "set", spy_set)
     log = [{"step": i, "tokens": i, "loss": 0.9, "fvu": 0.8, "l0": 5.0} for i in (1, 2, 3)]
     log[2] |= {"holdout_fvu": 0.25, "holdout_l0": 7.0}
     write(tmp_path, rows=[row(0)], log=log)
@@ -149,14 +160,18 @@ def test_the_held_out_curves_show_held_out_values(tmp_path: Path, monkeypatch: p
     assert drawn["training loss"] == [0.9] * 3
 
 
-@pytest.mark.parametrize("log", [[], [{"step": 1, "tokens": 10, "loss": 0.5}], [{"step": 1, "tokens": 10, "loss": 0.0}]])
+@pytest.mark.parametrize(
+    "log", [[], [{"step": 1, "tokens": 10, "loss": 0.5}], [{"step": 1, "tokens": 10, "loss": 0.0}]]
+)
 def test_missing_values_leave_their_curve_empty(tmp_path: Path, log: list[dict[str, Any]]) -> None:
     assert "0.914" in write(tmp_path, rows=[row(0)], log=log)
 
 
 def test_no_live_latents_no_features_no_vectors_no_sweep(tmp_path: Path) -> None:
     assert "2 of 2 never active" in write(tmp_path / "a", rows=[row(0, 0.0), row(1, 0.0)])
-    assert "latent 1" in write(tmp_path / "b", rows=[row(0), row(1, 0.0)], features=[1]), "a dead one that was asked for"
+    assert "latent 1" in write(tmp_path / "b", rows=[row(0), row(1, 0.0)], features=[1]), (
+        "a dead one that was asked for"
+    )
     assert "+0.444" in write(tmp_path / "c", rows=[row(0)], vectors=[vector(RECEIPT | {"sweep": [], "examples": []})])
 
 

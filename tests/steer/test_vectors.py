@@ -106,7 +106,9 @@ def test_pairs_of_ones_own(tmp_path: Path) -> None:
     assert load_pairs(str(path)) == [ContrastPair("a", " b", " c", "fit")]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "a", "positive": " b"}', '{"prompt": "", "positive": 1, "negative": 2}'])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"prompt": "a", "positive": " b"}', '{"prompt": "", "positive": 1, "negative": 2}']
+)
 def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text(f'{{"prompt": "a", "positive": " b", "negative": " c"}}\n{line}\n')
