@@ -52,7 +52,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise ConfigError(path, expected="a readable YAML file", got=reason, fix="Check the path.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         raise ConfigError(path, expected="valid YAML", got=f"a syntax error{line}", fix="Correct the file.") from error
@@ -74,7 +74,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}", expected=f"'{parent}' to hold keys", got="a value", fix="Check it.")
     try:
         data[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {override}", expected="a YAML value", got=value, fix="Quote it.") from error
 
 

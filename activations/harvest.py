@@ -90,9 +90,14 @@ def plan(config: HarvestConfig, d_model: int) -> HarvestPlan:
     return HarvestPlan(config.max_tokens, needed, free)
 
 
+def find_hook_points(config: HarvestConfig, loaded: LoadedModel) -> list[HookPoint]:
+    """The hook points of a config; raises HookPointError if the model does not have one."""
+    return [HookPoint.parse(name).check(loaded.n_layers) for name in config.hook_points]
+
+
 def measure_speed(config: HarvestConfig, loaded: LoadedModel, seconds: float = 3.0) -> float:
     """Tokens a second that a harvest of full sequences would make, from a few forward passes after a first one."""
-    points = [HookPoint.parse(name).check(loaded.n_layers) for name in config.hook_points]
+    points = find_hook_points(config, loaded)
     shape = (max(1, config.batch_tokens // config.ctx), config.ctx)
     vocabulary = int(loaded.model.config.vocab_size)
     tokens = np.random.default_rng(0).integers(vocabulary, size=shape, dtype=np.int32)
@@ -117,7 +122,7 @@ def harvest(
       the text has no tokens; MismatchError if the store was made with other settings.
     """
     loaded = loaded or load_model(config.model, device=config.device, dtype=config.compute_dtype, on_status=on_status)
-    points = [HookPoint.parse(name).check(loaded.n_layers) for name in config.hook_points]
+    points = find_hook_points(config, loaded)
     plan(config, loaded.d_model)
     with StoreWriter.open(config.out, _meta(config, loaded)) as writer:
         config.save(config.out / "harvest.yaml")

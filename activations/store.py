@@ -269,7 +269,12 @@ class StoreWriter:
         Raises: MismatchError if it was made from something else, or if another writer has it open.
         """
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise MismatchError(
+                path, expected="a directory for out", got="a file", fix="Choose another --set out=..."
+            ) from error
         with _lock(path):
             if (path / "zarr.json").exists():
                 yield cls._resume(path, meta)
@@ -326,9 +331,9 @@ class StoreWriter:
         ActivationStore.open(path)
         group = zarr.open_group(path, mode="r+")
         old, state = _read_attributes(path, group)
-        for field in StoreMeta.model_fields.keys() - {"text"}:  # a path may be spelt in several ways
+        for field in StoreMeta.model_fields:
             have, want = getattr(old, field), getattr(meta, field)
-            if have != want:
+            if have != want and field != "text":  # a path may be spelt in several ways
                 raise MismatchError(
                     f"{path}: {field} of the store",
                     expected=_brief(want),

@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 
 from activations.errors import CorruptArtefactError
 
+MAX_BYTES = 1 << 24
+
 
 class Context(NamedTuple):
     """One window of tokens."""
@@ -39,10 +41,15 @@ def pack_contexts(contexts: list[Context]) -> bytes:
 def unpack_contexts(blob: bytes) -> list[Context]:
     """Read contexts back. Raises: CorruptArtefactError if the blob is damaged."""
     try:
-        raw = zlib.decompress(blob)
+        stream = zlib.decompressobj()
+        raw = stream.decompress(blob, MAX_BYTES)
         count = int(np.frombuffer(raw, "<i4", 1)[0])
-        head = np.frombuffer(raw, "<i4", 3 * count, 4).reshape(count, 3)
+        head = np.frombuffer(raw, "<i4", max(3 * count, 0), 4).reshape(-1, 3)
         total = int(head[:, 2].sum())
+        if not stream.eof or stream.unused_data or len(raw) != 4 + 12 * count + 6 * total:
+            raise ValueError("bytes missing or left over")
+        if (head[:, 1] < 0).any() or (head[:, 1] >= head[:, 2]).any():
+            raise ValueError("a peak outside its window")
         tokens = np.frombuffer(raw, "<i4", total, 4 + 12 * count)
         values = np.frombuffer(raw, "<f2", total, 4 + 12 * count + 4 * total).astype(np.float32)
     except (zlib.error, ValueError, IndexError) as error:

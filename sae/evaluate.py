@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from activations.errors import ShapeError
 from activations.hook_points import HookPoint
 from activations.hooks import edit
 from activations.models import LoadedModel, load_model
@@ -50,6 +51,10 @@ def evaluate(config: EvaluateConfig, loaded: LoadedModel | None = None) -> dict[
     loaded = loaded or load_model(config.model, device=config.device)
     check_belongs(store, loaded, artefact)
     start = split(store, config.holdout_fraction)
+    if not store.mask(start).any():
+        raise ShapeError(
+            f"{store.path}: held-out tokens", expected="some that are unmasked", got=0, fix="Raise holdout_fraction."
+        )
     sae = TorchSae(artefact).to(loaded.device)
     result = reconstruction(store, artefact.hook_point, sae, start)
     result |= spliced_losses(store, artefact.hook_point, sae, loaded, _spread(start, store, config.ce_sequences))

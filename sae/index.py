@@ -42,6 +42,8 @@ class Block(NamedTuple):
     """first sequence"""
     tokens: Int[np.ndarray, "seq ctx"]
     """token ids"""
+    lengths: Int[np.ndarray, " seq"]
+    """tokens up to the last unmasked one; padding is behind it"""
     documents: Int[np.ndarray, " seq"]
     """document of each sequence"""
     latents: Float[Tensor, "seq ctx d_sae"]
@@ -142,7 +144,8 @@ def _blocks(store: ActivationStore, hook_point: str, sae: TorchSae) -> Iterator[
         latents = torch.zeros(*mask.shape, sae.d_sae)
         with torch.inference_mode():
             latents[torch.from_numpy(mask)] = sae.encode(torch.from_numpy(x[mask]).to(sae.W_enc.device)).cpu()
-        yield Block(start, store.tokens(start, stop), store.documents(start, stop), latents)
+        lengths = mask.shape[1] - mask[:, ::-1].argmax(axis=1)
+        yield Block(start, store.tokens(start, stop), lengths, store.documents(start, stop), latents)
 
 
 def _usage(blocks: Iterator[Block], top: int, advance) -> Usage:
@@ -203,7 +206,7 @@ def _second_pass(
 def _window(block: Block, row: int, latent: int, before: int, after: int) -> Context:
     values = block.latents[row, :, latent].numpy()
     peak = int(values.argmax())
-    start, stop = max(0, peak - before), min(len(values), peak + after + 1)
+    start, stop = max(0, peak - before), min(int(block.lengths[row]), peak + after + 1)
     return Context(int(block.documents[row]), peak - start, block.tokens[row, start:stop], values[start:stop])
 
 

@@ -6,6 +6,7 @@ Small values are columns, so that a list can be sorted and filtered in the datab
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import sqlalchemy as sql
 from sqlalchemy import Engine, orm
 from sqlalchemy.exc import DatabaseError
 
-from activations.errors import CorruptArtefactError, MissingArtefactError, UnknownNameError
+from activations.errors import CorruptArtefactError, MissingArtefactError, SaekitError, UnknownNameError
 from sae.contexts import Context, pack_contexts, unpack_contexts
 
 FILE_NAME = "index.sqlite"
@@ -83,11 +84,13 @@ class FeatureIndex:
         file = Path(path) / FILE_NAME
         if not file.is_file():
             raise MissingArtefactError(path, expected="a feature index", got="none", fix="Make one with: saekit index")
-        engine = sql.create_engine(f"sqlite:///file:{file}?mode=ro&uri=true")
+        engine = sql.create_engine(
+            sql.URL.create("sqlite", database=file.absolute().as_uri(), query={"mode": "ro", "uri": "true"})
+        )
         try:
             with orm.Session(engine) as session:
                 info = {row.key: row.value for row in session.scalars(sql.select(_Info))}
-        except DatabaseError as error:
+        except (DatabaseError, ValueError) as error:
             raise _not_an_index(path, "a damaged file") from error
         if info.get("schema_version") != SCHEMA_VERSION:
             raise _not_an_index(path, f"schema version {info.get('schema_version')}")
@@ -97,9 +100,19 @@ class FeatureIndex:
         """Release the database."""
         self._engine.dispose()
 
+    @contextmanager
+    def _session(self) -> Iterator[orm.Session]:
+        try:
+            with orm.Session(self._engine) as session:
+                yield session
+        except SaekitError:
+            raise
+        except (DatabaseError, ValueError, TypeError) as error:
+            raise _not_an_index(str(self._engine.url.database), "a damaged row") from error
+
     def latent(self, latent: int) -> LatentRow:
         """One latent. Raises: UnknownNameError if the SAE has no such latent."""
-        with orm.Session(self._engine) as session:
+        with self._session() as session:
             row = session.get(_Latent, latent)
             if row is None:
                 n = self.info["d_sae"]
@@ -116,7 +129,7 @@ class FeatureIndex:
             .order_by(_Latent.max_activation.desc(), _Latent.latent)
             .limit(limit)
         )
-        with orm.Session(self._engine) as session:
+        with self._session() as session:
             return [_read(row) for row in session.scalars(query)]
 
 
@@ -125,7 +138,7 @@ def write_index(path: Path, info: dict[str, Any], rows: Iterable[LatentRow]) -> 
     path.mkdir(parents=True, exist_ok=True)
     partial = path / (FILE_NAME + ".partial")
     partial.unlink(missing_ok=True)
-    engine = sql.create_engine(f"sqlite:///{partial}")
+    engine = sql.create_engine(sql.URL.create("sqlite", database=str(partial)))
     _Base.metadata.create_all(engine)
     with orm.Session(engine) as session:
         session.add_all(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from activations.errors import MissingArtefactError
 from activations.models import LoadedModel, Status, chat_prompt, load_model
 from steer.config import ChatConfig
 from steer.generate import generate
@@ -48,7 +49,11 @@ class Chat:
 def _vector(config: ChatConfig) -> SteeringVector | None:
     if config.library is None:
         return None
-    name = config.vector or next(iter(load_library(config.library)))
+    name = config.vector or next(iter(load_library(config.library)), None)
+    if name is None:
+        raise MissingArtefactError(
+            config.library, expected="a library with a vector", got="none in it", fix="Make one with: saekit vector"
+        )
     return find_vector(config.library, name)
 
 

@@ -20,6 +20,9 @@ from activations.errors import SaekitError
 from sae.config import EvaluateConfig, IndexConfig, TrainConfig
 from steer.config import ChatConfig, DemoConfig, VectorConfig
 
+TYPER_STOPPED = 130
+"""what typer turns Ctrl-C into"""
+
 app = typer.Typer(
     name="saekit",
     help="Find features in a language model with sparse autoencoders, and steer the model with them.",
@@ -39,11 +42,12 @@ def harvest(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = F
     """Run text through a model and keep its residual stream."""
     settings = HarvestConfig.load(config, set_)
     if dry_run:
-        from activations.harvest import plan
+        from activations.harvest import find_hook_points, plan
         from activations.models import load_model
 
-        width = load_model(settings.model, device=settings.device, on_status=_status).d_model
-        return _show({"config": settings.model_dump(mode="json"), **plan(settings, width)._asdict()}, json_)
+        loaded = load_model(settings.model, device=settings.device, on_status=_status)
+        find_hook_points(settings, loaded)
+        return _show({"config": settings.model_dump(mode="json"), **plan(settings, loaded.d_model)._asdict()}, json_)
     from activations.harvest import harvest as run
 
     result = run(settings, on_status=_status)
@@ -110,6 +114,8 @@ def chat(
 ) -> None:
     """Talk to a model, steered by a vector of a library."""
     settings = ChatConfig.load(config, set_)
+    if json_ and not (prompt or dry_run):
+        raise typer.BadParameter("--json needs a prompt")
     if dry_run:
         return _show({"config": settings.model_dump(mode="json")}, json_)
     from steer.chat import Chat
@@ -152,9 +158,11 @@ def main() -> None:
     try:
         app()
     except SaekitError as error:
-        sys.stderr.write(f"saekit: {error}\n")
+        sys.stderr.write(f"saekit: {' '.join(str(error).split())}\n")
         sys.exit(1)
-    except KeyboardInterrupt:
+    except SystemExit as stop:
+        if stop.code != TYPER_STOPPED:
+            raise
         sys.stderr.write("saekit: stopped.\n")
         sys.exit(1)
 

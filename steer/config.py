@@ -79,5 +79,8 @@ class DemoConfig(Config):
     ce_sequences: int = Field(default=10, gt=0, description="held-out sequences that the spliced model is scored on")
     candidates: int = Field(default=24, gt=0, description="latents that are tried for steering")
     contrast: str = Field(default="joyful_vs_gloomy", description="contrast set for the second vector")
-    measure: MeasureConfig = Field(default=MeasureConfig(), description="dose sweep and receipt")
+    measure: MeasureConfig = Field(
+        default=MeasureConfig(doses=(0.25, 0.4, 0.55), select_prompts=6, heldout_prompts=12, max_new_tokens=24),
+        description="dose sweep and receipt, smaller than elsewhere to save time",
+    )
     seed: int = Field(default=0, ge=0, description="seed of everything random")

@@ -37,6 +37,8 @@ def generate(
     tokenizer = loaded.tokenizer
     rows = [tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in prompts]
     width = max(len(row) for row in rows)
+    if not all(rows):
+        raise ConfigError("prompt", expected="at least one token", got="none", fix="Write something.")
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     if limit is not None and width + max_new_tokens > limit:
         raise ConfigError(

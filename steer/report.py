@@ -91,7 +91,7 @@ def _template():
 
 
 def _curves(steps: Sequence[dict[str, Any]]) -> str:
-    figure, axes = _figure(1, 3, (11, 2.6))
+    figure, axes = _figure(1, 3, (11.0, 2.6))
     titles = {"loss": "training loss", "holdout_fvu": "FVU, held out", "holdout_l0": "L0, held out"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         points = [(step["tokens"] / 1e3, step[key]) for step in steps if step.get(key) is not None]
