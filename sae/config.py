@@ -54,7 +54,9 @@ class TrainConfig(Config):
     decay_fraction: float = Field(
         default=0.3, ge=0, le=1, description="share of the steps, at the end, in which lr falls"
     )
-    grad_clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient; the loss is in units of FVU")
+    grad_clip: float = Field(
+        default=0.03, gt=0, description="largest norm of the gradient; the loss is in units of FVU"
+    )
     dead_fraction: float = Field(
         default=0.1, gt=0, le=1, description="a latent is dead if idle for this share of train_tokens"
     )

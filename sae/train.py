@@ -136,9 +136,8 @@ def _loop(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, float]:
     with (
         run_log(config, first) as log,
         _ctrl_c() as stopped,
-        progress("train", n_steps * config.batch_size, "tok") as advance,
+        progress("train", (n_steps - first) * config.batch_size, "tok") as advance,
     ):
-        advance(first * config.batch_size)
         for i in range(first + 1, n_steps + 1):
             state, metrics = step(state, run.order.batch(i - 1))
             advance(config.batch_size)

@@ -24,7 +24,7 @@ from steer.effect import latent_reader, rate, reread
 from steer.generate import generate_conditions
 
 MIN_DENSITY, MAX_DENSITY = 5e-4, 0.03
-MIN_DOCUMENTS, MIN_KINDS = 8, 3
+MIN_DOCUMENTS, MIN_KINDS = 8, 6
 
 
 class Trial(NamedTuple):
