@@ -70,7 +70,7 @@ class DemoConfig(Config):
         default=None, ge=0, description="block whose output is harvested; none: two fifths of the depth"
     )
     outlier_norm: float = Field(default=2, gt=1, description="mask tokens above this many median norms")
-    harvest_s: float = Field(default=60, gt=0, description="seconds of harvesting that the token budget is sized for")
+    harvest_s: float = Field(default=50, gt=0, description="seconds of harvesting that the token budget is sized for")
     min_tokens: int = Field(default=50_000, gt=0, description="tokens to harvest at least")
     max_tokens: int = Field(default=350_000, gt=0, description="tokens to harvest at most")
     train_tokens: int = Field(default=350_000, gt=0, description="tokens to train on, counted again in each epoch")

@@ -41,7 +41,7 @@ from steer.vectors import SteeringVector
 
 ARCHITECTURE = "batchtopk"
 SHOWN_FEATURES, CURVE_POINTS = 16, 12
-TRIAL_DOSE, TRIAL_PROMPTS, TRIAL_TOKENS = 0.4, 2, 16
+TRIAL_DOSE, TRIAL_PROMPTS, TRIAL_TOKENS = 0.4, 4, 20
 ROUND_TOKENS = 1000
 
 
@@ -67,7 +67,8 @@ def run_demo(config: DemoConfig, *, on_status: Status | None = None) -> dict[str
         trials = _try(config, loaded, index, SaeArtefact.load(paths["sae"]))
     with _stage(say, f"dosing and measuring latent {trials[0].latent} and {config.contrast}"):
         row = index.latent(trials[0].latent)
-        vectors = [make_vector(settings, loaded) for settings in _vector_configs(config, row)]
+        settings = _vector_configs(config, row, loaded.tokenizer)
+        vectors = [make_vector(each, loaded) for each in settings]
     summary = {
         **_figures(harvested, trained, scores, paths["sae"]),
         "model": loaded.id,
@@ -144,9 +145,10 @@ def _try(config: DemoConfig, loaded: LoadedModel, index: FeatureIndex, artefact:
     return try_latents(loaded, artefact, latents, prompts, TRIAL_DOSE * mean_norm, **limits)
 
 
-def _vector_configs(config: DemoConfig, row: LatentRow) -> list[VectorConfig]:
-    """One vector from the chosen latent, one from the contrast."""
-    topic = ", ".join(dict.fromkeys(token.strip() for token, _ in row.top_logits[:5]))
+def _vector_configs(config: DemoConfig, row: LatentRow, tokenizer: Any) -> list[VectorConfig]:
+    """One vector from the chosen latent, one from the contrast; in words, the latent is the tokens that it fires on."""
+    peaks = [tokenizer.decode([int(context.tokens[context.peak])]).strip() for context in row.contexts]
+    topic = ", ".join(list(dict.fromkeys(peaks))[:5])
     base = VectorConfig(
         model=config.model,
         store=config.out / "store",
