@@ -113,8 +113,8 @@ def test_coefficient_zero_and_the_cache_on_the_real_model(
 ) -> None:
     vector = next(iter(load_library(config.out / "library").values()))
     prompts = ["The letter said that", "At noon"]
-    plain = generate(smollm2, prompts, max_new_tokens=8, temperature=0)
-    assert generate(smollm2, prompts, max_new_tokens=8, temperature=0, steers=[Steer.of(vector, 0.0)]) == plain
+    plain = generate(smollm2, prompts, max_new_tokens=8, temperature=0.0)
+    assert generate(smollm2, prompts, max_new_tokens=8, temperature=0.0, steers=[Steer.of(vector, 0.0)]) == plain
     ids = torch.tensor([smollm2.tokenizer("The letter said that nobody would come before the evening")["input_ids"]])
     with torch.no_grad(), steering(smollm2, [Steer.of(vector, vector.coefficient)]):
         whole = smollm2.model(ids).logits
