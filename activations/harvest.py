@@ -31,7 +31,7 @@ from activations.hook_points import HookPoint
 from activations.hooks import capture, run_until
 from activations.models import LoadedModel, Status, load_model
 from activations.progress import progress
-from activations.store import Group, HookState, ModelRef, StoreMeta, StoreState, StoreWriter, to_float32
+from activations.store import Group, HookState, StoreMeta, StoreState, StoreWriter, to_float32
 from activations.text import documents, text_fingerprint
 from activations.tokens import TokenSequence, pack
 
@@ -261,7 +261,7 @@ def _check_finite(
 
 def _meta(config: HarvestConfig, loaded: LoadedModel) -> StoreMeta:
     return StoreMeta(
-        model=ModelRef(id=loaded.id, fingerprint=loaded.fingerprint, n_layers=loaded.n_layers, d_model=loaded.d_model),
+        model=loaded.ref,
         tokenizer_fingerprint=loaded.tokenizer_fingerprint,
         text=config.text,
         text_fingerprint=text_fingerprint(config.text),

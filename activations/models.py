@@ -31,6 +31,7 @@ from activations.families import ModelFamily, family_of_config
 from activations.fingerprints import digest, digest_of, tensor_digests
 from activations.gguf_cache import converted
 from activations.quiet import first_line, quiet_transformers
+from activations.store import ModelRef
 from activations.tokens import bos_ids
 
 if TYPE_CHECKING:
@@ -77,6 +78,11 @@ class LoadedModel:
     """Where it runs."""
     dtype: torch.dtype
     """What it computes in."""
+
+    @property
+    def ref(self) -> ModelRef:
+        """What stores and vectors keep of the model they were made from."""
+        return ModelRef(id=self.id, fingerprint=self.fingerprint, n_layers=self.n_layers, d_model=self.d_model)
 
 
 class Source(NamedTuple):

@@ -83,6 +83,14 @@ def rate(reading: Reread, expresses: Expresses) -> float:
     return float(expresses(reading.x).float().mean()) if len(reading.x) else 0.0
 
 
+def _tables(
+    readings: Sequence[Reread], expresses: Expresses, n_prompts: int
+) -> tuple[Float[np.ndarray, "condition prompt"], Float[np.ndarray, "condition prompt"]]:
+    """Rate and cost of readings that go through the prompts once a condition."""
+    rates, nlls = [rate(reading, expresses) for reading in readings], [reading.nll for reading in readings]
+    return np.array(rates).reshape(-1, n_prompts), np.array(nlls).reshape(-1, n_prompts)
+
+
 def kl_per_token(
     loaded: LoadedModel, vector: SteeringVector, coefficient: float, prompts: Sequence[str], texts: Sequence[str]
 ) -> float:
@@ -116,8 +124,7 @@ def sweep_doses(
     deltas = torch.stack([coefficient * direction for coefficient in coefficients])
     texts = generate_conditions(loaded, point, prompts, deltas, max_new_tokens=max_new_tokens, seed=seed)
     readings = reread(loaded, point, [*prompts] * len(deltas), [text for row in texts for text in row])
-    rates = np.array([rate(reading, expresses) for reading in readings]).reshape(len(deltas), -1).mean(axis=1)
-    nlls = np.array([reading.nll for reading in readings]).reshape(len(deltas), -1).mean(axis=1)
+    rates, nlls = (table.mean(axis=1) for table in _tables(readings, expresses, len(prompts)))
     return [
         DoseTrial(vector.dose(coefficient), coefficient, float(rate), float(nll))
         for coefficient, rate, nll in zip(coefficients, rates, nlls, strict=True)
@@ -161,8 +168,7 @@ def measure(
     zero = torch.zeros(1, loaded.d_model)
     texts += generate_conditions(loaded, point, asked, zero, max_new_tokens=max_new_tokens, seed=seed)
     readings = reread(loaded, point, [*prompts] * len(texts), [text for row in texts for text in row])
-    rates = np.array([rate(reading, expresses) for reading in readings]).reshape(-1, n)
-    nlls = np.array([reading.nll for reading in readings]).reshape(-1, n)
+    rates, nlls = _tables(readings, expresses, n)
     gain = rates[1] - rates[0]
     return {
         "coefficient": coefficient,

@@ -35,8 +35,8 @@ def make_vector(config: VectorConfig, loaded: LoadedModel | None = None) -> Stee
 
 
 def _direction(config: VectorConfig, loaded: LoadedModel, store: ActivationStore) -> tuple[SteeringVector, Expresses]:
-    check_store(store, loaded)
     if config.kind == "contrast":
+        check_store(store, loaded)
         hook_point = config.hook_point or store.hook_points[0]
         vector = from_contrast(loaded, hook_point, Path(config.contrast).stem, load_pairs(config.contrast))
         mean_norm = store.stats(hook_point).mean_norm if hook_point in store.hook_points else vector.mean_norm

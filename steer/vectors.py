@@ -151,8 +151,7 @@ def from_contrast(loaded: LoadedModel, hook_point: str, name: str, pairs: list[C
         "midpoint": float((positive + negative) @ direction / 2),
         "heldout_accuracy": _accuracy(loaded, point, direction, [pair for pair in pairs if pair.split == "heldout"]),
     }
-    model = ModelRef(id=loaded.id, fingerprint=loaded.fingerprint, n_layers=loaded.n_layers, d_model=loaded.d_model)
-    return SteeringVector(name, direction.astype(np.float32), hook_point, model, (norm_p + norm_n) / 2, source)
+    return SteeringVector(name, direction.astype(np.float32), hook_point, loaded.ref, (norm_p + norm_n) / 2, source)
 
 
 def _accuracy(
