@@ -1,28 +1,32 @@
-"""Reading and editing the residual stream of a running model.
+"""Reading and editing the residual stream of a running model, and what is added to it.
 
-Flow: 1. a hook point becomes a hook on one block: a forward pre-hook for resid_pre, a forward hook for resid_post;
-2. `capture` fills a dict on each forward pass; 3. `edit` replaces the residual stream by a function of it;
-4. `run_until` runs a pass that a capture may stop right after its last hook point, so that later blocks and the
-unembedding cost nothing.
+Flow: 1. a hook point becomes a hook on one module of one block, at the `Place` that the family gives for its site;
+2. `capture` fills a dict on each forward pass; 3. `edit` replaces the value by a function of it; 4. `run_until` runs a
+pass that a capture may stop right after its last hook point, so that later blocks and the unembedding cost nothing.
 
 Hooks run in the order in which they were entered: a capture entered inside an edit sees what the edit wrote, one
-entered around it sees what was there before. Left out: sites inside a block, and anything that survives its context.
+entered around it sees what was there before.
+
+Several residual streams are read as their mean in float32. An edit adds to every stream what it changes the mean by.
+
+Left out: single streams, single heads and experts, and anything that survives its context.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from activations.errors import ShapeError
 from activations.families import ModelFamily
-from activations.hook_points import HookPoint
+from activations.families.base import Place
+from activations.hook_points import SITES, HookPoint
 
-Resid = Float[Tensor, "batch pos d_model"]
 EditFn = Callable[[Tensor], Tensor]
 
 
@@ -38,41 +42,34 @@ def capture(
     *,
     stop_after_last: bool = False,
 ) -> Iterator[dict[HookPoint, Tensor]]:
-    """Fill a dict with the residual stream at each hook point, anew on each forward pass.
+    """Fill a dict with the value at each hook point, anew on each forward pass.
 
     Args:
       stop_after_last: end the pass right after the last hook point; run it with `run_until`, which expects that.
-    Yields: hook point -> the model's own tensor [batch, pos, d_model], not copied, attached to its graph if there is
-      one. Under a KV cache it holds the positions of the latest pass only.
-    Raises: HookPointError if the model does not have a layer.
+    Yields: hook point -> [batch, pos, d_model]. It is the model's own tensor, not copied, except where an edit would
+      change it in place and where it is a mean over streams. It is attached to the model's graph if there is one, but
+      what follows does not depend on a copy: for gradients at such a site, add zeros that require them with `edit`.
+      Under a KV cache it holds the positions of the latest pass only.
+    Raises: HookPointError if the model does not have a layer or a site.
     """
     points = sorted(set(hook_points), key=_depth)
     captured: dict[HookPoint, Tensor] = {}
-
-    def store(point: HookPoint) -> EditFn:
-        def read(resid: Tensor) -> Tensor:
-            captured[point] = resid
-            if stop_after_last and point == points[-1]:
-                raise _StopForward
-            return resid
-
-        return read
-
     with ExitStack() as stack:
         for point in points:
-            stack.callback(_attach(model, family, point, store(point)).remove)
+            keep = partial(_keep, captured, point, stop_after_last and point == points[-1])
+            stack.callback(_attach(model, family, point, keep).remove)
         yield captured
 
 
 @contextmanager
 def edit(model: nn.Module, family: ModelFamily, hook_point: HookPoint, fn: EditFn) -> Iterator[None]:
-    """Replace the residual stream at one hook point by `fn(resid)` on each forward pass.
+    """Replace the value at one hook point by `fn(value)` on each forward pass.
 
     `fn` must not change its argument in place. If it returns that same tensor, the model's output is left as it is,
     bit for bit.
 
-    Raises: HookPointError if the model does not have the layer; ShapeError, during the pass, if `fn` returns another
-      shape or dtype.
+    Raises: HookPointError if the model does not have the layer or the site; ShapeError, during the pass, if `fn`
+      returns another shape or dtype.
     """
     handle = _attach(model, family, hook_point, fn)
     try:
@@ -93,47 +90,65 @@ def run_until(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         return None
 
 
-def _depth(point: HookPoint) -> tuple[int, bool]:
-    return point.layer, point.site == "resid_post"
+def _depth(point: HookPoint) -> tuple[int, int]:
+    return point.layer, list(SITES).index(point.site)
+
+
+def _keep(captured: dict[HookPoint, Tensor], point: HookPoint, stop: bool, value: Tensor) -> Tensor:
+    captured[point] = value
+    if stop:
+        raise _StopForward
+    return value
 
 
 def _attach(model: nn.Module, family: ModelFamily, point: HookPoint, fn: EditFn) -> RemovableHandle:
-    point.check(family.n_layers(model.config))
-    block = family.block(model, point.layer)
-    if point.site == "resid_pre":
-        return block.register_forward_pre_hook(_pre_hook(point, fn), with_kwargs=True)
-    return block.register_forward_hook(_post_hook(family, point, fn))
+    sites = family.sites(model.config)
+    point.check(family.n_layers(model.config), sites)
+    hook = _Hook(point, sites[point.site], fn)
+    module = family.block(model, point.layer).get_submodule(hook.place.path)
+    if hook.place.side == "input":
+        return module.register_forward_pre_hook(hook.on_input, with_kwargs=True)
+    return module.register_forward_hook(hook.on_output)
 
 
-def _pre_hook(point: HookPoint, fn: EditFn) -> Callable[[nn.Module, tuple, dict], tuple[tuple, dict] | None]:
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        resid = args[0] if args else kwargs["hidden_states"]
-        edited = fn(resid)
-        if edited is resid:
-            return None
-        _check_same_kind(point, resid, edited)
-        return ((edited, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": edited})
+@dataclass(frozen=True)
+class _Hook:
+    """Applies a function to the value at a hook point, whenever the module at its place is called."""
 
-    return hook
+    point: HookPoint
+    place: Place
+    fn: EditFn
 
+    def on_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (self._applied(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._applied(kwargs["hidden_states"])}
 
-def _post_hook(family: ModelFamily, point: HookPoint, fn: EditFn) -> Callable[[nn.Module, tuple, Any], Any]:
-    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-        resid = family.get_resid(output)
-        edited = fn(resid)
-        if edited is resid:
-            return None
-        _check_same_kind(point, resid, edited)
-        return family.set_resid(output, edited)
+    def on_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if not isinstance(output, tuple):
+            return self._applied(output)
+        item = self.place.item
+        return (*output[:item], self._applied(output[item]), *output[item + 1 :])
 
-    return hook
+    def _applied(self, tensor: Tensor) -> Tensor:
+        value = self._read(tensor)
+        edited = self.fn(value)
+        if edited is value:
+            return tensor
+        if edited.shape != value.shape or edited.dtype != value.dtype:
+            raise ShapeError(
+                f"edit at {self.point}",
+                expected=f"{tuple(value.shape)} {value.dtype}",
+                got=f"{tuple(edited.shape)} {edited.dtype}",
+                fix="Return a tensor of the shape and dtype of the one that was given.",
+            )
+        return self._write(tensor, edited, value)
 
+    def _read(self, tensor: Tensor) -> Tensor:
+        if self.place.streams:
+            return tensor.mean(dim=2, dtype=torch.float32)
+        return tensor.clone() if self.place.shared else tensor
 
-def _check_same_kind(point: HookPoint, resid: Tensor, edited: Tensor) -> None:
-    if edited.shape != resid.shape or edited.dtype != resid.dtype:
-        raise ShapeError(
-            f"edit at {point}",
-            expected=f"{tuple(resid.shape)} {resid.dtype}",
-            got=f"{tuple(edited.shape)} {edited.dtype}",
-            fix="Return a tensor of the shape and dtype of the residual stream.",
-        )
+    def _write(self, tensor: Tensor, edited: Tensor, value: Tensor) -> Tensor:
+        new = (tensor + (edited - value)[:, :, None]).to(tensor.dtype) if self.place.streams else edited
+        return tensor.copy_(new) if self.place.shared else new

@@ -39,6 +39,8 @@ from activations.hook_points import HookPoint
 
 SavedArchitecture = Literal["topk", "jumprelu"]
 SAELENS_VERSION = "6.54.12"
+# The hook_attn_in and hook_mlp_in of TransformerLens are something else than the sites of these names here.
+_TRANSFORMER_LENS_NAMES = {"attn_in": "attn_hc.hook_out", "mlp_in": "mlp_hc.hook_out"}
 CONFIG, WEIGHTS, PROVENANCE = "cfg.json", "sae_weights.safetensors", "saekit.json"
 # What a cfg.json must say, if it says anything, for its weights to mean what the class below says they mean.
 _ONLY = {
@@ -183,7 +185,7 @@ def _saelens_names(metadata: dict[str, Any]) -> dict[str, Any]:
         names["model_name"] = metadata["model"]["id"]
     if "hook_point" in metadata:
         site, layer = HookPoint.parse(metadata["hook_point"])
-        names["hook_name"] = f"blocks.{layer}.hook_{site}"
+        names["hook_name"] = f"blocks.{layer}.{_TRANSFORMER_LENS_NAMES.get(site, f'hook_{site}')}"
     return names
 
 

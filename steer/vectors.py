@@ -29,7 +29,7 @@ from activations.errors import TextError, UnknownNameError
 from activations.hook_points import HookPoint
 from activations.hooks import capture, run_until
 from activations.models import LoadedModel
-from activations.store import ModelRef
+from activations.store_schema import ModelRef
 from sae.artefact import SaeArtefact
 
 
@@ -139,7 +139,7 @@ def from_contrast(loaded: LoadedModel, hook_point: str, name: str, pairs: list[C
     fit = [pair for pair in pairs if pair.split == "fit"]
     if not fit:
         raise TextError(f"contrast '{name}'", expected="pairs of the split 'fit'", got="none", fix="Add some.")
-    point = HookPoint.parse(hook_point).check(loaded.n_layers)
+    point = HookPoint.parse(hook_point).check(loaded.n_layers, loaded.family.sites(loaded.model.config))
     positive, norm_p = _continuation_mean(loaded, point, [(pair.prompt, pair.positive) for pair in fit])
     negative, norm_n = _continuation_mean(loaded, point, [(pair.prompt, pair.negative) for pair in fit])
     difference = positive - negative

@@ -1,20 +1,27 @@
-"""Where the residual stream is, for each kind of model.
+"""Where the sites of the residual stream are, for each kind of model.
 
-A family answers for a Hugging Face causal LM: which module is block L, how the residual stream is read from and
-written into what that block returns, and what lies between the last block and the logits. Adding one: a file here with
-a `DecoderFamily` (or anything that satisfies `ModelFamily`) and a row in FAMILIES; tests/conformance/test_families.py
-then covers it. Left out: encoder-decoders, and models whose text part is nested inside a vision model.
+A family answers for a Hugging Face causal LM: which module is block L, where in a block each site is, and which norm
+and unembedding come behind the last block. Adding one: a file here with a `DecoderFamily` (or anything that satisfies
+`ModelFamily`) and a row in FAMILIES; tests/conformance/test_families.py then covers it. Left out: encoder-decoders,
+and models whose text part is nested inside a vision model.
 """
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from activations.errors import ModelError
+from activations.families.base import Place
+from activations.families.deepseek_v3 import DEEPSEEK_V3
+from activations.families.deepseek_v4 import DEEPSEEK_V4
+from activations.families.gemma import GEMMA
 from activations.families.gpt2 import GPT2
 from activations.families.gpt_neox import GPT_NEOX
 from activations.families.llama import LLAMA
+from activations.families.moe import MOE
+from activations.families.olmo2 import OLMO2
+from activations.families.phi import PHI
 
 
 @runtime_checkable
@@ -28,17 +35,22 @@ class ModelFamily(Protocol):
     def matches(self, config: Any) -> bool: ...
     def d_model(self, config: Any) -> int: ...
     def n_layers(self, config: Any) -> int: ...
+    def sites(self, config: Any) -> Mapping[str, Place]: ...
     def block(self, model: nn.Module, layer: int) -> nn.Module: ...
     def final_norm(self, model: nn.Module) -> nn.Module: ...
     def lm_head(self, model: nn.Module) -> nn.Module: ...
-    def get_resid(self, output: Any) -> Float[Tensor, "batch pos d_model"]: ...
-    def set_resid(self, output: Any, resid: Float[Tensor, "batch pos d_model"]) -> Any: ...
 
 
 FAMILIES: dict[str, ModelFamily] = {
+    "deepseek_v3": DEEPSEEK_V3,
+    "deepseek_v4": DEEPSEEK_V4,
+    "gemma": GEMMA,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
     "llama": LLAMA,
+    "moe": MOE,
+    "olmo2": OLMO2,
+    "phi": PHI,
 }
 
 

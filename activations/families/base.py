@@ -1,15 +1,44 @@
-"""What Hugging Face decoders have in common, as one frozen dataclass.
+"""What Hugging Face decoders have in common, and how a family says where its sites are.
 
-A family is an instance: it names the `model_type`s it covers and the paths of three modules. Reading and writing the
-residual stream is the same for all of them, because a block returns its residual stream as a tensor or, in some
-versions of transformers, as the first entry of a tuple.
+A family is an instance: it names the `model_type`s it covers, the paths of two modules, and for each site a `Place`.
+The places of the commonest kind of block, with a norm in front of each sub-layer, are here because several families
+share them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site is: what goes into or comes out of one module of a block."""
+
+    path: str
+    """Path of the module inside the block; "" is the block itself."""
+    side: Literal["input", "output"]
+    """Whether the value is the module's first argument or what it returns."""
+    item: int = 0
+    """Which entry of the output is the value, where the module returns a tuple."""
+    shared: bool = False
+    """Whether the block itself goes on with the very tensor that it gave to the module.
+
+    An edit is then written into that tensor, so that both the module and the skip connection around it see the edit.
+    """
+    streams: bool = False
+    """Whether the value is [batch, pos, streams, d_model]: it is read as the mean over streams, written to all."""
+
+
+WHOLE_BLOCK = {"resid_pre": Place("", "input"), "resid_post": Place("", "output")}
+
+PRE_NORM = WHOLE_BLOCK | {
+    "attn_out": Place("self_attn", "output"),
+    "resid_mid": Place("post_attention_layernorm", "input", shared=True),
+    "mlp_out": Place("mlp", "output"),
+}
+"""A block that adds what `self_attn` and then what `mlp` returns; each has a norm in front of it."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +53,8 @@ class DecoderFamily:
     """Path of the list of blocks inside the causal LM, such as `model.layers`."""
     final_norm_path: str
     """Path of the norm between the last block and the unembedding."""
+    places: Mapping[str, Place]
+    """Site -> where it is in each block."""
 
     def matches(self, config: Any) -> bool:
         """Whether a Hugging Face config belongs to this family."""
@@ -37,22 +68,18 @@ class DecoderFamily:
         """Number of blocks."""
         return int(config.num_hidden_layers)
 
+    def sites(self, config: Any) -> Mapping[str, Place]:
+        """The sites that a model of this config has, and where they are in each of its blocks."""
+        return self.places
+
     def block(self, model: nn.Module, layer: int) -> nn.Module:
         """The 0-based block whose input is `resid_pre.layer` and whose output is `resid_post.layer`."""
         return model.get_submodule(f"{self.blocks_path}.{layer}")
 
     def final_norm(self, model: nn.Module) -> nn.Module:
-        """The norm that the residual stream passes before the unembedding."""
+        """The norm in front of the unembedding."""
         return model.get_submodule(self.final_norm_path)
 
     def lm_head(self, model: nn.Module) -> nn.Module:
         """The unembedding; its `weight` is [vocab, d_model]. Soft-capping of logits, if any, is not part of it."""
         return model.get_output_embeddings()  # type: ignore[operator]
-
-    def get_resid(self, output: Any) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream in what a block returned."""
-        return output[0] if isinstance(output, tuple) else output
-
-    def set_resid(self, output: Any, resid: Float[Tensor, "batch pos d_model"]) -> Any:
-        """What a block returned, with its residual stream replaced."""
-        return (resid, *output[1:]) if isinstance(output, tuple) else resid
