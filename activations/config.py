@@ -6,14 +6,16 @@ output it led to. Each room keeps its own configs; this module holds what they s
 """
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from activations.errors import ConfigError
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
+StorePath = Annotated[str, BeforeValidator(lambda where: str(where) if isinstance(where, Path) else where)]
+"""where an activation store is: a path, or s3://BUCKET/PREFIX"""
 
 
 class Config(BaseModel):
@@ -40,10 +42,14 @@ class Config(BaseModel):
         except ValidationError as error:
             raise _config_error(cls, error, where) from error
 
+    def to_yaml(self) -> str:
+        """The resolved config as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
     def save(self, path: Path) -> None:
         """Write the resolved config as YAML."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        path.write_text(self.to_yaml())
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -112,14 +118,31 @@ class HarvestConfig(Config):
     )
     text: str = Field(default="corpus", description="text spec: corpus, a .txt/.jsonl/.parquet file, or hf:DATASET")
     hook_points: tuple[str, ...] = Field(default=("resid_post.12",), min_length=1, description="places to harvest")
-    out: Path = Field(default=Path("runs/store"), description="directory of the activation store")
+    out: StorePath = Field(
+        default="runs/store",
+        min_length=1,
+        description="where the activation store goes: a directory, or s3://BUCKET/PREFIX",
+    )
     max_tokens: int = Field(default=1_000_000, gt=0, description="tokens to keep, masked ones not counted")
+    keep_tokens: int | None = Field(
+        default=None, gt=0, description="ring mode: positions on disk at most, a trainer following; none: keep all"
+    )
     ctx: int = Field(default=128, ge=8, description="tokens a sequence")
-    batch_tokens: int = Field(default=2048, gt=0, description="tokens a forward pass")
+    cross_documents: bool = Field(
+        default=False, description="fill sequences with several documents, which then attend to each other"
+    )
+    batch_tokens: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
+        default="auto", description="tokens a forward pass; auto: 2048 on a CPU, on a GPU what a probe finds fastest"
+    )
     commit_sequences: int = Field(default=64, gt=0, description="sequences a commit, which is also one shard")
-    store_dtype: Literal["bfloat16", "float16", "float32"] = Field(default="bfloat16", description="dtype on disk")
+    store_dtype: Literal["bfloat16", "float16", "float32", "int8"] = Field(
+        default="bfloat16", description="dtype on disk; int8 has a scale a token"
+    )
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="dtype of the model"
+    )
+    compile: bool = Field(
+        default=False, description="compile the blocks with torch.compile; pays in long runs on a GPU"
     )
     device: str = Field(default="auto", description="torch device: auto, cpu, cuda, cuda:1")
     outlier_norm: float = Field(

@@ -8,7 +8,8 @@
     ├── ModelError (ValueError)             a model or tokenizer that cannot be loaded
     ├── TextError (ValueError)              a text source that is missing, unreadable or empty
     ├── NumericsError (FloatingPointError)  NaN or infinity where numbers should be
-    ├── DiskSpaceError (OSError)            not enough room, found out before writing
+    ├── DiskSpaceError (OSError)            not enough room, found out before or while writing
+    ├── StorageError (OSError)              a disk or object storage that fails or refuses
     ├── InterruptedRunError                 stopped by the user; what was committed is kept
     └── ArtefactError (ValueError)          something on disk
         ├── MissingArtefactError (FileNotFoundError)
@@ -64,7 +65,11 @@ class NumericsError(SaekitError, FloatingPointError):
 
 
 class DiskSpaceError(SaekitError, OSError):
-    """The disk cannot hold what is about to be written."""
+    """The disk cannot hold what is to be written."""
+
+
+class StorageError(SaekitError, OSError):
+    """A disk or object storage fails, or refuses."""
 
 
 class InterruptedRunError(SaekitError):

@@ -1,47 +1,56 @@
 """From text to an activation store.
 
 Flow:
-1. load the model and the text; pack documents into sequences of `ctx` tokens, one document a sequence;
-2. take the sequences in groups of `commit_sequences`; inside a group run batches of similar length through the model,
-   up to the last hook point and no further;
-3. mask what an SAE should not learn from: padding, special tokens, and tokens whose norm is above `outlier_norm`
+1. load the model and the text; pack documents into sequences of `ctx` tokens, one document a sequence unless asked
+   otherwise, on a thread of its own;
+2. take the sequences in groups of `commit_sequences` and run each through the model (`activations/forward.py`);
+3. mask what an SAE should not learn from: padding, BOS, control tokens, and tokens whose norm is above `outlier_norm`
    times the median norm of the first group (attention sinks, mostly);
-4. hand the group to a writer thread, which commits it while the next group is computed.
+4. hand the group to a writer thread, which commits it while the next groups are computed; on a GPU step 3 has a thread
+   of its own, too. There are N_BUFFERS buffers, so a disk that is slower than the model slows the model down instead of
+   filling the memory;
+5. in ring mode, wait for the trainer where the store is full (`activations/ring.py`).
 
 A group's content depends only on the settings and on its place in the text, so a run that was stopped anywhere goes on
 with the next group and ends with the same store. Left out: several processes writing one store.
 """
 
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
-from pathlib import Path
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import count, islice
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
-from jaxtyping import Bool
-from torch import Tensor
+from jaxtyping import Bool, Float, Int32
 
 from activations.config import HarvestConfig
-from activations.errors import DiskSpaceError, InterruptedRunError, NumericsError, TextError
+from activations.errors import ConfigError, InterruptedRunError, NumericsError, TextError
+from activations.forward import Buffer, GroupRunner, Running
 from activations.hook_points import HookPoint
-from activations.hooks import capture, run_until
 from activations.models import LoadedModel, Status, load_model
-from activations.progress import progress
-from activations.store import Group, HookState, StoreMeta, StoreState, StoreWriter, to_float32
+from activations.plan import choose_batch_tokens, plan
+from activations.progress import Advance, progress
+from activations.ring import POLL_S, is_full, read_reader
+from activations.storage import open_storage
+from activations.store_schema import GROUP_KEY, HookState, Ring, StoreMeta, StoreState, parse_group_json
+from activations.store_writer import Group, StoreWriter
 from activations.text import documents, text_fingerprint
-from activations.tokens import TokenSequence, pack
+from activations.tokens import TokenSequence, bos_ids, pack
 
-_TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CONFIG_KEY = "harvest.yaml"
+N_BUFFERS = 3
+RING_GROUPS = 4
+_PREFETCHED = 2
+_T = TypeVar("_T")
 
 
 class HarvestResult(NamedTuple):
     """What a harvest did."""
 
-    path: Path
+    path: str
     """the store"""
     n_sequences: int
     """sequences in the store"""
@@ -58,56 +67,50 @@ class HarvestResult(NamedTuple):
         return self.new_tokens / max(self.seconds, 1e-9)
 
 
-class HarvestPlan(NamedTuple):
-    """What a harvest would do, known before it starts."""
+class _Rows(NamedTuple):
+    """The sequences of one group; see TokenSequence."""
 
-    max_tokens: int
-    """unmasked tokens it stops at"""
-    bytes_needed: int
-    """upper estimate of the bytes it writes"""
-    bytes_free: int
-    """bytes free where the store goes"""
-
-
-def plan(config: HarvestConfig, d_model: int) -> HarvestPlan:
-    """Estimate the disk a harvest needs and compare it with what is free.
-
-    Raises: DiskSpaceError if it cannot fit.
-    """
-    itemsize = 4 if config.store_dtype == "float32" else 2
-    # Masked and padded positions are stored too; a tenth on top covers them and the token arrays.
-    needed = int(1.1 * config.max_tokens * (itemsize * d_model * len(config.hook_points) + 6))
-    parent = next(path for path in (config.out, *config.out.absolute().parents) if path.exists())
-    written = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
-    free = shutil.disk_usage(parent).free
-    if needed - written > free:
-        raise DiskSpaceError(
-            config.out,
-            expected=f"{needed / 1e9:.1f} GB of room for {config.max_tokens:,} tokens",
-            got=f"{free / 1e9:.1f} GB free",
-            fix="Lower max_tokens or choose another out.",
-        )
-    return HarvestPlan(config.max_tokens, needed, free)
+    tokens: Int32[np.ndarray, "seq ctx"]
+    attend: Bool[np.ndarray, "seq ctx"]
+    special: Bool[np.ndarray, "seq ctx"]
+    documents: Int32[np.ndarray, " seq"]
+    after: tuple[int, int]
 
 
 def find_hook_points(config: HarvestConfig, loaded: LoadedModel) -> list[HookPoint]:
     """The hook points of a config; raises HookPointError if the model does not have one."""
-    return [HookPoint.parse(name).check(loaded.n_layers) for name in config.hook_points]
+    sites = loaded.family.sites(loaded.model.config)
+    return [HookPoint.parse(name).check(loaded.n_layers, sites) for name in config.hook_points]
 
 
-def measure_speed(config: HarvestConfig, loaded: LoadedModel, seconds: float = 3.0) -> float:
-    """Tokens a second that a harvest of full sequences would make, from a few forward passes after a first one."""
-    points = find_hook_points(config, loaded)
-    shape = (max(1, config.batch_tokens // config.ctx), config.ctx)
-    vocabulary = int(loaded.model.config.vocab_size)
-    tokens = np.random.default_rng(0).integers(vocabulary, size=shape, dtype=np.int32)
-    attend = np.ones(shape, bool)
-    _forward(config, loaded, points, tokens, attend)
-    start, n_passes = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        _forward(config, loaded, points, tokens, attend)
-        n_passes += 1
-    return n_passes * tokens.size / (time.perf_counter() - start)
+def store_meta(config: HarvestConfig, loaded: LoadedModel) -> StoreMeta:
+    """What the store of a harvest is made of; `batch_tokens: auto` is settled here.
+
+    Raises: HookPointError if the model does not have a hook point; ConfigError if a ring is too small.
+    """
+    find_hook_points(config, loaded)
+    ring = config.keep_tokens and Ring(keep_tokens=config.keep_tokens, max_tokens=config.max_tokens)
+    meta = StoreMeta(
+        model=loaded.ref,
+        tokenizer_fingerprint=loaded.tokenizer_fingerprint,
+        text=config.text,
+        text_fingerprint=text_fingerprint(config.text),
+        hook_points=config.hook_points,
+        ctx=config.ctx,
+        cross_documents=config.cross_documents,
+        store_dtype=config.store_dtype,
+        compute_dtype=str(loaded.dtype).removeprefix("torch."),
+        compiled=config.compile,
+        batch_tokens=1 if config.batch_tokens == "auto" else config.batch_tokens,
+        commit_sequences=config.commit_sequences,
+        outlier_norm=config.outlier_norm,
+        ring=ring or None,
+    )
+    _check_ring(meta)
+    if config.batch_tokens != "auto":
+        return meta
+    chosen = _batch_tokens_of_store(config) or choose_batch_tokens(config, loaded, meta)
+    return meta.model_copy(update={"batch_tokens": chosen})
 
 
 def harvest(
@@ -119,17 +122,16 @@ def harvest(
       loaded: the model, if the caller has it already; must be what `config.model` names.
       on_status: told in one line what takes long before the first token.
     Raises: InterruptedRunError on Ctrl-C, after the commit in flight; NumericsError for NaN or infinity; TextError if
-      the text has no tokens; MismatchError if the store was made with other settings.
+      the text has no tokens; MismatchError if the store was made with other settings; DiskSpaceError or StorageError
+      if it cannot be written.
     """
     loaded = loaded or load_model(config.model, device=config.device, dtype=config.compute_dtype, on_status=on_status)
-    points = find_hook_points(config, loaded)
-    plan(config, loaded.d_model)
-    with StoreWriter.open(config.out, _meta(config, loaded)) as writer:
-        config.save(config.out / "harvest.yaml")
-        state = writer.state
-        sequences = islice(pack(documents(config.text), loaded.tokenizer, config.ctx), state.committed, None)
+    meta = store_meta(config, loaded)
+    plan(config, loaded, meta)
+    with StoreWriter.open(config.out, meta) as writer:
+        writer.storage.write(CONFIG_KEY, config.to_yaml().encode())
         start = time.perf_counter()
-        new_tokens, exhausted = _harvest_groups(config, loaded, points, sequences, writer)
+        new_tokens, exhausted = _Harvest(config, loaded, writer).run()
         seconds = time.perf_counter() - start
         if writer.state.committed == 0:
             raise TextError(config.text, expected="some text", got="no tokens", fix="Choose a text that is not empty.")
@@ -137,138 +139,212 @@ def harvest(
         return HarvestResult(config.out, writer.state.committed, writer.state.tokens, new_tokens, seconds)
 
 
-def _harvest_groups(
-    config: HarvestConfig,
-    loaded: LoadedModel,
-    points: Sequence[HookPoint],
-    sequences: Iterator[TokenSequence],
-    writer: StoreWriter,
-) -> tuple[int, bool]:
-    """Compute and commit groups up to the token budget; returns (attended tokens, whether the text ended)."""
-    state, new_tokens = writer.state, 0
-    pending: Future[None] | None = None
-    done = min(state.tokens, config.max_tokens)
-    with ThreadPoolExecutor(1) as pool, progress("harvest", config.max_tokens - done, "tok") as advance:
-        try:
-            while state.tokens < config.max_tokens:
-                rows = list(islice(sequences, config.commit_sequences))
-                if not rows:
-                    return new_tokens, True
-                group, after = _compute_group(config, loaded, points, rows, state)
-                if pending:
-                    pending.result()
-                pending = pool.submit(writer.append, group, after)
-                advance(after.tokens - state.tokens)
-                new_tokens += sum(int(row.attend.sum()) for row in rows)
-                state = after
-            return new_tokens, False
-        except KeyboardInterrupt:
-            pool.shutdown(wait=True)
-            raise InterruptedRunError(
-                config.out,
-                expected="to run to the end",
-                got=f"Ctrl-C; {writer.state.tokens:,} tokens are committed",
-                fix="Run the same command again to go on from there.",
-            ) from None
-        finally:
-            if pending and not pending.cancelled():
-                pending.result()
+class _Measured(NamedTuple):
+    """A group that is ready to be written."""
+
+    group: Group
+    after: StoreState
+    """the state that its commit leads to"""
+    tokens: int
+    """unmasked tokens up to its end"""
+    text: int
+    """its tokens that would be unmasked if none were an outlier"""
 
 
-def _compute_group(
-    config: HarvestConfig,
-    loaded: LoadedModel,
-    points: Sequence[HookPoint],
-    rows: Sequence[TokenSequence],
-    state: StoreState,
-) -> tuple[Group, StoreState]:
-    """Run one group through the model and mask it; returns it with the state that its commit leads to."""
-    tokens = np.stack([row.tokens for row in rows])
-    attend = np.stack([row.attend for row in rows])
-    special = np.stack([row.special for row in rows]) & attend
-    documents_ = np.array([row.document for row in rows], dtype=np.int32)
-    stored = _forward(config, loaded, points, tokens, attend)
-    wide = {name: to_float32(values) for name, values in stored.items()}
-    _check_finite(config, wide, attend, documents_)
-    norms = {name: np.sqrt(np.einsum("scd,scd->sc", x, x)) for name, x in wide.items()}
-    hooks = {name: state.hooks.get(name) or _first_state(config, norms[name][attend & ~special]) for name in wide}
-    outlier = np.any([norms[name] > hooks[name].outlier_limit for name in wide], axis=0) & attend & ~special
-    mask = attend & ~special & ~outlier
-    masked = {"padding": ~attend, "special": special, "norm_outlier": outlier}
-    after = state.model_copy(
-        update={
-            "tokens": state.tokens + int(mask.sum()),
-            "masked": {reason: state.masked.get(reason, 0) + int(m.sum()) for reason, m in masked.items()},
-            "hooks": {name: hooks[name].add(x[mask]) for name, x in wide.items()},
-        }
-    )
-    return Group(tokens, mask, documents_, stored), after
+class _Inline(Executor):
+    """Does at once what it is given."""
+
+    def submit(self, fn: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
+        done: Future[_T] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
 
 
-def _first_state(config: HarvestConfig, norms: np.ndarray) -> HookState:
-    median = float(np.median(norms)) if norms.size else 1.0
-    return HookState(outlier_limit=config.outlier_norm * median)
+class _Harvest:
+    """One run of the pipeline: launch, then measure, then write, each group behind the one before."""
 
+    def __init__(self, config: HarvestConfig, loaded: LoadedModel, writer: StoreWriter):
+        self._config, self._loaded, self._writer = config, loaded, writer
+        self._runner = GroupRunner(writer.meta, loaded)
+        self._buffers = [Buffer(writer.meta, loaded.device) for _ in range(N_BUFFERS)]
+        self._n_bos = len(bos_ids(loaded.tokenizer))
+        self._state = writer.state
 
-def _forward(
-    config: HarvestConfig,
-    loaded: LoadedModel,
-    points: Sequence[HookPoint],
-    tokens: np.ndarray,
-    attend: Bool[np.ndarray, "seq ctx"],
-) -> dict[str, np.ndarray]:
-    """Activations of a group in the stored representation, zero where nothing is attended."""
-    dtype = _TORCH_DTYPES[config.store_dtype]
-    shape = (*tokens.shape, loaded.d_model)
-    out = {str(point): torch.zeros(shape, dtype=dtype) for point in points}
-    lengths = attend.sum(axis=1)
-    order = np.argsort(-lengths, kind="stable")
-    rows = max(1, config.batch_tokens // tokens.shape[1])
-    with capture(loaded.model, loaded.family, points, stop_after_last=True) as captured:
-        for start in range(0, len(order), rows):
-            batch = order[start : start + rows]
-            width = int(lengths[batch[0]])
-            keep = torch.from_numpy(attend[batch, :width])
-            inputs = {"input_ids": torch.from_numpy(tokens[batch, :width]).long(), "attention_mask": keep.long()}
-            run_until(loaded.model, {key: value.to(loaded.device) for key, value in inputs.items()})
-            for point, resid in captured.items():
-                values = resid.to(device="cpu", dtype=dtype).masked_fill_(~keep[..., None], 0)
-                out[str(point)][torch.from_numpy(batch), :width] = values
-    return {name: _stored(values) for name, values in out.items()}
+    def run(self) -> tuple[int, bool]:
+        """Compute and commit groups up to the token budget.
 
+        Returns: attended tokens, and whether the text, or a trainer that a ring is made for, has come to its end.
+        """
+        config, writer = self._config, self._writer
+        left = config.max_tokens - min(writer.state.tokens, config.max_tokens)
+        # On a CPU the model's own threads use every core; another one beside them would only slow them down.
+        measuring = ThreadPoolExecutor(1) if self._loaded.device.type == "cuda" else _Inline()
+        with measuring, ThreadPoolExecutor(1) as writing, progress("harvest", left, "tok") as advance:
+            try:
+                return self._loop(measuring, writing, advance)
+            except KeyboardInterrupt:
+                measuring.shutdown()
+                writing.shutdown()
+                raise InterruptedRunError(
+                    config.out,
+                    expected="to run to the end",
+                    got=f"Ctrl-C; {writer.state.tokens:,} tokens are committed",
+                    fix="Run the same command again to go on from there.",
+                ) from None
 
-def _stored(values: Tensor) -> np.ndarray:
-    if values.dtype == torch.bfloat16:
-        return values.view(torch.int16).numpy().view(np.uint16)
-    return values.numpy()
+    def _loop(self, measuring: Executor, writing: Executor, advance: Advance) -> tuple[int, bool]:
+        new_tokens, committed, budget = 0, self._state.committed, self._config.max_tokens
+        measured: deque[Future[_Measured]] = deque()
+        written: deque[Future[None]] = deque()
+        # Tokens there will be once what is under way is measured, if none of them is masked.
+        at_most = known = self._state.tokens
+        with _ahead(self._groups(self._state), _PREFETCHED) as groups:
+            for number in count():
+                while measured and (measured[0].done() or at_most >= budget):
+                    tokens, text = measured.popleft().result()[2:]
+                    advance(tokens - known)
+                    known, at_most = tokens, at_most - (text - (tokens - known))
+                if known >= budget or not self._wait_for_room(committed, written):
+                    break
+                rows = next(groups, None)
+                if rows is None:
+                    break
+                _finish(written, but=N_BUFFERS - 1)
+                buffer = self._buffers[number % N_BUFFERS]
+                running = self._runner.run(rows.tokens, rows.attend, buffer)
+                measured.append(measuring.submit(self._measure, rows, running, buffer))
+                written.append(writing.submit(self._write, measured[-1]))
+                at_most += int((rows.attend & ~rows.special).sum())
+                new_tokens, committed = new_tokens + int(rows.attend.sum()), committed + len(rows.tokens)
+        _finish(written)
+        while measured:
+            tokens = measured.popleft().result().tokens
+            advance(tokens - known)
+            known = tokens
+        return new_tokens, known < budget
 
+    def _groups(self, state: StoreState) -> Iterator[_Rows]:
+        config = self._config
+        sequences = pack(
+            documents(config.text),
+            self._loaded.tokenizer,
+            config.ctx,
+            start=state.position,
+            cross_documents=config.cross_documents,
+        )
+        while rows := list(islice(sequences, config.commit_sequences)):
+            yield _stack(rows)
 
-def _check_finite(
-    config: HarvestConfig, wide: Mapping[str, np.ndarray], attend: np.ndarray, documents_: np.ndarray
-) -> None:
-    for name, x in wide.items():
-        bad = ~np.isfinite(x).all(axis=2) & attend
-        if bad.any():
-            sequence, position = np.argwhere(bad)[0]
-            raise NumericsError(
-                f"{name} in document {documents_[sequence]}, position {position}",
-                expected="finite activations",
-                got="NaN or infinity",
-                fix=f"Try compute_dtype=float32 and store_dtype=bfloat16; now {config.compute_dtype}, "
-                f"{config.store_dtype}.",
+    def _measure(self, rows: _Rows, running: Running, buffer: Buffer) -> _Measured:
+        """Mask one group and count it in; `self._state` becomes the state that its commit leads to."""
+        with self._runner.beside():
+            norms = running.norms()
+            self._check_finite(norms, rows)
+            state, attend, special = self._state, rows.attend, rows.special & rows.attend
+            text = attend & ~special
+            hooks = {name: self._hook_state(state, name, of_hook[text]) for name, of_hook in norms.items()}
+            above = [norms[name] > hook.outlier_limit for name, hook in hooks.items()]
+            outlier = np.any(above, axis=0) & text
+            mask, is_bos = text & ~outlier, special & (np.arange(attend.shape[1]) < self._n_bos)
+            masked = {"padding": ~attend, "bos": is_bos, "control": special & ~is_bos, "norm_outlier": outlier}
+            sums = {name: self._runner.sums(buffer, name, mask) for name in hooks}
+            self._state = state.model_copy(
+                update={
+                    "position": rows.after,
+                    "tokens": state.tokens + int(mask.sum()),
+                    "masked": {reason: state.masked.get(reason, 0) + int(m.sum()) for reason, m in masked.items()},
+                    "hooks": {name: hook.add(norms[name][mask], sums[name]) for name, hook in hooks.items()},
+                }
             )
+            group = Group(rows.tokens, mask, rows.documents, buffer.arrays(len(mask)))
+        return _Measured(group, self._state, self._state.tokens, int(text.sum()))
+
+    def _hook_state(self, state: StoreState, name: str, norms: Float[np.ndarray, " token"]) -> HookState:
+        if name in state.hooks:
+            return state.hooks[name]
+        median = float(np.median(norms)) if norms.size else 1.0
+        return HookState(outlier_limit=self._config.outlier_norm * median)
+
+    def _write(self, measured: Future[_Measured]) -> None:
+        """The writer thread's part."""
+        group, after = measured.result()[:2]
+        if self._writer.meta.ring:
+            self._writer.release(read_reader(self._writer.storage).released)
+        self._writer.append(group, after)
+
+    def _wait_for_room(self, committed: int, written: deque[Future[None]]) -> bool:
+        """In ring mode, return once another group fits; False if the trainer needs no more."""
+        writer = self._writer
+        while writer.meta.ring:
+            reader = read_reader(writer.storage)
+            if reader.done:
+                return False
+            if not is_full(writer.meta, committed, reader.released):
+                return True
+            _finish(written)
+            writer.release(reader.released)
+            time.sleep(POLL_S)
+        return True
+
+    def _check_finite(self, norms: Mapping[str, Float[np.ndarray, "seq ctx"]], rows: _Rows) -> None:
+        for name, values in norms.items():
+            bad = ~np.isfinite(values) & rows.attend
+            if bad.any():
+                sequence, position = np.argwhere(bad)[0]
+                raise NumericsError(
+                    f"{name} in document {rows.documents[sequence]}, position {position}",
+                    expected="finite activations",
+                    got="NaN or infinity",
+                    fix="Try compute_dtype=float32 and store_dtype=bfloat16; "
+                    f"now {self._writer.meta.compute_dtype}, {self._config.store_dtype}.",
+                )
 
 
-def _meta(config: HarvestConfig, loaded: LoadedModel) -> StoreMeta:
-    return StoreMeta(
-        model=loaded.ref,
-        tokenizer_fingerprint=loaded.tokenizer_fingerprint,
-        text=config.text,
-        text_fingerprint=text_fingerprint(config.text),
-        hook_points=config.hook_points,
-        ctx=config.ctx,
-        store_dtype=config.store_dtype,
-        compute_dtype=str(loaded.dtype).removeprefix("torch."),
-        commit_sequences=config.commit_sequences,
-        outlier_norm=config.outlier_norm,
+def _stack(rows: Sequence[TokenSequence]) -> _Rows:
+    return _Rows(
+        np.stack([row.tokens for row in rows]),
+        np.stack([row.attend for row in rows]),
+        np.stack([row.special for row in rows]),
+        np.array([row.document for row in rows], dtype=np.int32),
+        rows[-1].after,
     )
+
+
+@contextmanager
+def _ahead(items: Iterator[_T], n: int) -> Iterator[Iterator[_T]]:
+    """The same items, of which a thread makes up to `n` before they are asked for."""
+    with ThreadPoolExecutor(1) as pool:
+        made = deque(pool.submit(next, items, None) for _ in range(n))
+
+        def take() -> Iterator[_T]:
+            while (item := made.popleft().result()) is not None:
+                made.append(pool.submit(next, items, None))
+                yield item
+
+        try:
+            yield take()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _finish(pending: deque[Future[None]], but: int = 0) -> None:
+    """Wait for all but the last `but` writes, and raise what they raised."""
+    while len(pending) > but:
+        pending.popleft().result()
+
+
+def _batch_tokens_of_store(config: HarvestConfig) -> int | None:
+    """What an earlier run settled on; going on with another size would round differently."""
+    found = open_storage(config.out).read(GROUP_KEY)
+    return parse_group_json(config.out, found[0])[0].batch_tokens if found else None
+
+
+def _check_ring(meta: StoreMeta) -> None:
+    least = RING_GROUPS * meta.commit_sequences * meta.ctx
+    if meta.ring and meta.ring.keep_tokens < least:
+        raise ConfigError(
+            "keep_tokens",
+            expected=f"{least} or more: {RING_GROUPS} times {meta.commit_sequences} sequences of {meta.ctx} tokens",
+            got=meta.ring.keep_tokens,
+            fix="Raise keep_tokens, or lower commit_sequences.",
+        )

@@ -31,7 +31,7 @@ from activations.families import ModelFamily, family_of_config
 from activations.fingerprints import digest, digest_of, tensor_digests
 from activations.gguf_cache import converted
 from activations.quiet import first_line, quiet_transformers
-from activations.store import ModelRef
+from activations.store_schema import ModelRef
 from activations.tokens import bos_ids
 
 if TYPE_CHECKING:

@@ -1,180 +1,102 @@
-"""The activation store: residual-stream tensors of one model over one text, on disk.
+"""The activation store: residual-stream tensors of one model over one text, on disk or in a bucket.
 
 A store is a zarr v3 group. Its first axis counts sequences, and every array is aligned to the same sequences:
 
     tokens     [n_seq, ctx]            int32
     mask       [n_seq, ctx]            bool, True where a token may be used (no padding, special token or norm outlier)
-    documents  [n_seq]                 int32, the document a sequence was cut from
-    <site>.<layer>  [n_seq, ctx, d_model]   one array a hook point; bfloat16 is kept as its uint16 bits
+    documents  [n_seq]                 int32, the document a sequence begins in
+    <site>.<layer>        [n_seq, ctx, d_model]   one array a hook point; bfloat16 is kept as its uint16 bits
+    scale.<site>.<layer>  [n_seq, ctx]            float32, only where hook points are int8: value = int8 * scale
 
-Writing a group of sequences is: 1. grow the arrays; 2. write one shard an array; 3. replace the group's attributes,
-which hold the committed sequence count and the running statistics. Step 3 is one atomic file replacement and is the
-commit: a crash at any instant leaves a store that opens at its last commit, and a resumed writer first drops what was
-not committed.
-
-Left out: knowing what a model or a text is. The store only compares the fingerprints it is given.
+This module reads what is committed; `activations/store_writer.py` writes, `activations/store_schema.py` says what the
+parts are, and `activations/storage.py` where they lie. Left out: knowing what a model or a text is.
 """
 
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import zarr
 from jaxtyping import Bool, Float, Int
-from pydantic import Field, ValidationError
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.metadata import ArrayV3Metadata
+from zarr.storage import MemoryStore, StorePath
 
-from activations.config import Config
-from activations.errors import CorruptArtefactError, HookPointError, MismatchError, MissingArtefactError
+from activations.errors import CorruptArtefactError, HookPointError, MissingArtefactError, SaekitError
+from activations.storage import Storage, open_storage
+from activations.store_schema import (
+    GROUP_KEY,
+    ArrayLayout,
+    HookState,
+    HookStats,
+    StoreMeta,
+    StoreState,
+    array_key,
+    damaged,
+    layout,
+    not_a_store,
+    object_keys,
+    parse_group_json,
+    scale_name,
+    to_float32,
+)
 
-SCHEMA_VERSION = 1
-BINS_PER_OCTAVE = 32
-CHUNK_BYTES = 1 << 20
-QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
-_BITS = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
-
-zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
-
-
-class ModelRef(Config):
-    """The model a store or an SAE came from."""
-
-    id: str = Field(description="human-readable name")
-    fingerprint: str = Field(description="SHA-256 over config and weights")
-    n_layers: int = Field(gt=0, description="blocks")
-    d_model: int = Field(gt=0, description="width of the residual stream")
-
-
-class StoreMeta(Config):
-    """What a store is made of; two harvests may share a store only if all of this is equal."""
-
-    schema_version: int = Field(default=SCHEMA_VERSION, description="layout version of the store")
-    model: ModelRef = Field(description="the model")
-    tokenizer_fingerprint: str = Field(description="SHA-256 of the tokenizer")
-    text: str = Field(description="text spec")
-    text_fingerprint: str = Field(description="SHA-256 of the text")
-    hook_points: tuple[str, ...] = Field(min_length=1, description="harvested hook points")
-    ctx: int = Field(gt=0, description="tokens a sequence")
-    store_dtype: str = Field(description="logical dtype of the activations")
-    compute_dtype: str = Field(description="dtype the model ran in")
-    commit_sequences: int = Field(gt=0, description="sequences a shard")
-    outlier_norm: float = Field(description="mask limit in median norms")
+ZSTD_LEVEL = 1
 
 
-class HookState(Config):
-    """Running sums over the unmasked tokens of one hook point, in float64."""
+class Damage(NamedTuple):
+    """Sequences of one array that cannot be read."""
 
-    n_tokens: int = Field(default=0, description="tokens counted")
-    sum: tuple[float, ...] = Field(default=(), description="sum of x, by component")
-    sum_norm: float = Field(default=0.0, description="sum of ||x||")
-    sum_sq_norm: float = Field(default=0.0, description="sum of ||x||^2")
-    norm_bins: dict[int, int] = Field(default={}, description="tokens by floor(32 log2 ||x||)")
-    outlier_limit: float = Field(default=0.0, description="norm above which a token is masked")
-
-    def add(self, x: Float[np.ndarray, "token d_model"]) -> "HookState":
-        """Return the state with the rows of `x` counted in."""
-        norms = np.sqrt(np.einsum("td,td->t", x, x, dtype=np.float64))
-        bins, counts = np.unique(np.floor(BINS_PER_OCTAVE * np.log2(norms)).astype(int), return_counts=True)
-        merged = dict(self.norm_bins)
-        for index, count in zip(bins.tolist(), counts.tolist(), strict=True):
-            merged[index] = merged.get(index, 0) + count
-        total = x.sum(axis=0, dtype=np.float64)
-        return self.model_copy(
-            update={
-                "n_tokens": self.n_tokens + len(x),
-                "sum": tuple((total + np.array(self.sum)).tolist() if self.sum else total.tolist()),
-                "sum_norm": self.sum_norm + float(norms.sum()),
-                "sum_sq_norm": self.sum_sq_norm + float((norms**2).sum()),
-                "norm_bins": merged,
-            }
-        )
-
-
-class StoreState(Config):
-    """What a commit replaces."""
-
-    committed: int = Field(default=0, ge=0, description="sequences that count")
-    complete: bool = Field(default=False, description="the harvest ended: its token budget or its text was used up")
-    tokens: int = Field(default=0, description="unmasked tokens")
-    masked: dict[str, int] = Field(default={}, description="masked tokens by reason")
-    hooks: dict[str, HookState] = Field(default={}, description="statistics by hook point")
-
-
-class HookStats(NamedTuple):
-    """Statistics of one hook point over the store's unmasked tokens."""
-
-    n_tokens: int
-    """tokens counted"""
-    mean: Float[np.ndarray, " d_model"]
-    """mean of x"""
-    mean_norm: float
-    """mean of ||x||"""
-    mean_sq_norm: float
-    """mean of ||x||^2"""
-    norm_quantiles: dict[str, float]
-    """quantiles of ||x||, within 2.2% (the width of a histogram bin)"""
-
-
-class Group(NamedTuple):
-    """Sequences that are written and committed together."""
-
-    tokens: Int[np.ndarray, "seq ctx"]
-    """token ids"""
-    mask: Bool[np.ndarray, "seq ctx"]
-    """True where a token may be used"""
-    documents: Int[np.ndarray, " seq"]
-    """document of each sequence"""
-    activations: Mapping[str, np.ndarray]
-    """by hook point, [seq, ctx, d_model] in the stored representation (bfloat16 as uint16)"""
-
-
-def to_bfloat16_bits(x: Float[np.ndarray, "..."]) -> np.ndarray:
-    """Round float32 to bfloat16, ties to even, and return the bits as uint16."""
-    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def to_float32(stored: np.ndarray) -> Float[np.ndarray, "..."]:
-    """Widen stored values to float32, exactly; uint16 holds bfloat16 bits."""
-    if stored.dtype == np.uint16:
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32)
+    array: str
+    start: int
+    stop: int
+    reason: str
 
 
 class ActivationStore:
-    """Read access to the committed part of a store."""
+    """Read access to the committed part of a store.
 
-    def __init__(self, path: Path, arrays: dict[str, zarr.Array], meta: StoreMeta, state: StoreState):
-        self.path, self.meta, self.state = path, meta, state
-        self._arrays = arrays
+    Whatever reads raises CorruptArtefactError, naming the array and the sequences, if a shard is damaged or missing;
+    MissingArtefactError if a ring has released the sequences; StorageError if object storage does not answer.
+    """
+
+    def __init__(self, storage: Storage, arrays: dict[str, zarr.Array], meta: StoreMeta, state: StoreState):
+        self.storage, self.meta, self.state = storage, meta, state
+        self._layout, self._arrays = layout(meta), arrays
 
     @classmethod
-    def open(cls, path: str | Path) -> "ActivationStore":
-        """Open the store at `path` at its last commit.
+    def open(cls, where: str | Path) -> "ActivationStore":
+        """Open the store at a path or s3:// address at its last commit.
 
-        Raises: MissingArtefactError if nothing is there, CorruptArtefactError if it is not a whole store.
+        Raises: MissingArtefactError if nothing is there, CorruptArtefactError if it is not a whole store, StorageError
+          if object storage does not answer.
         """
-        path = Path(path)
-        try:
-            group = zarr.open_group(path, mode="r")
-        except FileNotFoundError as error:
+        storage = open_storage(where)
+        found = storage.read(GROUP_KEY)
+        if found is None:
             raise MissingArtefactError(
-                path, expected="an activation store", got="nothing", fix="Make one with: saekit harvest"
-            ) from error
-        except (ValueError, KeyError) as error:
-            raise _not_a_store(path, "unreadable zarr metadata") from error
-        meta, state = _read_attributes(path, group)
-        return cls(path, _checked_arrays(path, group, meta, state), meta, state)
+                where, expected="an activation store", got="nothing", fix="Make one with: saekit harvest"
+            )
+        meta, state = parse_group_json(storage.where, found[0])
+        return cls(storage, open_arrays(storage, meta, state.committed), meta, state)
+
+    @property
+    def path(self) -> str:
+        """Where the store is, as a path or an s3:// address."""
+        return self.storage.where
 
     @property
     def n_sequences(self) -> int:
         """Committed sequences."""
         return self.state.committed
+
+    @property
+    def n_arrays(self) -> int:
+        """Arrays that `verify` reads."""
+        return len(self._layout)
 
     @property
     def ctx(self) -> int:
@@ -198,9 +120,21 @@ class ActivationStore:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over what the store was made from and the sums of what it holds."""
-        content = {"meta": self.meta.model_dump(mode="json"), "state": self.state.model_dump(mode="json")}
+        """SHA-256 over what the store was made from and the sums of what it holds.
+
+        For a ring, which changes while it is trained on, over what it was made from alone.
+        """
+        state = None if self.meta.ring else self.state.model_dump(mode="json")
+        content = {"meta": self.meta.model_dump(mode="json"), "state": state}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def kept(self) -> list[range]:
+        """Sequences whose activations are there: all of them, unless a ring has released some."""
+        pinned = min(self.meta.pinned_sequences, self.n_sequences)
+        parts = range(pinned), range(max(pinned, self.state.released), self.n_sequences)
+        if parts[1].start == pinned:
+            parts = (range(self.n_sequences),)
+        return [part for part in parts if part]
 
     def tokens(self, start: int = 0, stop: int | None = None) -> Int[np.ndarray, "seq ctx"]:
         """Token ids of sequences start..stop."""
@@ -211,7 +145,7 @@ class ActivationStore:
         return self._read("mask", start, stop)
 
     def documents(self, start: int = 0, stop: int | None = None) -> Int[np.ndarray, " seq"]:
-        """Document of each sequence; never decreasing."""
+        """Document that each sequence begins in; never decreasing."""
         return self._read("documents", start, stop)
 
     def activations(
@@ -219,22 +153,56 @@ class ActivationStore:
     ) -> Float[np.ndarray, "seq ctx d_model"]:
         """Activations at one hook point, widened to float32; padding is zero.
 
-        Raises: HookPointError if it was not harvested, CorruptArtefactError if a shard is damaged or missing.
+        Raises: HookPointError if it was not harvested.
         """
-        x = to_float32(self._read(self._known(hook_point), start, stop))
-        used = self.mask(start, stop)
-        lost = used.any(axis=1) & ~np.any(x, axis=(1, 2))
-        if lost.any():
-            where = start + int(np.flatnonzero(lost)[0])
-            raise _damaged(self.path, hook_point, where, where + 1, "a missing shard")
-        return x
+        stored = self._read(self._known(hook_point), start, stop)
+        scale = self._read(scale_name(hook_point), start, stop) if self.meta.store_dtype == "int8" else None
+        return to_float32(stored, scale)
 
     def stats(self, hook_point: str) -> HookStats:
         """Mean and norm statistics of one hook point over the unmasked tokens."""
-        state = self.state.hooks[self._known(hook_point)]
-        n = max(state.n_tokens, 1)
-        quantiles = {str(q): _quantile(state.norm_bins, q) for q in QUANTILES}
-        return HookStats(state.n_tokens, np.array(state.sum) / n, state.sum_norm / n, state.sum_sq_norm / n, quantiles)
+        return self.state.hooks.get(self._known(hook_point), HookState()).stats()
+
+    def verify(self) -> Iterator[tuple[int, Damage | None]]:
+        """Read every chunk of every array against its checksum.
+
+        Yields: for each shard the sequences it holds, and its damage, if there is any.
+        """
+        for name, start, stop in self._shards():
+            yield stop - start, self._damage(name, start, stop)
+
+    def missing(self) -> list[str]:
+        """Keys of the shards that should be there and are not; nothing is read."""
+        there = self.storage.sizes()
+        keys = (object_keys(name, self._layout[name], start, stop) for name, start, stop in self._shards())
+        return [key for (key,) in keys if key not in there]
+
+    def _shards(self) -> Iterator[tuple[str, int, int]]:
+        """Array and sequences of each shard that no ring has released."""
+        for name, array in self._layout.items():
+            for start in range(0, self.n_sequences, array.object_rows):
+                stop = min(start + array.object_rows, self.n_sequences)
+                if not (array.is_released and self._is_released(start, stop, self.state)):
+                    yield name, start, stop
+
+    def _damage(self, name: str, start: int, stop: int) -> Damage | None:
+        try:
+            self._read(name, start, stop)
+        except CorruptArtefactError as error:
+            return Damage(name, start, stop, error.got)
+        return None
+
+    def _is_released(self, start: int, stop: int, state: StoreState) -> bool:
+        return max(start, self.meta.pinned_sequences) < min(stop, state.released)
+
+    def _check_kept(self, start: int, stop: int, state: StoreState) -> None:
+        if self._is_released(start, stop, state):
+            raise MissingArtefactError(
+                f"{self.path}: sequences {start} to {stop - 1}",
+                expected="activations",
+                got=f"a ring that has released those from {self.meta.pinned_sequences} to {state.released - 1}",
+                fix="Read the sequences that are left, or harvest without keep_tokens.",
+            )
 
     def _known(self, hook_point: str) -> str:
         if hook_point not in self.hook_points:
@@ -248,169 +216,70 @@ class ActivationStore:
 
     def _read(self, name: str, start: int, stop: int | None) -> np.ndarray:
         stop = self.n_sequences if stop is None else min(stop, self.n_sequences)
+        if self._layout[name].is_released:
+            self._check_kept(start, stop, self.state)
         try:
-            return np.asarray(self._arrays[name][start:stop])
-        except Exception as error:  # the codec pipeline raises plain RuntimeError for bad checksums and short shards
-            raise _damaged(self.path, name, start, stop, str(error).splitlines()[0]) from error
+            with self.storage.explained():
+                values = np.asarray(self._arrays[name][start:stop])
+        except SaekitError:
+            raise
+        except Exception as error:  # codecs raise RuntimeError and ValueError for bad checksums and short shards
+            raise damaged(self.path, name, start, stop, (str(error) or type(error).__name__).splitlines()[0]) from error
+        self._check_whole(name, start, values)
+        return values
+
+    def _check_whole(self, name: str, start: int, values: np.ndarray) -> None:
+        """Raise if a shard is missing, which zarr reads as zeros: where there are only zeros, look for it."""
+        array = self._layout[name]
+        rows = array.object_rows
+        stop = start + len(values)
+        for at in range(start // rows * rows, stop, rows):
+            first, last = max(start, at), min(stop, at + rows)
+            if values[first - start].any() or values[first - start : last - start].any():
+                continue
+            (key,) = object_keys(name, array, first, last)
+            if self.storage.version(key) is None:
+                found = self.storage.read(GROUP_KEY)  # by which a ring may have released it since
+                if found is not None and array.is_released:
+                    self._check_kept(first, last, parse_group_json(self.path, found[0])[1])
+                raise damaged(self.path, name, first, last, "a missing shard")
 
 
-class StoreWriter:
-    """Append access to one store; use `StoreWriter.open` as a context manager."""
+def open_arrays(storage: Storage, meta: StoreMeta, n: int) -> dict[str, zarr.Array]:
+    """The arrays of a store to read, cut to their first `n` sequences.
 
-    def __init__(self, path: Path, group: zarr.Group, meta: StoreMeta, state: StoreState):
-        self.path, self.meta, self.state = path, meta, state
-        self._group = group
+    Their own metadata need not say `n`: a commit leaves them alone.
 
-    @classmethod
-    @contextmanager
-    def open(cls, path: str | Path, meta: StoreMeta) -> Iterator["StoreWriter"]:
-        """Create the store, or continue the one at `path` if it was made from the same `meta`.
-
-        Raises: MismatchError if it was made from something else, or if another writer has it open.
-        """
-        path = Path(path)
+    Raises: CorruptArtefactError if one is missing or is not what the settings say.
+    """
+    place, arrays = storage.zarr(), {}
+    for name, array in layout(meta).items():
+        found, expected = storage.read(array_key(name)), array_metadata(array, n)
+        if found is None:
+            raise not_a_store(storage.where, f"no array '{name}'")
         try:
-            path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise MismatchError(
-                path, expected="a directory for out", got="a file", fix="Choose another --set out=..."
-            ) from error
-        with _lock(path):
-            if (path / "zarr.json").exists():
-                yield cls._resume(path, meta)
-            else:
-                yield cls._create(path, meta)
-
-    def append(self, group: Group, state: StoreState) -> None:
-        """Write `group` after the committed sequences, then commit it with `state` (whose `committed` is set here)."""
-        start, stop = self.state.committed, self.state.committed + len(group.tokens)
-        parts = {"tokens": group.tokens, "mask": group.mask, "documents": group.documents, **group.activations}
-        for name, values in parts.items():
-            array = self._array(name)
-            array.resize((stop, *array.shape[1:]))
-            array[start:stop] = values
-        self._commit(state.model_copy(update={"committed": stop}))
-
-    def finish(self, complete: bool) -> None:
-        """Record whether the harvest ended."""
-        self._commit(self.state.model_copy(update={"complete": complete}))
-
-    def _commit(self, state: StoreState) -> None:
-        self._group.attrs.put(_attributes(self.meta, state))
-        self.state = state
-
-    def _array(self, name: str) -> zarr.Array:
-        array = self._group[name]
-        assert isinstance(array, zarr.Array)
-        return array
-
-    @classmethod
-    def _create(cls, path: Path, meta: StoreMeta) -> "StoreWriter":
-        state = StoreState()
-        group = zarr.open_group(path, mode="a", attributes=_attributes(meta, state))
-        rows, ctx, width = meta.commit_sequences, meta.ctx, meta.model.d_model
-        plain: dict[str, Any] = {"compressors": (ZstdCodec(), Crc32cCodec())}
-        group.create_array("tokens", shape=(0, ctx), chunks=(rows, ctx), dtype="int32", **plain)
-        group.create_array("mask", shape=(0, ctx), chunks=(rows, ctx), dtype="bool", **plain)
-        group.create_array("documents", shape=(0,), chunks=(rows,), dtype="int32", **plain)
-        dtype = np.dtype(_BITS[meta.store_dtype])
-        chunk = _chunk_rows(rows, ctx * width * dtype.itemsize)
-        for hook_point in meta.hook_points:
-            group.create_array(
-                hook_point,
-                shape=(0, ctx, width),
-                chunks=(chunk, ctx, width),
-                shards=(rows, ctx, width),
-                dtype=dtype,
-                compressors=(Crc32cCodec(),),
-            )
-        return cls(path, group, meta, state)
-
-    @classmethod
-    def _resume(cls, path: Path, meta: StoreMeta) -> "StoreWriter":
-        ActivationStore.open(path)
-        group = zarr.open_group(path, mode="r+")
-        old, state = _read_attributes(path, group)
-        for field in StoreMeta.model_fields:
-            have, want = getattr(old, field), getattr(meta, field)
-            if have != want and field != "text":  # a path may be spelt in several ways
-                raise MismatchError(
-                    f"{path}: {field} of the store",
-                    expected=_brief(want),
-                    got=_brief(have),
-                    fix="Use another --set out=..., or the settings that the store was made with.",
-                )
-        writer = cls(path, group, meta, state)
-        for name in ("tokens", "mask", "documents", *meta.hook_points):
-            array = writer._array(name)
-            array.resize((state.committed, *array.shape[1:]))
-        return writer
-
-
-def _attributes(meta: StoreMeta, state: StoreState) -> dict[str, Any]:
-    return {"saekit_store": {"meta": meta.model_dump(mode="json"), "state": state.model_dump(mode="json")}}
-
-
-def _read_attributes(path: Path, group: zarr.Group) -> tuple[StoreMeta, StoreState]:
-    content: Any = group.attrs.get("saekit_store")
-    if not isinstance(content, dict):
-        raise _not_a_store(path, "a zarr group without saekit's attributes")
-    try:
-        version = content["meta"]["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise _not_a_store(path, f"schema version {version}, not {SCHEMA_VERSION}")
-        return StoreMeta.model_validate(content["meta"]), StoreState.model_validate(content["state"])
-    except (KeyError, TypeError, ValidationError) as error:
-        raise _not_a_store(path, "attributes of another schema") from error
-
-
-def _checked_arrays(path: Path, group: zarr.Group, meta: StoreMeta, state: StoreState) -> dict[str, zarr.Array]:
-    shape = (meta.ctx, meta.model.d_model)
-    tails = {"tokens": shape[:1], "mask": shape[:1], "documents": ()} | dict.fromkeys(meta.hook_points, shape)
-    arrays = {}
-    for name, tail in tails.items():
-        array = group.get(name)
-        if not isinstance(array, zarr.Array) or array.shape[1:] != tail or array.shape[0] < state.committed:
-            raise _not_a_store(path, f"array '{name}' missing or of the wrong shape")
-        arrays[name] = array
+            is_right = ArrayV3Metadata.from_dict(json.loads(found[0])).update_shape(expected.shape) == expected
+        except Exception as error:  # zarr raises all kinds for metadata that make no sense
+            raise not_a_store(storage.where, f"unreadable metadata of array '{name}'") from error
+        if not is_right:
+            raise not_a_store(storage.where, f"array '{name}' in another layout")
+        with zarr.config.set({"codec_pipeline.path": storage.codecs}):
+            arrays[name] = zarr.Array(zarr.AsyncArray(expected, StorePath(place, name)))
     return arrays
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with open(path / ".writer.lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise MismatchError(
-                path, expected="no other writer", got="a harvest that is writing it", fix="Wait for it, or stop it."
-            ) from error
-        yield
-
-
-def _chunk_rows(rows: int, row_bytes: int) -> int:
-    """Largest divisor of `rows` whose chunk stays under CHUNK_BYTES, at least 1."""
-    return max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * row_bytes <= CHUNK_BYTES))
-
-
-def _quantile(bins: Mapping[int, int], q: float) -> float:
-    if not bins:
-        return 0.0
-    edges = sorted(bins)
-    cumulative = np.cumsum([bins[edge] for edge in edges])
-    index = edges[int(np.searchsorted(cumulative, q * cumulative[-1]))]
-    return float(2 ** ((index + 0.5) / BINS_PER_OCTAVE))
-
-
-def _brief(value: object) -> str:
-    text = value.id if isinstance(value, ModelRef) else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _not_a_store(path: Path, reason: str) -> CorruptArtefactError:
-    return CorruptArtefactError(path, expected="an activation store", got=reason, fix="Harvest into a new directory.")
-
-
-def _damaged(path: Path, name: str, start: int, stop: int, reason: str) -> CorruptArtefactError:
-    where = f"{path}: '{name}' in sequences {start} to {stop - 1}"
-    return CorruptArtefactError(where, expected="intact shards", got=reason, fix="Harvest this store again.")
+def array_metadata(array: ArrayLayout, n: int) -> ArrayV3Metadata:
+    """What zarr notes of an array of `n` sequences."""
+    made = zarr.create_array(
+        MemoryStore(),
+        shape=(n, *array.tail),
+        chunks=(array.chunk_rows, *array.tail),
+        shards=(array.object_rows, *array.tail) if array.is_sharded else None,
+        dtype=array.dtype,
+        compressors=(Crc32cCodec(),) if array.is_sharded else (ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()),
+        # In one folder an array: a commit has then one folder to sync.
+        chunk_key_encoding={"name": "default", "separator": "."},
+        fill_value=0,
+    )
+    assert isinstance(made.metadata, ArrayV3Metadata)
+    return made.metadata

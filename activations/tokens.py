@@ -1,17 +1,17 @@
 """Documents to token sequences of one width, for harvesting.
 
 Flow: 1. documents are tokenised some at a time; 2. each is cut into windows of `ctx` tokens, BOS included where the
-tokenizer itself adds one; 3. the last, shorter window is padded on the right, and dropped under MIN_TOKENS tokens.
+tokenizer itself adds one; 3. the last, shorter window of each is padded on the right.
 
-A sequence holds tokens of one document only, so that nothing attends across documents. The result depends on the
-documents, the tokenizer and `ctx` alone, and can be taken up again behind any sequence. Left out: torch, and the choice
-of what to mask; `attend` and `special` say what a token is.
+A sequence holds tokens of one document only, so that nothing attends across documents, unless `cross_documents` asks
+for it: then documents are joined, with EOS between them, and only the very last window is shorter. The result depends
+on the documents, the tokenizer and the arguments alone, and can be taken up again behind any sequence. Left out: torch,
+and the choice of what to mask; `attend` and `special` say what a token is.
 """
 
 import os
 import re
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,14 +20,22 @@ from jaxtyping import Bool, Int32
 from activations.errors import ConfigError
 from activations.text import Document
 
-MIN_TOKENS = 4
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARS = 1_000_000
 _CONTROL_TOKEN = re.compile(r"<\|.*\|>")
 
 
+class Position(NamedTuple):
+    """A place in the text: a token of a document."""
+
+    document: int
+    """`Document.index`"""
+    token: int
+    """0-based place among the document's tokens, BOS not counted"""
+
+
 class TokenSequence(NamedTuple):
-    """One window of one document."""
+    """One window of text."""
 
     tokens: Int32[np.ndarray, " ctx"]
     """Token ids, then padding."""
@@ -36,34 +44,37 @@ class TokenSequence(NamedTuple):
     special: Bool[np.ndarray, " ctx"]
     """True for BOS and other control tokens; False for text and for padding."""
     document: int
-    """`Document.index` of the document it was cut from."""
-    window: int
-    """0-based place of the window in its document; packing goes on behind it from (document, window + 1)."""
+    """`Document.index` of the document it begins in."""
+    after: Position
+    """Where the next sequence begins; packing goes on from here with `start`."""
 
 
 def pack(
     documents: Iterable[Document],
     tokenizer: Any,
     ctx: int,
-    skip: int = 0,
+    *,
     start: tuple[int, int] = (0, 0),
+    cross_documents: bool = False,
 ) -> Iterator[TokenSequence]:
     """Cut documents into sequences of `ctx` tokens.
 
     Args:
       tokenizer: a fast Hugging Face tokenizer.
       ctx: tokens a sequence.
-      skip: sequences to leave out at the head; their documents are tokenised all the same.
-      start: (document, window) to begin at; documents before it are not tokenised.
-    Raises: ConfigError if `ctx` leaves no room for MIN_TOKENS tokens of text.
+      start: position to begin at, the `after` of an earlier sequence; documents before it are not tokenised.
+      cross_documents: join documents, with EOS between them, so that a sequence may hold several.
+    Raises: ConfigError if `ctx` leaves no room for text.
     """
     # Set either way: the tokenizer otherwise warns about threads whenever the process forks later.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     bos = bos_ids(tokenizer)
-    if ctx < len(bos) + MIN_TOKENS:
-        least = len(bos) + MIN_TOKENS
+    if ctx <= len(bos):
+        least = len(bos) + 1
         raise ConfigError(f"ctx {ctx}", expected=f"at least {least} tokens", got=ctx, fix=f"Use ctx={least} or more.")
-    return islice(_pack(documents, tokenizer, ctx, bos, start), skip, None)
+    remaining = (document for document in documents if document.index >= start[0])
+    windows = _joined if cross_documents else _separate
+    return _sequences(windows(_encoded(remaining, tokenizer), tokenizer, ctx - len(bos), start), tokenizer, ctx, bos)
 
 
 def bos_ids(tokenizer: Any) -> list[int]:
@@ -79,17 +90,49 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(control) | frozenset(tokenizer.all_special_ids)
 
 
-def _pack(
-    documents: Iterable[Document],
-    tokenizer: Any,
-    ctx: int,
-    bos: list[int],
-    start: tuple[int, int],
-) -> Iterator[TokenSequence]:
+_Encoded = tuple[int, list[int]]
+_Window = tuple[list[int], int, Position]
+
+
+def _sequences(windows: Iterator[_Window], tokenizer: Any, ctx: int, bos: list[int]) -> Iterator[TokenSequence]:
     special = np.array(sorted(special_ids(tokenizer)), dtype=np.int32)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    remaining = (document for document in documents if document.index >= start[0])
-    for batch in _batches(remaining):
+    for ids, document, after in windows:
+        tokens = np.full(ctx, padding, dtype=np.int32)
+        length = len(bos) + len(ids)
+        tokens[:length] = [*bos, *ids]
+        attend = np.arange(ctx) < length
+        yield TokenSequence(tokens, attend, np.isin(tokens, special) & attend, document, after)
+
+
+def _separate(encoded: Iterator[_Encoded], tokenizer: Any, width: int, start: tuple[int, int]) -> Iterator[_Window]:
+    for document, ids in encoded:
+        first = start[1] if document == start[0] else 0
+        for begin in range(first, len(ids), width):
+            piece = ids[begin : begin + width]
+            yield piece, document, Position(document, begin + len(piece))
+
+
+def _joined(encoded: Iterator[_Encoded], tokenizer: Any, width: int, start: tuple[int, int]) -> Iterator[_Window]:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    window: list[int] = []
+    document, after = start[0], Position(*start)
+    for index, ids in encoded:
+        ids, begin = [*ids, *end], start[1] if index == start[0] else 0
+        while begin < len(ids):
+            document = document if window else index
+            piece = ids[begin : begin + width - len(window)]
+            window, begin = [*window, *piece], begin + len(piece)
+            after = Position(index, begin)
+            if len(window) == width:
+                yield window, document, after
+                window = []
+    if window:
+        yield window, document, after
+
+
+def _encoded(documents: Iterable[Document], tokenizer: Any) -> Iterator[_Encoded]:
+    for batch in _batches(documents):
         encoded = tokenizer(
             [document.text for document in batch],
             add_special_tokens=False,
@@ -98,10 +141,7 @@ def _pack(
             return_attention_mask=False,
             verbose=False,
         )["input_ids"]
-        for document, ids in zip(batch, encoded, strict=True):
-            for window, piece in _windows(ids, ctx - len(bos)):
-                if (document.index, window) >= start:
-                    yield _sequence([*bos, *piece], ctx, padding, special, document.index, window)
+        yield from zip((document.index for document in batch), encoded, strict=True)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -115,24 +155,3 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, n_chars = [], 0
     if batch:
         yield batch
-
-
-def _windows(ids: list[int], width: int) -> Iterator[tuple[int, list[int]]]:
-    for window, begin in enumerate(range(0, len(ids), width)):
-        piece = ids[begin : begin + width]
-        if len(piece) >= MIN_TOKENS:
-            yield window, piece
-
-
-def _sequence(
-    ids: list[int],
-    ctx: int,
-    padding: int,
-    special: Int32[np.ndarray, " n_special"],
-    document: int,
-    window: int,
-) -> TokenSequence:
-    tokens = np.full(ctx, padding, dtype=np.int32)
-    tokens[: len(ids)] = ids
-    attend = np.arange(ctx) < len(ids)
-    return TokenSequence(tokens, attend, np.isin(tokens, special) & attend, document, window)

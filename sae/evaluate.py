@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from activations.errors import ShapeError
+from activations.errors import MismatchError, ShapeError
 from activations.hook_points import HookPoint
 from activations.hooks import edit
 from activations.models import LoadedModel, load_model
@@ -30,7 +30,7 @@ from activations.progress import progress
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from sae.config import EvaluateConfig
-from sae.data import split
+from sae.data import held_out, statistics
 from sae.index import check_belongs
 from sae.metrics import Evaluation
 from sae.torch_view import TorchSae
@@ -50,23 +50,24 @@ def evaluate(config: EvaluateConfig, loaded: LoadedModel | None = None) -> dict[
     store, artefact = ActivationStore.open(config.store), SaeArtefact.load(config.sae)
     loaded = loaded or load_model(config.model, device=config.device)
     check_belongs(store, loaded, artefact)
-    start = split(store, config.holdout_fraction)
-    if not store.mask(start).any():
+    _check_share(config, artefact)
+    start, stop = held_out(store, config.holdout_fraction)
+    if not store.mask(start, stop).any():
         raise ShapeError(
             f"{store.path}: held-out tokens", expected="some that are unmasked", got=0, fix="Raise holdout_fraction."
         )
     sae = TorchSae(artefact).to(loaded.device)
-    result = reconstruction(store, artefact.hook_point, sae, start)
-    result |= spliced_losses(store, artefact.hook_point, sae, loaded, _spread(start, store, config.ce_sequences))
+    result = reconstruction(store, artefact.hook_point, sae, start, stop)
+    result |= spliced_losses(store, artefact.hook_point, sae, loaded, _spread(start, stop, config.ce_sequences))
     (config.sae / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
-def reconstruction(store: ActivationStore, hook_point: str, sae: TorchSae, start: int) -> dict[str, float]:
-    """Measures on stored activations of sequences from `start` on."""
-    evaluation = Evaluation(store.stats(hook_point).mean, sae.d_sae)
-    for first in range(start, store.n_sequences, BLOCK_SEQUENCES):
-        last = min(first + BLOCK_SEQUENCES, store.n_sequences)
+def reconstruction(store: ActivationStore, hook_point: str, sae: TorchSae, start: int, stop: int) -> dict[str, float]:
+    """Measures on stored activations of sequences start..stop."""
+    evaluation = Evaluation(statistics(store, hook_point).mean, sae.d_sae)
+    for first in range(start, stop, BLOCK_SEQUENCES):
+        last = min(first + BLOCK_SEQUENCES, stop)
         x = torch.from_numpy(store.activations(hook_point, first, last)[store.mask(first, last)])
         with torch.inference_mode():
             latents = sae.encode(x.to(sae.W_enc.device))
@@ -83,7 +84,7 @@ def spliced_losses(
     A next-token loss counts where the token it is predicted from is unmasked and the text goes on.
     """
     point = HookPoint.parse(hook_point)
-    mean = torch.from_numpy(store.stats(hook_point).mean).float()
+    mean = torch.from_numpy(statistics(store, hook_point).mean).float()
     variants: dict[str, Replace] = {
         "clean": lambda x: x,
         "sae": lambda x: sae(x.float()).to(x),
@@ -138,9 +139,20 @@ def _rows(
     return torch.from_numpy(tokens).long(), torch.from_numpy(mask)
 
 
-def _spread(start: int, store: ActivationStore, n: int) -> Int[np.ndarray, " seq"]:
-    """Up to `n` sequences, evenly over the held-out ones."""
-    return np.unique(np.linspace(start, store.n_sequences - 1, n).astype(int))
+def _check_share(config: EvaluateConfig, artefact: SaeArtefact) -> None:
+    trained = artefact.metadata.get("config", {}).get("holdout_fraction", config.holdout_fraction)
+    if trained != config.holdout_fraction:
+        raise MismatchError(
+            "holdout_fraction",
+            expected=f"{trained}, as in training, so that no text is tested that was trained on",
+            got=config.holdout_fraction,
+            fix=f"Use --set holdout_fraction={trained}.",
+        )
+
+
+def _spread(start: int, stop: int, n: int) -> Int[np.ndarray, " seq"]:
+    """Up to `n` sequences, evenly over start..stop."""
+    return np.unique(np.linspace(start, stop - 1, n).astype(int))
 
 
 def _recovered(ablated: float, ce: dict[str, float]) -> float:

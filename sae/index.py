@@ -73,7 +73,7 @@ def build_index(config: IndexConfig, loaded: LoadedModel | None = None) -> Path:
     check_belongs(store, loaded, artefact)
     hook_point = artefact.hook_point
     sae = TorchSae(artefact).to(loaded.device)
-    n_tokens = int(store.mask().sum())
+    n_tokens = sum(int(store.mask(kept.start, kept.stop).sum()) for kept in store.kept())
     with progress("index", 2 * n_tokens, "tok") as advance:
         usage = _usage(_blocks(store, hook_point, sae), config.n_contexts * SPARE, advance)
         places = _places(usage, store.documents(), config.n_contexts)
@@ -138,8 +138,9 @@ def check_belongs(store: ActivationStore, loaded: LoadedModel, artefact: SaeArte
 
 def _blocks(store: ActivationStore, hook_point: str, sae: TorchSae) -> Iterator[Block]:
     rows = max(1, BLOCK_TOKENS // store.ctx)
-    for start in range(0, store.n_sequences, rows):
-        stop = min(start + rows, store.n_sequences)
+    for start, stop in (
+        (i, min(i + rows, kept.stop)) for kept in store.kept() for i in range(kept.start, kept.stop, rows)
+    ):
         x, mask = store.activations(hook_point, start, stop), store.mask(start, stop)
         latents = torch.zeros(*mask.shape, sae.d_sae)
         with torch.inference_mode():

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from activations.store import ActivationStore
+from activations.store_schema import HookStats
 from sae.config import TrainConfig
 from sae.log import Row
 
 PACKAGES = ("saekit", "jax", "flax", "optax", "numpy")
 
 
-def provenance(config: TrainConfig, store: ActivationStore, metrics: Row) -> dict[str, Any]:
+def provenance(config: TrainConfig, store: ActivationStore, stats: HookStats, metrics: Row) -> dict[str, Any]:
     """Model, store, hook point, resolved config, versions and metrics."""
-    stats = store.stats(config.hook_point)
     return {
         "format_version": 1,
         "model": {"id": store.meta.model.id, "fingerprint": store.meta.model.fingerprint},

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from activations.errors import NumericsError
-from activations.store import HookStats
+from activations.store_schema import HookStats
 from sae.architectures import find
 from sae.architectures.base import SparseCoder, project_gradient, unit_rows
 from sae.config import TrainConfig

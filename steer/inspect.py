@@ -3,24 +3,29 @@
 from pathlib import Path
 from typing import Any
 
-from activations.errors import MissingArtefactError
+from activations.errors import CorruptArtefactError, MissingArtefactError
+from activations.progress import progress
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from sae.index_db import FILE_NAME, FeatureIndex
 from steer.library import load_library
 
+SHOWN_DAMAGES = 3
 
-def describe(path: Path, latent: int | None = None) -> dict[str, Any]:
-    """A JSON-ready description of the store, SAE, feature index or library at `path`.
+
+def describe(where: str, latent: int | None = None, verify: bool = False) -> dict[str, Any]:
+    """A JSON-ready description of the store, SAE, feature index or library at a path, or of a store at s3://.
 
     Args:
       latent: show this latent of a feature index instead of the index.
-    Raises: MissingArtefactError if there is no artefact at `path`.
+      verify: read a store whole, and compare every checksum.
+    Raises: MissingArtefactError if there is no artefact; CorruptArtefactError if a store does not verify.
     """
+    path = Path(where)
     if (path / FILE_NAME).exists():
         return _index(path, latent)
-    if (path / "zarr.json").exists():
-        return _store(path)
+    if where.startswith("s3://") or (path / "zarr.json").exists():
+        return _store(ActivationStore.open(where), verify)
     if (path / "cfg.json").exists():
         return _sae(path)
     if (path / "manifest.json").exists():
@@ -30,10 +35,11 @@ def describe(path: Path, latent: int | None = None) -> dict[str, Any]:
     )
 
 
-def _store(path: Path) -> dict[str, Any]:
-    store = ActivationStore.open(path)
+def _store(store: ActivationStore, verify: bool) -> dict[str, Any]:
     meta, state = store.meta, store.state
-    norms = {name: store.stats(name) for name in store.hook_points}
+    missing = store.missing()
+    if verify:
+        _verify(store)
     return {
         "artefact": "activation store",
         "model": meta.model.id,
@@ -43,14 +49,41 @@ def _store(path: Path) -> dict[str, Any]:
         "tokens": state.tokens,
         "masked": state.masked,
         "complete": state.complete,
+        "ring": {**meta.ring.model_dump(), "released_sequences": state.released} if meta.ring else None,
         "dtype": meta.store_dtype,
-        "hook_points": {
-            name: {"mean_norm": stats.mean_norm, "norm_quantiles": stats.norm_quantiles}
-            for name, stats in norms.items()
-        },
-        "gigabytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e9,
+        "hook_points": {name: _statistics(store, name) for name in store.hook_points},
+        "gigabytes": sum(store.storage.sizes().values()) / 1e9,
         "fingerprint": store.fingerprint,
+        "health": {
+            "checksums": "all match" if verify else "not read; --verify does",
+            "missing_shards": len(missing),
+            **({"first_missing": missing[0]} if missing else {}),
+        },
     }
+
+
+def _statistics(store: ActivationStore, hook_point: str) -> dict[str, Any]:
+    stats = store.stats(hook_point)
+    limit = store.state.hooks[hook_point].outlier_limit if hook_point in store.state.hooks else None
+    return {"mean_norm": stats.mean_norm, "norm_quantiles": stats.norm_quantiles, "outlier_limit": limit}
+
+
+def _verify(store: ActivationStore) -> None:
+    found = []
+    with progress("verify", store.n_sequences * store.n_arrays, "seq") as advance:
+        for n, damage in store.verify():
+            advance(n)
+            if damage:
+                found.append(damage)
+    if found:
+        places = [f"'{damage.array}' in sequences {damage.start} to {damage.stop - 1}" for damage in found]
+        more = f", and {len(places) - SHOWN_DAMAGES} more" if len(places) > SHOWN_DAMAGES else ""
+        raise CorruptArtefactError(
+            store.path,
+            expected="intact shards",
+            got=f"{len(found)} damaged: {', '.join(places[:SHOWN_DAMAGES])}{more} ({found[0].reason})",
+            fix="Copy the store again, or harvest it again.",
+        )
 
 
 def _sae(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from activations.errors import CorruptArtefactError, MissingArtefactError, UnknownNameError
-from activations.store import ModelRef
+from activations.store_schema import ModelRef
 from steer.vectors import SteeringVector
 
 FORMAT = "saekit-library-1"

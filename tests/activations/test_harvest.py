@@ -1,18 +1,12 @@
 """Harvesting: the store holds what the model computes, masks what it should, and survives being stopped."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from activations import harvest as harvest_module
 from activations.config import HarvestConfig
 from activations.errors import (
     DiskSpaceError,
@@ -22,8 +16,10 @@ from activations.errors import (
     NumericsError,
     TextError,
 )
-from activations.harvest import harvest, measure_speed, plan
+from activations.forward import GroupRunner
+from activations.harvest import harvest, store_meta
 from activations.models import LoadedModel, load_model
+from activations.plan import measure_speed, plan
 from activations.store import ActivationStore
 
 HOOKS = ("resid_pre.1", "resid_post.1", "resid_post.2")
@@ -48,7 +44,7 @@ def config(text: Path, out: Path, model: Path | None = None, **changes: object) 
         "model": str(model or "unused"),
         "text": str(text),
         "hook_points": HOOKS,
-        "out": out,
+        "out": str(out),
         "ctx": 32,
         "batch_tokens": 128,
         "commit_sequences": 8,
@@ -87,7 +83,8 @@ def test_padding_special_tokens_and_outliers_are_masked(tiny: LoadedModel, text:
     assert (tokens == control).sum() == 1
     assert not mask[tokens == control].any()
     masked = store.state.masked
-    assert masked["special"] == 1
+    assert masked["control"] == 1
+    assert masked["bos"] == 0
     assert masked["padding"] > 0
     assert masked["norm_outlier"] > 0
     assert sum(masked.values()) + store.state.tokens == mask.size
@@ -117,7 +114,7 @@ def test_a_token_budget_ends_at_a_group_and_can_be_raised(tiny: LoadedModel, tex
 def test_ctrl_c_keeps_what_was_committed(
     tiny: LoadedModel, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute, calls = harvest_module._compute_group, []
+    compute, calls = GroupRunner.run, []
 
     def stop_at_third(*args: object) -> object:
         calls.append(1)
@@ -125,7 +122,7 @@ def test_ctrl_c_keeps_what_was_committed(
             raise KeyboardInterrupt
         return compute(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(harvest_module, "_compute_group", stop_at_third)
+    monkeypatch.setattr(GroupRunner, "run", stop_at_third)
     with pytest.raises(InterruptedRunError, match="Run the same command again"):
         harvest(config(text, tmp_path / "s"), tiny)
     assert ActivationStore.open(tmp_path / "s").n_sequences == 16
@@ -135,42 +132,6 @@ def test_ctrl_c_keeps_what_was_committed(
     resumed, whole = ActivationStore.open(tmp_path / "s"), ActivationStore.open(tmp_path / "whole")
     assert resumed.fingerprint == whole.fingerprint
     np.testing.assert_array_equal(resumed.activations(HOOKS[2]), whole.activations(HOOKS[2]))
-
-
-def test_a_killed_process_leaves_a_store_that_resumes(
-    tiny: LoadedModel, tiny_llama: Path, text: Path, tmp_path: Path
-) -> None:
-    settings = config(text, tmp_path / "s", tiny_llama, commit_sequences=1)
-    settings.save(tmp_path / "harvest.yaml")
-    code = "import sys; from activations.config import HarvestConfig as C; from activations.harvest import harvest; "
-    code += "harvest(C.load(sys.argv[1]))"
-    committed = []
-    for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "harvest.yaml")])
-        goal = (committed[-1] if committed else 0) + 5
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline and _committed(tmp_path / "s") < goal:
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        committed.append(_committed(tmp_path / "s"))
-        ActivationStore.open(tmp_path / "s").activations(HOOKS[0])
-    assert committed[0] > 0
-    assert committed == sorted(committed)
-    harvest(settings, tiny)
-    harvest(settings.model_copy(update={"out": tmp_path / "whole"}), tiny)
-    resumed, whole = ActivationStore.open(tmp_path / "s"), ActivationStore.open(tmp_path / "whole")
-    assert resumed.n_sequences == whole.n_sequences > committed[-1]
-    np.testing.assert_array_equal(resumed.tokens(), whole.tokens())
-    # Another process may split its sums among threads differently.
-    np.testing.assert_allclose(resumed.activations(HOOKS[0]), whole.activations(HOOKS[0]), atol=1e-6)
-
-
-def _committed(path: Path) -> int:
-    try:
-        return ActivationStore.open(path).n_sequences
-    except (OSError, ValueError):
-        return 0
 
 
 def test_nan_names_the_place(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
@@ -204,11 +165,15 @@ def test_empty_text(tiny: LoadedModel, tmp_path: Path) -> None:
 
 
 def test_too_little_disk_is_found_before_starting(tiny: LoadedModel, text: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.jsonl"
+    long.write_text(text.read_text() + "\n" + json.dumps({"text": "on and on " * 5000}))
     with pytest.raises(DiskSpaceError, match="GB free"):
-        harvest(config(text, tmp_path / "s", max_tokens=10**14), tiny)
+        harvest(config(long, tmp_path / "s", max_tokens=10**14), tiny)
     assert not (tmp_path / "s").exists()
-    assert plan(config(text, tmp_path / "s"), 32).bytes_needed < 10**7
+    small = config(text, tmp_path / "s")
+    assert plan(small, tiny, store_meta(small, tiny)).bytes_needed < 10**7
 
 
 def test_measured_speed_is_a_speed(tiny: LoadedModel, text: Path, tmp_path: Path) -> None:
-    assert 10 < measure_speed(config(text, tmp_path / "s"), tiny, seconds=0.05) < 1e8
+    settings = config(text, tmp_path / "s")
+    assert 10 < measure_speed(settings, tiny, store_meta(settings, tiny), seconds=0.05) < 1e8

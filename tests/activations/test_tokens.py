@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from activations import tokens
 from activations.errors import ConfigError
 from activations.text import Document
-from activations.tokens import MIN_TOKENS, TokenSequence, bos_ids, pack, special_ids
+from activations.tokens import TokenSequence, bos_ids, pack, special_ids
 
 TEXTS = st.lists(st.text("abc de.\n", min_size=1, max_size=60), max_size=6)
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -43,32 +43,41 @@ def bos_tokenizer(tiny_tokenizer: Any) -> Any:
 
 
 @quick
-@given(texts=TEXTS, ctx=st.integers(MIN_TOKENS, 12))
+@given(texts=TEXTS, ctx=st.integers(2, 12))
 def test_sequences_hold_the_tokens_of_one_document_each(tiny_tokenizer: Any, texts: list[str], ctx: int) -> None:
     sequences = list(pack(docs(*texts), tiny_tokenizer, ctx))
     for index, text in enumerate(texts):
         ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
-        tail = len(ids) % ctx
-        kept = ids[: len(ids) - tail] if tail < MIN_TOKENS else ids
-        assert [int(t) for s in sequences if s.document == index for t in s.tokens[s.attend]] == kept
-    assert [(s.document, s.window) for s in sequences] == sorted((s.document, s.window) for s in sequences)
+        assert [int(t) for s in sequences if s.document == index for t in s.tokens[s.attend]] == ids
+    assert [s.after for s in sequences] == sorted(s.after for s in sequences)
     for sequence in sequences:
         assert sequence.tokens.shape == sequence.attend.shape == sequence.special.shape == (ctx,)
         assert sequence.tokens.dtype == np.int32
-        assert MIN_TOKENS <= sequence.attend.sum() <= ctx
+        assert 1 <= sequence.attend.sum() <= ctx
         assert sequence.attend[: sequence.attend.sum()].all(), "padding is on the right"
 
 
 @quick
-@given(texts=TEXTS, n_done=st.integers(0, 20))
-def test_resumes_behind_any_sequence(tiny_tokenizer: Any, texts: list[str], n_done: int) -> None:
-    whole = list(pack(docs(*texts), tiny_tokenizer, 6))
-    n_done = min(n_done, len(whole))
-    assert all_same(list(pack(docs(*texts), tiny_tokenizer, 6, skip=n_done)), whole[n_done:])
-    if n_done:
-        last = whole[n_done - 1]
-        start = (last.document, last.window + 1)
-        assert all_same(list(pack(docs(*texts), tiny_tokenizer, 6, start=start)), whole[n_done:])
+@given(texts=TEXTS, n_done=st.integers(1, 20), cross=st.booleans())
+def test_resumes_behind_any_sequence(tiny_tokenizer: Any, texts: list[str], n_done: int, cross: bool) -> None:
+    whole = list(pack(docs(*texts), tiny_tokenizer, 6, cross_documents=cross))
+    if n_done := min(n_done, len(whole)):
+        start = whole[n_done - 1].after
+        assert all_same(list(pack(docs(*texts), tiny_tokenizer, 6, start=start, cross_documents=cross)), whole[n_done:])
+
+
+@quick
+@given(texts=TEXTS, ctx=st.integers(2, 12))
+def test_joined_documents_have_eos_between_them_and_one_short_end(
+    tiny_tokenizer: Any, texts: list[str], ctx: int
+) -> None:
+    sequences = list(pack(docs(*texts), tiny_tokenizer, ctx, cross_documents=True))
+    ids = [tiny_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    stream = [(token, index) for index, one in enumerate(ids) for token in [*one, tiny_tokenizer.eos_token_id]]
+    assert [int(t) for s in sequences for t in s.tokens[s.attend]] == [token for token, _ in stream]
+    assert [s.document for s in sequences] == [index for _, index in stream[::ctx]]
+    assert all(s.attend.all() for s in sequences[:-1])
+    assert all((s.special == ((s.tokens == tiny_tokenizer.eos_token_id) & s.attend)).all() for s in sequences)
 
 
 def test_batches_make_no_difference(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,5 +151,5 @@ def test_truncation_left_on_by_a_caller_does_not_cut(tiny_tokenizer: Any) -> Non
 
 
 def test_ctx_too_small(bos_tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match="at least 5 tokens"):
-        pack(docs("a"), bos_tokenizer, 4)
+    with pytest.raises(ConfigError, match="at least 2 tokens"):
+        pack(docs("a"), bos_tokenizer, 1)

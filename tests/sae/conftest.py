@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from jaxtyping import Float
 
-from activations.store import ActivationStore, Group, HookState, ModelRef, StoreMeta, StoreState, StoreWriter
+from activations.store import ActivationStore
+from activations.store_schema import HookState, ModelRef, StoreMeta, StoreState
+from activations.store_writer import Group, StoreWriter
 
 MakeStore = Callable[..., ActivationStore]
 HOOK_POINT = "resid_post.1"
@@ -65,6 +67,7 @@ def make_store(tmp_path: Path) -> MakeStore:
             ctx=ctx,
             store_dtype="float32",
             compute_dtype="float32",
+            batch_tokens=2048,
             commit_sequences=chunk,
             outlier_norm=10.0,
         )
@@ -73,7 +76,9 @@ def make_store(tmp_path: Path) -> MakeStore:
                 part = slice(start, min(start + chunk, n_sequences))
                 ids = np.arange(part.start, part.stop, dtype=np.int32)
                 tokens = np.tile(ids[:, None], (1, ctx))
-                hook = writer.state.hooks.get(HOOK_POINT, HookState()).add(x[part][mask[part]])
+                hook = writer.state.hooks.get(HOOK_POINT, HookState())
+                used = x[part][mask[part]]
+                hook = hook.add(np.linalg.norm(used, axis=1), used.sum(axis=0, dtype=np.float64))
                 state = StoreState(hooks={HOOK_POINT: hook}, tokens=hook.n_tokens)
                 writer.append(Group(tokens, mask[part], ids // document, {HOOK_POINT: x[part]}), state)
             writer.finish(complete=complete)

@@ -98,8 +98,8 @@ def test_split_without_boundaries_cuts_at_the_share(make_store: MakeStore) -> No
 
 def test_holdout_is_unmasked_bounded_and_spread(store: ActivationStore) -> None:
     allowed = used_tokens(store, HOOK, 20, 64)
-    assert np.array_equal(holdout(store, HOOK, 20, 10**6), allowed)
-    some = holdout(store, HOOK, 20, 100)
+    assert np.array_equal(holdout(store, HOOK, 20, store.n_sequences, 10**6), allowed)
+    some = holdout(store, HOOK, 20, store.n_sequences, 100)
     assert 90 <= len(some) <= 100
     assert set(ids(some)) <= set(ids(allowed))
     assert np.ptp(some[:, 0]) > 0.7 * np.ptp(allowed[:, 0])
@@ -109,4 +109,4 @@ def test_holdout_of_masked_tokens_says_so(make_store: MakeStore) -> None:
     store = make_store(masked=0.0)
     store.mask = lambda start=0, stop=None: np.zeros((len(store.tokens(start, stop)), store.ctx), bool)  # type: ignore[method-assign]
     with pytest.raises(ShapeError, match="held-out tokens"):
-        holdout(store, HOOK, 60, 100)
+        holdout(store, HOOK, 60, store.n_sequences, 100)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from activations.store import HookStats
+from activations.store_schema import HookStats
 from sae.config import SaeConfig, TrainConfig
 from sae.step import Plan, assemble, automatic_lr, make_step, schedule, start
 

@@ -30,7 +30,7 @@ from activations.store import ActivationStore
 from sae.architectures import ARCHITECTURES
 from sae.artefact import SaeArtefact
 from sae.config import LogConfig, SaeConfig, TrainConfig
-from sae.data import TokenOrder, holdout, split
+from sae.data import TokenOrder, held_out, holdout
 from sae.log import read_log
 from sae.metrics import Evaluation
 from sae.train import TrainResult, train
@@ -90,7 +90,7 @@ def test_a_run_learns_and_saves_what_it_measured(name: str, store: ActivationSto
     assert [row["step"] for row in log] == list(range(5, STEPS + 1, 5))
     assert result.n_steps == STEPS
 
-    x = holdout(store, HOOK, split(store, 0.2), config.eval_tokens)
+    x = holdout(store, HOOK, *held_out(store, 0.2), config.eval_tokens)
     sae = ARCHITECTURES[name].from_artefact(SaeArtefact.load(result.path))
     evaluation = Evaluation(store.stats(HOOK).mean, 48)
     latents = sae.encode(jnp.asarray(x))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from activations.models import LoadedModel, load_model
-from activations.store import ModelRef
+from activations.store_schema import ModelRef
 from steer.vectors import SteeringVector
 
 

@@ -178,7 +178,31 @@ def test_a_dry_harvest_also_says_what_room_it_needs(saekit: Saekit, made: Made, 
     shown = saekit("harvest", *arguments, "--dry-run", "--json").json
     assert shown["config"]["max_tokens"] == 1000
     assert 2 * 32 * 1000 < shown["bytes_needed"] < shown["bytes_free"]
+    assert shown["seconds"] == pytest.approx(shown["tokens"] / shown["tok_s"])
+    assert shown["batch_tokens"] == 2048
     assert not (tmp_path / "s").exists()
+
+
+def test_keep_tokens_makes_a_ring(saekit: Saekit, made: Made, tmp_path: Path) -> None:
+    """Without a trainer it fills up and waits; here it is large enough for the whole text."""
+    assert saekit(*harvest(made, tmp_path), "--keep-tokens", 10**7, "--json").code == 0
+    ring = saekit("inspect", tmp_path / "out", "--json").json["ring"]
+    assert (ring["keep_tokens"], ring["released_sequences"]) == (10**7, 0)
+    assert "or more" in saekit(*harvest(made, tmp_path), "--keep-tokens", 100).err
+
+
+def test_inspect_tells_how_a_store_is(saekit: Saekit, made: Made, tmp_path: Path) -> None:
+    health = saekit("inspect", made.store, "--json").json["health"]
+    assert health == {"checksums": "not read; --verify does", "missing_shards": 0}
+    assert saekit("inspect", made.store, "--verify", "--json").json["health"]["checksums"] == "all match"
+    store = corrupt_store(made, tmp_path)
+    ran = saekit("inspect", store, "--verify")
+    assert (ran.code, ran.out) == (1, "")
+    assert f"'{HOOK}' in sequences 0 to" in ran.err
+    assert ran.err.count("\n") == 1 + ran.err.count("verify:"), "one line, and that of the progress"
+    next((store / HOOK).glob("c.*")).unlink()
+    health = saekit("inspect", store, "--json").json["health"]
+    assert (health["missing_shards"], health["first_missing"][: len(HOOK)]) == (1, HOOK)
 
 
 def test_the_pipeline_runs_through_the_verbs(made: Made, saekit: Saekit) -> None:
@@ -241,11 +265,10 @@ def file(tmp: Path, content: str) -> Path:
 
 def corrupt_store(made: Made, tmp: Path) -> Path:
     shutil.copytree(made.store, tmp / "store")
-    for shard in (tmp / "store" / HOOK / "c").rglob("*"):
-        if shard.is_file():
-            content = bytearray(shard.read_bytes())
-            content[len(content) // 3] ^= 0xFF
-            shard.write_bytes(content)
+    for shard in (tmp / "store" / HOOK).glob("c.*"):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 3] ^= 0xFF
+        shard.write_bytes(content)
     return tmp / "store"
 
 
@@ -346,7 +369,10 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "unknown architecture": (
         lambda m, t: ["train", *sets("sae.architecture=gated", store=m.store, hook_point=HOOK, out=t / "o")], "topk",
     ),
-    "too little disk": (lambda m, t: harvest(m, t, max_tokens=10**14), "GB free"),
+    "too little disk": (
+        lambda m, t: harvest(m, t, max_tokens=10**14, text=text(t, '{"text": "' + "on and on " * 9000 + '"}')),
+        "GB free",
+    ),
     "empty text": (lambda m, t: harvest(m, t, text=text(t, '{"text": ""}')), "at least one document"),
     "no text": (lambda m, t: harvest(m, t, text=t / "no.jsonl"), "Check the path"),
     "text of no kind": (lambda m, t: harvest(m, t, text="novel.pdf"), ".jsonl"),

@@ -153,7 +153,7 @@ def test_a_sweep_begins_unsteered_and_rates_each_dose(tiny: LoadedModel, vector:
 @pytest.fixture(scope="module")
 def receipt(tiny: LoadedModel) -> tuple[SteeringVector, dict[str, Any], list[torch.Tensor]]:
     """A vector, its receipt at coefficient 6, and the deltas that were steered with."""
-    from activations.store import ModelRef
+    from activations.store_schema import ModelRef
 
     direction = np.random.default_rng(0).standard_normal(tiny.d_model).astype(np.float32)
     model = ModelRef(id=tiny.id, fingerprint=tiny.fingerprint, n_layers=tiny.n_layers, d_model=tiny.d_model)

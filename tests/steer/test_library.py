@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from activations.errors import CorruptArtefactError, MissingArtefactError, UnknownNameError
-from activations.store import ModelRef
+from activations.store_schema import ModelRef
 from steer.library import find_vector, load_library, save_library
 from steer.vectors import SteeringVector
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from activations.store import ModelRef
+from activations.store_schema import ModelRef
 from sae.contexts import Context
 from sae.index_db import FeatureIndex, LatentRow, write_index
 from steer.report import show_context, write_report

@@ -9,7 +9,7 @@ import torch
 
 from activations.errors import TextError, UnknownNameError
 from activations.models import LoadedModel
-from activations.store import ModelRef
+from activations.store_schema import ModelRef
 from sae.artefact import SaeArtefact
 from steer.vectors import (
     ContrastPair,
