@@ -370,7 +370,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         lambda m, t: ["train", *sets("sae.architecture=gated", store=m.store, hook_point=HOOK, out=t / "o")], "topk",
     ),
     "too little disk": (
-        lambda m, t: harvest(m, t, max_tokens=10**14, text=text(t, '{"text": "' + "on and on " * 9000 + '"}')),
+        lambda m, t: harvest(m, t, max_tokens=10**14, text=text(t, '{"text": "' + "on and on " * 40_000 + '"}')),
         "GB free",
     ),
     "empty text": (lambda m, t: harvest(m, t, text=text(t, '{"text": ""}')), "at least one document"),
