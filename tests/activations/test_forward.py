@@ -1,6 +1,7 @@
 """Groups through the model: buffers, int8, and statistics of what is stored."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activations.config import HarvestConfig
-from activations.forward import Buffer, GroupRunner, quantise
+from activations.errors import ConfigError, MismatchError
+from activations.forward import PASS_COST, Buffer, GroupRunner, cut, quantise
 from activations.harvest import harvest, store_meta
 from activations.models import LoadedModel, load_model
 from activations.store import ActivationStore
@@ -104,3 +106,51 @@ def test_sums_are_those_of_the_unmasked_tokens(tiny: LoadedModel, text: Path, tm
     mask = rng.random((8, 32)) < 0.5
     expected = buffer.arrays(8)[HOOK][mask].sum(axis=0, dtype=np.float64)
     np.testing.assert_allclose(runner.sums(buffer, HOOK, mask), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_are_compiled_one_by_one_and_given_back(
+    tiny: LoadedModel, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the compiler makes is measured on a GPU (benchmarks/harvest.py); here is what it is asked to do."""
+    calls: list[int] = []
+
+    def compiler(forward: Any) -> Any:
+        def compiled(*args: Any, **kwargs: Any) -> Any:
+            calls.append(args[0].shape[1])
+            return forward(*args, **kwargs)
+
+        return compiled
+
+    plain = ActivationStore.open(harvest(config(text, tmp_path / "a"), tiny).path)
+    monkeypatch.setattr(torch, "compile", compiler)
+    compiled = ActivationStore.open(harvest(config(text, tmp_path / "b", compile=True), tiny).path)
+    np.testing.assert_allclose(compiled.activations(HOOK), plain.activations(HOOK), atol=2e-5)
+    assert set(calls) == {32}, "one width for all"
+    assert len(calls) % 3 == 0, "the blocks up to the hook point, and no further"
+    assert all("forward" not in vars(tiny.family.block(tiny.model, layer)) for layer in range(4))
+    with pytest.raises(MismatchError, match="compiled of the store"):
+        harvest(config(text, tmp_path / "a", compile=True), tiny)
+
+
+def test_a_site_inside_a_block_cannot_be_compiled(tiny: LoadedModel, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Set compile=false"):
+        harvest(config(text, tmp_path / "s", compile=True, hook_points=("attn_out.1",)), tiny)
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=40), st.integers(1, 300))
+@settings(max_examples=60)
+def test_cuts_cover_all_rows_within_the_limit_and_cost_least(lengths: list[int], batch_tokens: int) -> None:
+    ordered = np.array(sorted(lengths, reverse=True))
+    stops = cut(ordered, batch_tokens)
+    starts = [0, *stops[:-1]]
+    assert stops[-1] == len(ordered)
+    assert stops == sorted(set(stops))
+    for start, stop in zip(starts, stops, strict=True):
+        assert stop - start == 1 or (stop - start) * ordered[start] <= batch_tokens
+    fixed = max(1, batch_tokens // ordered[0])
+    greedy = list(range(0, len(ordered), fixed))
+
+    def cost(begins: list[int], ends: list[int]) -> float:
+        return sum((b - a) * ordered[a] + PASS_COST * batch_tokens for a, b in zip(begins, ends, strict=True))
+
+    assert cost(starts, stops) <= cost(greedy, [*greedy[1:], len(ordered)]) + 1e-6
