@@ -134,7 +134,7 @@ class HarvestConfig(Config):
     batch_tokens: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
         default="auto", description="tokens a forward pass; auto: 2048 on a CPU, on a GPU what a probe finds fastest"
     )
-    commit_sequences: int = Field(default=64, gt=0, description="sequences a commit, which is also one shard")
+    commit_sequences: int = Field(default=64, gt=0, description="sequences a commit")
     store_dtype: Literal["bfloat16", "float16", "float32", "int8"] = Field(
         default="bfloat16", description="dtype on disk; int8 has a scale a token"
     )

@@ -130,8 +130,8 @@ def _forever(starts: range) -> Iterator[int]:
 
 def _check_room(config: HarvestConfig, needed: int) -> int | None:
     storage = open_storage(config.out)
-    free, written = storage.free_bytes(), sum(storage.sizes().values()) if storage.free_bytes() is not None else 0
-    if free is not None and needed - written > free:
+    free = storage.free_bytes()
+    if free is not None and needed - sum(storage.sizes().values()) > free:
         raise DiskSpaceError(
             config.out,
             expected=f"{needed / 1e9:.1f} GB of room for {config.max_tokens:,} tokens",

@@ -147,11 +147,7 @@ class FolderStorage:
     codecs = "zarrs.ZarrsCodecPipeline"
 
     def __init__(self, where: str):
-        self._where, self._path = where, Path(where).expanduser()
-
-    @property
-    def where(self) -> str:
-        return self._where
+        self.where, self._path = where, Path(where).expanduser()
 
     def zarr(self) -> ZarrStore:
         return ZarrLocalStore(self._path, read_only=True)
@@ -222,14 +218,14 @@ class FolderStorage:
                 _make_folder(self._path)
             except (FileExistsError, NotADirectoryError) as error:
                 fix = "Choose another --set out=..."
-                raise MismatchError(self._where, expected="a directory for out", got="a file", fix=fix) from error
+                raise MismatchError(self.where, expected="a directory for out", got="a file", fix=fix) from error
             handle = (self._path / LOCK_KEY).open("w")
         with handle:
             with self.explained():
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
-                    raise _locked(self._where, "Wait for it, or stop it.") from error
+                    raise _locked(self.where, "Wait for it, or stop it.") from error
             yield ""
 
     @contextmanager
@@ -243,7 +239,7 @@ class FolderStorage:
             if error.errno in _NO_SPACE:
                 kind, expected, first = DiskSpaceError, "room to write", "Make room"
             fix = f"{first}, then run the same command again; it goes on from its last commit."
-            raise kind(self._where, expected=expected, got=error.strerror or str(error), fix=fix) from error
+            raise kind(self.where, expected=expected, got=error.strerror or str(error), fix=fix) from error
 
 
 class BucketStorage:
@@ -253,7 +249,7 @@ class BucketStorage:
     codecs = "zarr.core.codec_pipeline.BatchedCodecPipeline"
 
     def __init__(self, where: str):
-        self._where = where
+        self.where = where
         bucket, _, prefix = where.removeprefix("s3://").partition("/")
         if not bucket:
             raise StorageError(where, expected="s3://BUCKET/PREFIX", got="no bucket", fix="Name one.")
@@ -263,10 +259,6 @@ class BucketStorage:
         options: Any = {**TIMEOUTS, **({"allow_http": True} if plain else {})}
         with self.explained():
             self._objects = S3Store(bucket, prefix=prefix or None, client_options=options, retry_config=retries)
-
-    @property
-    def where(self) -> str:
-        return self._where
 
     def zarr(self) -> ZarrStore:
         return ZarrObjectStore(self._objects, read_only=True)
@@ -292,7 +284,7 @@ class BucketStorage:
                 current = self.read(key)
                 if current is not None and current[0] == data:
                     return current[1]
-                raise _locked(self._where, "Let one of the two run.") from error
+                raise _locked(self.where, "Let one of the two run.") from error
 
     def write_all(self, objects: Iterable[tuple[str, Callable[[], list[Any]]]]) -> None:
         # An object is durable once its put has returned. Large ones go in parts, which are repeated one by one.
@@ -337,7 +329,7 @@ class BucketStorage:
         except SaekitError:
             raise
         except (BaseError, OSError) as error:
-            raise _unreachable(self._where, error) from error
+            raise _unreachable(self.where, error) from error
 
     def _ask(self, request: Callable[[], _T]) -> _T:
         """Make a request, and repeat it: obstore repeats neither conditional puts nor answers that are cut short."""
@@ -368,7 +360,7 @@ class BucketStorage:
             return self.write(LOCK_KEY, _lease(owner), replaces=NEW)
         left = LEASE_S - (datetime.now(UTC) - found["last_modified"]).total_seconds()
         if left > 0:
-            raise _locked(self._where, f"Wait for it, or stop it; if it was killed, try again in {left:.0f} s.")
+            raise _locked(self.where, f"Wait for it, or stop it; if it was killed, try again in {left:.0f} s.")
         return self.write(LOCK_KEY, _lease(owner), replaces=str(found["e_tag"]))
 
     def _renew(self, owner: str, version: str, ended: threading.Event) -> None:

@@ -22,7 +22,6 @@ BINS_PER_OCTAVE = 32
 CHUNK_BYTES = 1 << 20
 SHARD_BYTES = 1 << 24
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
-MASK_REASONS = ("padding", "bos", "control", "norm_outlier")
 PINNED_SHARE = 8
 _ON_DISK = {"bfloat16": "uint16", "float16": "float16", "float32": "float32", "int8": "int8"}
 _ATTRIBUTE = "saekit_store"
@@ -59,7 +58,7 @@ class StoreMeta(Config):
     compute_dtype: str = Field(description="dtype the model ran in")
     compiled: bool = Field(default=False, description="whether the blocks were compiled, which rounds differently")
     batch_tokens: int = Field(gt=0, description="tokens a forward pass; other batches round differently")
-    commit_sequences: int = Field(gt=0, description="sequences a shard")
+    commit_sequences: int = Field(gt=0, description="sequences a commit")
     outlier_norm: float = Field(description="mask limit in median norms")
     ring: Ring | None = Field(default=None, description="ring mode; none: everything is kept")
 

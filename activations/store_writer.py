@@ -1,6 +1,6 @@
 """Appending to an activation store so that a crash at any instant loses nothing that was committed.
 
-Writing a group of sequences is: 1. one shard an array, each an object that nobody reads yet; 2. wait until all of them
+Writing a group of sequences is: 1. its shards, each an object that nobody reads yet; 2. wait until all of them
 would survive a power cut; 3. replace the group's metadata, which hold the committed sequence count and the running
 statistics. Step 3 replaces one object atomically and is the commit: a store always opens at its last commit, and a
 resumed writer writes over what was not committed.

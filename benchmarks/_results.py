@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import platform
 import re
 from datetime import UTC, datetime
@@ -22,8 +23,6 @@ def device_name(kind: str) -> str:
     model = re.search(r"model name\s*:\s*(.+)", flags)
     name = (model[1] if model else platform.processor() or "cpu").strip()
     feature = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in flags), "")
-    import os
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return re.sub(r"[^A-Za-z0-9_]+", "-", f"{name} {feature} {cores}-cores").strip("-")
 

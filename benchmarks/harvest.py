@@ -15,12 +15,12 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,6 @@ from activations.harvest import harvest, store_meta
 from activations.hook_points import HookPoint
 from activations.hooks import capture, run_until
 from activations.models import LoadedModel, fingerprint_tokenizer, load_model
-from activations.plan import choose_batch_tokens
 from activations.store_schema import bytes_per_position
 from activations.text import documents
 
@@ -183,13 +182,6 @@ def _synchronize(loaded: LoadedModel) -> None:
         torch.cuda.synchronize()
 
 
-def _folders(where: Path) -> Iterator[Path]:
-    number = 0
-    while True:
-        yield where / f"store-{number}"
-        number += 1
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All figures of one case."""
     case = CASES[arguments.case]
@@ -210,17 +202,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             compile=arguments.compile,
         )
         meta = store_meta(config, loaded)
-        batch_tokens = arguments.batch_tokens or choose_batch_tokens(config, loaded, meta)
-        config = config.model_copy(update={"batch_tokens": batch_tokens})
+        config = config.model_copy(update={"batch_tokens": meta.batch_tokens})
         bare, ours, disk, peers = [], [], [], []
-        stores = _folders(folder)
-        for _ in range(arguments.repeats):
-            bare.append(bare_tok_s(loaded, case, batch_tokens, arguments.seconds))
-            store = next(stores)
+        for number in range(arguments.repeats):
+            bare.append(bare_tok_s(loaded, case, meta.batch_tokens, arguments.seconds))
+            store = folder / f"store-{number}"
             result = harvest(config.model_copy(update={"out": str(store)}), loaded)
             ours.append(result.tok_s)
             disk.append(disk_bytes_s(folder, min(8 << 30, int(case.tokens * bytes_per_position(meta)))))
-            subprocess.run(["rm", "-rf", str(store)], check=True)
+            shutil.rmtree(store)
             if arguments.peer == "saelens":
                 peers.append(_peer(loaded, case, folder, arguments))
     bare_rate, rate, disk_rate = map(statistics.median, (bare, ours, disk))
@@ -234,7 +224,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "compile": config.compile,
         "hook_point": case.hook_point,
         "ctx": case.ctx,
-        "batch_tokens": batch_tokens,
+        "batch_tokens": meta.batch_tokens,
         "tokens": result.new_tokens,
         "harvest_tok_s": round(rate, 1),
         "bare_tok_s": round(bare_rate, 1),

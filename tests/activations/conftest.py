@@ -1,6 +1,7 @@
 """Stores written from arrays instead of a model's activations, what they all should come to, and a bucket for them."""
 
 import http.client
+import json
 import logging
 import re
 import threading
@@ -16,7 +17,9 @@ import numpy as np
 import pytest
 
 from activations import storage as storage_module
+from activations.config import HarvestConfig
 from activations.errors import MissingArtefactError
+from activations.models import LoadedModel, load_model
 from activations.storage import LOCK_KEY, open_storage
 from activations.store import ActivationStore
 from activations.store_schema import HookState, ModelRef, StoreMeta, StoreState, layout, scale_name
@@ -102,6 +105,35 @@ class Stores:
             return {key: data[0] for key, data in found.items() if data}
         files = (file for file in Path(where).rglob("*") if file.is_file() and file.name != LOCK_KEY)
         return {file.relative_to(where).as_posix(): file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_llama: Path) -> LoadedModel:
+    return load_model(str(tiny_llama))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    rows = [{"text": f"Document {i} says {'la ' * (5 * i % 37)}and ends here."} for i in range(60)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture
+def settings(text: Path, tiny_llama: Path, tmp_path: Path) -> HarvestConfig:
+    """About ninety sequences in commits of two."""
+    return HarvestConfig(
+        model=str(tiny_llama),
+        text=str(text),
+        hook_points=Stores.hooks,
+        out=str(tmp_path / "store"),
+        ctx=32,
+        batch_tokens=64,
+        commit_sequences=2,
+        max_tokens=10_000,
+        store_dtype="float32",
+    )
 
 
 @pytest.fixture(scope="session")

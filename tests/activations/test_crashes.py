@@ -24,7 +24,7 @@ from activations import storage as storage_module
 from activations.config import HarvestConfig
 from activations.errors import MismatchError, StorageError
 from activations.harvest import harvest
-from activations.models import LoadedModel, load_model
+from activations.models import LoadedModel
 from activations.storage import LOCK_KEY, FolderStorage, open_storage
 from activations.store import ActivationStore
 from activations.store_schema import layout, object_keys
@@ -52,35 +52,6 @@ def start() -> Iterator[Callable[..., Any]]:
         process.kill()
         process.join()
         process.close()
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_llama: Path) -> LoadedModel:
-    return load_model(str(tiny_llama))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    rows = [{"text": f"Document {i} says {'la ' * (5 * i % 37)}and ends here."} for i in range(60)]
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
-
-
-@pytest.fixture
-def settings(text: Path, tiny_llama: Path, tmp_path: Path) -> HarvestConfig:
-    """About ninety sequences in commits of two."""
-    return HarvestConfig(
-        model=str(tiny_llama),
-        text=str(text),
-        hook_points=HOOKS,
-        out=str(tmp_path / "store"),
-        ctx=32,
-        batch_tokens=64,
-        commit_sequences=2,
-        max_tokens=10_000,
-        store_dtype="float32",
-    )
 
 
 def uninterrupted(stores: Any, settings: HarvestConfig, start: Callable[..., Any]) -> tuple[dict[str, bytes], str]:

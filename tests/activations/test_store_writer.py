@@ -1,7 +1,6 @@
 """Writing a store: what is refused leaves everything as it was, and a ring gives up what it says."""
 
 import dataclasses
-import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import pytest
 from activations.config import HarvestConfig
 from activations.errors import ArtefactError, DiskSpaceError, MismatchError, MissingArtefactError, StorageError
 from activations.harvest import harvest
-from activations.models import LoadedModel, load_model
+from activations.models import LoadedModel
 from activations.storage import LOCK_KEY
 from activations.store import ActivationStore
 from activations.store_schema import Ring
@@ -25,35 +24,6 @@ HOOKS = ("resid_pre.1", "resid_post.2")
 
 class Crash(BaseException):
     """Stands for the end of the process."""
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_llama: Path) -> LoadedModel:
-    return load_model(str(tiny_llama))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    rows = [{"text": f"Document {i} says {'la ' * (5 * i % 37)}and ends here."} for i in range(60)]
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
-
-
-@pytest.fixture
-def settings(text: Path, tiny_llama: Path, tmp_path: Path) -> HarvestConfig:
-    """About ninety sequences in commits of two."""
-    return HarvestConfig(
-        model=str(tiny_llama),
-        text=str(text),
-        hook_points=HOOKS,
-        out=str(tmp_path / "store"),
-        ctx=32,
-        batch_tokens=64,
-        commit_sequences=2,
-        max_tokens=10_000,
-        store_dtype="float32",
-    )
 
 
 def test_a_disk_that_refuses_any_write_is_a_disk_space_error(stores: Any, tmp_path: Path) -> None:
