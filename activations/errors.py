@@ -9,6 +9,7 @@
     ├── TextError (ValueError)              a text source that is missing, unreadable or empty
     ├── NumericsError (FloatingPointError)  NaN or infinity where numbers should be
     ├── DiskSpaceError (OSError)            not enough room, found out before or while writing
+    ├── DeviceMemoryError (MemoryError)     a GPU that is too small for what was asked
     ├── StorageError (OSError)              a disk or object storage that fails or refuses
     ├── InterruptedRunError                 stopped by the user; what was committed is kept
     └── ArtefactError (ValueError)          something on disk
@@ -66,6 +67,10 @@ class NumericsError(SaekitError, FloatingPointError):
 
 class DiskSpaceError(SaekitError, OSError):
     """The disk cannot hold what is to be written."""
+
+
+class DeviceMemoryError(SaekitError, MemoryError):
+    """The memory of an accelerator cannot hold what is to be computed."""
 
 
 class StorageError(SaekitError, OSError):

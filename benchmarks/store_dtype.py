@@ -92,11 +92,11 @@ def main() -> None:
             scores = []
             for seed in range(arguments.seeds):
                 run = TrainConfig(
-                    store=store.path, hook_point=HOOK, out=folder / f"{dtype}-{seed}", seed=seed,
+                    store=store.path, hook_points=(HOOK,), out=folder / f"{dtype}-{seed}", seed=seed,
                     sae=SaeConfig(architecture="batchtopk"), train_tokens=arguments.train_tokens,
                     holdout_fraction=HOLDOUT, checkpoint_every=10**6, eval_every=10**6,
                 )  # fmt: skip
-                sae = TorchSae(SaeArtefact.load(train(run).path))
+                sae = TorchSae(train(run).saes[HOOK].artefact)
                 scores.append(reconstruction(exact, HOOK, sae, *held_out(exact, HOLDOUT)))
             size = sum(store.storage.sizes().values())
             rows.append(

@@ -3,14 +3,16 @@
 The directory has the layout that SAELens 6 reads and writes, and one file more:
 
     cfg.json                   what SAELens needs to run the SAE
-    sae_weights.safetensors    W_enc [d_model, d_sae], b_enc, W_dec [d_sae, d_model], b_dec, and threshold for jumprelu
+    sae_weights.safetensors    W_enc [d_model, d_sae], b_enc, W_dec [d_sae, d_out], b_dec, and threshold for jumprelu,
+                               W_skip [d_out, d_model] for a skip transcoder
     saekit.json                where it came from: store, model, hook point, config, versions, metrics, weight hash
 
 Saving: 1. write all files into a new directory beside the target; 2. rename it into place. Loading, which trusts
 nothing: 1. parse the JSON; 2. compare shapes and dtypes from the safetensors header; 3. read, and check the hash and
-that all values are finite. There is no pickle. All of SAELens's own names are in this module.
+that all values are finite. There is no pickle. SAELens's own names are in this module and in `sae.formats.saelens`.
 
-Left out: arithmetic (`sae.torch_view`, `sae.architectures`) and other projects' formats.
+Left out: arithmetic (`sae.torch_view`, `sae.architectures`), other projects' formats, and what SAELens can say beyond
+this class (`sae.formats`).
 """
 
 import hashlib
@@ -18,46 +20,61 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from activations.errors import (
-    ArtefactError,
-    CorruptArtefactError,
-    MismatchError,
-    MissingArtefactError,
-    NumericsError,
-    ShapeError,
-)
-from activations.hook_points import HookPoint
+from activations.errors import CorruptArtefactError, MismatchError
+from sae.checked_files import check_shapes, check_values, corrupt, read_json, read_safetensors, safetensors_heads
+from sae.hook_names import to_transformer_lens
+from sae.wiring import Wiring
 
-SavedArchitecture = Literal["topk", "jumprelu"]
+SavedArchitecture = Literal["standard", "topk", "jumprelu"]
 SAELENS_VERSION = "6.54.12"
-# The hook_attn_in and hook_mlp_in of TransformerLens are something else than the sites of these names here.
-_TRANSFORMER_LENS_NAMES = {"attn_in": "attn_hc.hook_out", "mlp_in": "mlp_hc.hook_out"}
 CONFIG, WEIGHTS, PROVENANCE = "cfg.json", "sae_weights.safetensors", "saekit.json"
 # What a cfg.json must say, if it says anything, for its weights to mean what the class below says they mean.
-_ONLY = {
-    "apply_b_dec_to_input": (True,),
-    "normalize_activations": ("none",),
-    "reshape_activations": ("none",),
-    "rescale_acts_by_decoder_norm": (False,),
+_ONLY = {"normalize_activations": "none", "reshape_activations": "none", "rescale_acts_by_decoder_norm": False}
+
+
+class Kind(NamedTuple):
+    """What the one word `architecture` of a cfg.json says."""
+
+    architecture: SavedArchitecture
+    transcodes: bool = False
+    skips: bool = False
+
+
+KINDS: dict[str, Kind] = {
+    "standard": Kind("standard"),
+    "topk": Kind("topk"),
+    "jumprelu": Kind("jumprelu"),
+    "transcoder": Kind("standard", transcodes=True),
+    "skip_transcoder": Kind("standard", transcodes=True, skips=True),
+    "jumprelu_transcoder": Kind("jumprelu", transcodes=True),
+    "jumprelu_skip_transcoder": Kind("jumprelu", transcodes=True, skips=True),
+    "topk_transcoder": Kind("topk", transcodes=True),
+    "topk_skip_transcoder": Kind("topk", transcodes=True, skips=True),
 }
+"""`architecture` of cfg.json -> what it is here. SAELens has no TopK transcoder: it refuses the last two names, whereas
+`transcoder` would make it leave the k out and compute something else."""
 
 
 @dataclass(frozen=True, eq=False)
 class SaeArtefact:
-    """A sparse autoencoder that reads and writes raw activations.
+    """A sparse autoencoder or transcoder that reads and writes raw activations.
 
-    pre = (x - b_dec) @ W_enc + b_enc, and latents = the k largest of relu(pre) for topk, or relu(pre) where
-    pre > threshold for jumprelu; x_hat = latents @ W_dec + b_dec. Decoder rows of trained SAEs have norm 1, so a latent
-    is the length of its part of x. Raises: ShapeError naming the tensor, NumericsError for values that are not finite.
+    pre = x @ W_enc + b_enc, with x - b_dec in place of x if apply_b_dec_to_input; latents = relu(pre) for standard, the
+    k largest of it for topk, what of it has pre > threshold for jumprelu; x_hat = latents @ W_dec + b_dec, and
+    x @ W_skip.T more if there is a W_skip. A gated SAE is a jumprelu (`sae.formats.folds.gated`); a crosscoder is one
+    whose widths are those of all its hook points together. Decoder rows of SAEs trained here have norm 1, so that a
+    latent is the length of its part of x. Raises: ShapeError naming the tensor, NumericsError for values that are not
+    finite, CorruptArtefactError for flags that contradict each other.
     """
 
     architecture: SavedArchitecture
@@ -66,28 +83,38 @@ class SaeArtefact:
     """encoder, a column a latent"""
     b_enc: Float[np.ndarray, " d_sae"]
     """added to pre-activations"""
-    W_dec: Float[np.ndarray, "d_sae d_model"]
+    W_dec: Float[np.ndarray, "d_sae d_out"]
     """decoder, a row a latent"""
-    b_dec: Float[np.ndarray, " d_model"]
-    """subtracted before the encoder and added after the decoder"""
+    b_dec: Float[np.ndarray, " d_out"]
+    """added after the decoder"""
     threshold: Float[np.ndarray, " d_sae"] | None = None
     """jumprelu: a latent is active strictly above it; +inf switches the latent off"""
     k: int | None = None
     """topk: active latents a token"""
+    W_skip: Float[np.ndarray, "d_out d_model"] | None = None
+    """skip transcoder: what the input itself adds to the output"""
+    apply_b_dec_to_input: bool = True
+    """whether b_dec is subtracted before the encoder; a transcoder, whose b_dec belongs to its output, never does"""
+    transcodes: bool = False
+    """whether it writes another hook point than it reads; otherwise d_out is d_model"""
     metadata: dict[str, Any] = field(default_factory=dict)
     """the content of saekit.json"""
 
     def __post_init__(self) -> None:
         """Check kind, shapes and values."""
-        _check_kind("SaeArtefact", self.architecture, self.k, self.d_sae)
-        tensors = self.tensors()
-        _check_shapes("SaeArtefact", self.architecture, {name: tensor.shape for name, tensor in tensors.items()})
-        for name, tensor in tensors.items():
-            _check_values("SaeArtefact", name, tensor)
+        where = "SaeArtefact"
+        _check_rule(where, self.architecture, self.k, self.d_sae)
+        if self.transcodes and self.apply_b_dec_to_input:
+            raise corrupt(f"{where}: apply_b_dec_to_input", "False for a transcoder", "True")
+        shapes = {name: tensor.shape for name, tensor in self.tensors().items()}
+        kind = Kind(self.architecture, self.transcodes, self.transcodes and self.W_skip is not None)
+        check_shapes(where, shapes, expected_shapes(kind, self.d_model, self.d_sae, self.d_out))
+        for name, tensor in self.tensors().items():
+            check_values(where, name, tensor)
 
     @property
     def d_model(self) -> int:
-        """Width of the residual stream."""
+        """Width of what it reads."""
         return self.W_enc.shape[0]
 
     @property
@@ -96,11 +123,26 @@ class SaeArtefact:
         return self.W_dec.shape[0]
 
     @property
+    def d_out(self) -> int:
+        """Width of what it writes; d_model unless it transcodes."""
+        return self.W_dec.shape[-1] if self.transcodes else self.d_model
+
+    @property
+    def saved_name(self) -> str:
+        """`architecture` of its cfg.json."""
+        kind = Kind(self.architecture, self.transcodes, self.W_skip is not None)
+        return next(name for name, known in KINDS.items() if known == kind)
+
+    @property
     def hook_point(self) -> str:
-        """Where it reads and writes the residual stream. Raises: CorruptArtefactError if saekit.json does not say."""
+        """What it reads and writes, in the form of `sae.wiring`.
+
+        Raises: CorruptArtefactError if saekit.json does not say.
+        """
         name = self.metadata.get("hook_point")
         if not isinstance(name, str):
-            raise _corrupt(PROVENANCE, "a hook_point", str(name))
+            fix = "Convert it with: saekit convert SOURCE TARGET --to saekit --hook-point resid_post.12"
+            raise CorruptArtefactError(PROVENANCE, expected="a hook_point", got=name, fix=fix)
         return name
 
     @property
@@ -111,7 +153,8 @@ class SaeArtefact:
     def tensors(self) -> dict[str, np.ndarray]:
         """The weights by name."""
         named = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
-        return named if self.threshold is None else named | {"threshold": self.threshold}
+        optional = {"threshold": self.threshold, "W_skip": self.W_skip}
+        return named | {name: tensor for name, tensor in optional.items() if tensor is not None}
 
     def save(self, path: str | Path) -> None:
         """Write the directory in one step; an SAE that is there already is replaced.
@@ -121,38 +164,47 @@ class SaeArtefact:
         path = Path(path)
         if path.exists() and not (path / CONFIG).is_file() and (not path.is_dir() or any(path.iterdir())):
             raise MismatchError(path, expected="an empty directory", got="other files", fix="Choose another path.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            self._write(new)
-            _replace(new, path)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+        with written_in_one_step(path) as new:
+            write_weights_and_config(self, new)
+            hashed = {**self.metadata, "weights_sha256": file_sha256(new / WEIGHTS)}
+            write_json(new / PROVENANCE, hashed)
 
     @classmethod
     def load(cls, path: str | Path) -> "SaeArtefact":
-        """Read the directory.
+        """Read a directory that saekit wrote, or one of SAELens that is no different.
 
-        Raises: MissingArtefactError, CorruptArtefactError, ShapeError naming the tensor, MismatchError for SAELens
-        options that change what the weights mean.
+        Raises: MissingArtefactError, CorruptArtefactError, ShapeError naming the tensor, MismatchError for what only
+        `sae.formats` reads: other architectures, dtypes, and options that change what the weights mean.
         """
         path = Path(path)
-        config = _read_json(path / CONFIG)
-        metadata = _read_json(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
-        architecture, k = _read_kind(path / CONFIG, config)
-        tensors = _read_weights(path / WEIGHTS, config, architecture)
-        expected = metadata.get("weights_sha256")
-        if expected is not None and expected != file_sha256(path / WEIGHTS):
-            raise _corrupt(path / WEIGHTS, f"SHA-256 {expected}", "another, so the file changed after it was saved")
-        return cls(architecture=architecture, k=k, metadata=metadata, **tensors)
+        config, metadata = read_json(path / CONFIG), read_provenance(path)
+        kind, k, is_centred = _read_kind(path / CONFIG, config)
+        heads = safetensors_heads(path / WEIGHTS)
+        d_model, d_sae = config["d_in"], config["d_sae"]
+        expected = expected_shapes(kind, d_model, d_sae, config["d_out"] if kind.transcodes else d_model)
+        check_shapes(str(path / WEIGHTS), {name: head.shape for name, head in heads.items()}, expected)
+        for name, head in heads.items():
+            if head.dtype != "F32":
+                raise _unlike_ours(f"{path / WEIGHTS}: {name}", "dtype F32", head.dtype)
+        tensors = read_safetensors(path / WEIGHTS)
+        digest = metadata.get("weights_sha256")
+        if digest is not None and digest != file_sha256(path / WEIGHTS):
+            raise corrupt(path / WEIGHTS, f"SHA-256 {digest}", "another, so the file changed after it was saved")
+        return cls(
+            architecture=kind.architecture,
+            k=k,
+            apply_b_dec_to_input=is_centred,
+            transcodes=kind.transcodes,
+            metadata=metadata,
+            **tensors,
+        )
 
-    def _write(self, directory: Path) -> None:
-        tensors = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in self.tensors().items()}
-        save_file(tensors, directory / WEIGHTS)
-        hashed = {**self.metadata, "weights_sha256": file_sha256(directory / WEIGHTS)}
-        for name, content in ((CONFIG, _saelens_config(self)), (PROVENANCE, hashed)):
-            (directory / name).write_text(json.dumps(content, indent=2) + "\n")
-        directory.chmod(0o755)  # mkdtemp keeps others out
+
+def expected_shapes(kind: Kind, d_model: int, d_sae: int, d_out: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that an SAE of this kind has."""
+    shapes = {"W_enc": (d_model, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    optional = {"threshold": ((d_sae,), kind.architecture == "jumprelu"), "W_skip": ((d_out, d_model), kind.skips)}
+    return shapes | {name: shape for name, (shape, is_there) in optional.items() if is_there}
 
 
 def file_sha256(path: Path) -> str:
@@ -161,14 +213,30 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _saelens_config(artefact: SaeArtefact) -> dict[str, Any]:
+@contextmanager
+def written_in_one_step(path: Path) -> Iterator[Path]:
+    """A new directory to fill, which then takes the place of `path`; after an error everything is as before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield new
+        new.chmod(0o755)  # mkdtemp keeps others out
+        _replace(new, path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def write_weights_and_config(artefact: SaeArtefact, directory: Path) -> None:
+    """The two files that SAELens reads."""
+    tensors = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in artefact.tensors().items()}
+    save_file(tensors, directory / WEIGHTS)
     config: dict[str, Any] = {
-        "architecture": artefact.architecture,
+        "architecture": artefact.saved_name,
         "d_in": artefact.d_model,
         "d_sae": artefact.d_sae,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": artefact.apply_b_dec_to_input,
         "normalize_activations": "none",
         "reshape_activations": "none",
         # Without this version SAELens takes the file for one of its old layouts.
@@ -176,16 +244,38 @@ def _saelens_config(artefact: SaeArtefact) -> dict[str, Any]:
     }
     if artefact.architecture == "topk":
         config |= {"k": artefact.k, "rescale_acts_by_decoder_norm": False}
-    return config
+    if artefact.transcodes:
+        config["d_out"] = artefact.d_out
+    write_json(directory / CONFIG, config)
 
 
-def _saelens_names(metadata: dict[str, Any]) -> dict[str, Any]:
-    names: dict[str, Any] = {}
-    if "model" in metadata:
-        names["model_name"] = metadata["model"]["id"]
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Indented, for people too."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_provenance(directory: Path) -> dict[str, Any]:
+    """The content of saekit.json, or nothing if there is none. Raises: CorruptArtefactError."""
+    path = directory / PROVENANCE
+    metadata = read_json(path) if path.exists() else {}
+    types = {"hook_point": str} | dict.fromkeys(("model", "store", "config", "metrics", "source"), dict)
+    for key, expected in types.items():
+        if not isinstance(metadata.get(key, expected()), expected):
+            raise corrupt(f"{path}: {key}", f"a value of type {expected.__name__}", type(metadata[key]).__name__)
+    return metadata
+
+
+def _saelens_names(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """What SAELens calls the model and the hook points; several are joined by a plus."""
+    names: dict[str, str] = {}
+    model = metadata.get("model", {}).get("id", metadata.get("source", {}).get("model_name"))
+    if isinstance(model, str):
+        names["model_name"] = model
     if "hook_point" in metadata:
-        site, layer = HookPoint.parse(metadata["hook_point"])
-        names["hook_name"] = f"blocks.{layer}.{_TRANSFORMER_LENS_NAMES.get(site, f'hook_{site}')}"
+        wiring = Wiring.parse(metadata["hook_point"])
+        names["hook_name"] = "+".join(map(to_transformer_lens, wiring.reads))
+        if wiring.transcodes:
+            names["hook_name_out"] = "+".join(map(to_transformer_lens, wiring.writes))
     return names
 
 
@@ -199,99 +289,33 @@ def _replace(new: Path, path: Path) -> None:
     shutil.rmtree(old)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        fix = "Check the path, or make one with: saekit train"
-        raise MissingArtefactError(path, expected="an SAE directory with this file", got="nothing", fix=fix) from error
-    except (ValueError, RecursionError) as error:
-        raise _corrupt(path, "valid JSON", "something else") from error
-    if not isinstance(content, dict):
-        raise _corrupt(path, "a JSON object", type(content).__name__)
-    return content
+def _read_kind(path: Path, config: Mapping[str, Any]) -> tuple[Kind, int | None, bool]:
+    """Kind, k, and whether b_dec is subtracted from the input."""
+    for key, ours in _ONLY.items():
+        if config.get(key, ours) != ours:
+            raise _unlike_ours(f"{path}: {key}", repr(ours), repr(config[key]))
+    name = config.get("architecture")
+    kind = KINDS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise _unlike_ours(f"{path}: architecture", f"one of {', '.join(KINDS)}", repr(name))
+    for key in ("d_in", "d_sae", *(("d_out",) if kind.transcodes else ())):
+        if type(config.get(key)) is not int or config[key] < 1:
+            raise corrupt(f"{path}: {key}", "a positive whole number", repr(config.get(key)))
+    is_centred = config.get("apply_b_dec_to_input", not kind.transcodes)
+    if type(is_centred) is not bool or (kind.transcodes and is_centred):
+        allowed = "false for a transcoder" if kind.transcodes else "true or false"
+        raise corrupt(f"{path}: apply_b_dec_to_input", allowed, repr(is_centred))
+    k = config.get("k") if kind.architecture == "topk" else None
+    _check_rule(str(path), kind.architecture, k, config["d_sae"])
+    return kind, k, is_centred
 
 
-def _read_kind(path: Path, config: dict[str, Any]) -> tuple[SavedArchitecture, int | None]:
-    architecture: Any = config.get("architecture")
-    k = config.get("k")
-    for key, allowed in _ONLY.items():
-        if key in config and config[key] not in allowed:
-            raise MismatchError(
-                f"{path}: {key}",
-                expected=repr(allowed[0]),
-                got=repr(config[key]),
-                fix="Save it in a form that saekit reads, see docs/formats.md.",
-            )
-    for key in ("d_in", "d_sae"):
-        if not isinstance(config.get(key), int) or config[key] < 1:
-            raise _corrupt(f"{path}: {key}", "a positive whole number", repr(config.get(key)))
-    _check_kind(str(path), architecture, k, config["d_sae"])
-    return architecture, k
-
-
-def _read_weights(path: Path, config: dict[str, Any], architecture: str) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise MissingArtefactError(path, expected="the weights", got="nothing", fix="Copy the whole directory.")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-            _check_shapes(str(path), architecture, shapes, config["d_in"], config["d_sae"])
-            for name, part in slices.items():
-                if part.get_dtype() != "F32":
-                    raise _corrupt(f"{path}: {name}", "dtype F32", part.get_dtype())
-            tensors = {name: file.get_tensor(name) for name in slices}
-    except (SafetensorError, OSError) as error:
-        if isinstance(error, ArtefactError):
-            raise
-        raise _corrupt(path, "an intact safetensors file", str(error).splitlines()[0]) from error
-    for name, tensor in tensors.items():
-        _check_values(str(path), name, tensor)
-    return tensors
-
-
-def _check_kind(where: str, architecture: object, k: object, d_sae: int) -> None:
+def _check_rule(where: str, architecture: object, k: object, d_sae: int) -> None:
     if architecture not in get_args(SavedArchitecture):
-        raise MismatchError(
-            f"{where}: architecture",
-            expected="topk or jumprelu",
-            got=repr(architecture),
-            fix="Save it in a form that saekit reads, see docs/formats.md.",
-        )
-    if architecture == "topk" and not (isinstance(k, int) and 1 <= k <= d_sae):
-        raise _corrupt(f"{where}: k", f"a whole number from 1 to d_sae={d_sae}", repr(k))
+        raise _unlike_ours(f"{where}: architecture", " or ".join(get_args(SavedArchitecture)), repr(architecture))
+    if architecture == "topk" and not (type(k) is int and 1 <= k <= d_sae):
+        raise corrupt(f"{where}: k", f"a whole number from 1 to d_sae={d_sae}", repr(k))
 
 
-def _check_shapes(
-    where: str, architecture: str, shapes: dict[str, tuple[int, ...]], d_model: int = 0, d_sae: int = 0
-) -> None:
-    """Compare with the given widths, or with those of W_enc where none are given."""
-    if not d_model:
-        d_model, d_sae = shapes["W_enc"] if len(shapes["W_enc"]) == 2 else (0, 0)
-    expected = {"W_enc": (d_model, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_model), "b_dec": (d_model,)}
-    if architecture == "jumprelu":
-        expected["threshold"] = (d_sae,)
-    for name in sorted(expected.keys() | shapes.keys()):
-        if expected.get(name) != shapes.get(name):
-            raise ShapeError(
-                f"{where}: tensor '{name}'",
-                expected=f"shape {list(expected[name])}" if name in expected else "no such tensor",
-                got=list(shapes[name]) if name in shapes else "no such tensor",
-                fix="The file is not whole, or belongs to another cfg.json.",
-            )
-
-
-def _check_values(where: str, name: str, tensor: np.ndarray) -> None:
-    bad = np.isnan(tensor) | (tensor == -np.inf) if name == "threshold" else ~np.isfinite(tensor)
-    if bad.any():
-        raise NumericsError(
-            f"{where}: tensor '{name}'",
-            expected="finite values",
-            got=f"{int(bad.sum())} NaN or infinite",
-            fix="Train again, or get an intact copy.",
-        )
-
-
-def _corrupt(where: str | Path, expected: str, got: str) -> CorruptArtefactError:
-    return CorruptArtefactError(where, expected=expected, got=got, fix="Get an intact copy, or train again.")
+def _unlike_ours(where: str, expected: str, got: str) -> MismatchError:
+    return MismatchError(where, expected=expected, got=got, fix="Convert it with: saekit convert SOURCE TARGET")

@@ -1,15 +1,18 @@
 """Checkpoints of a training run, so that an interrupted run resumes as if it had never stopped.
 
-`checkpoints/` holds the last two states (orbax) and run.json, which says what they belong to. A run opens the folder
-with its own identity: equal, and it resumes; different, and the error names what differs.
+`checkpoints/` holds the newest states (orbax) and run.json, which says what they belong to. A run opens the folder with
+its own identity: equal, and it resumes; different, and the error names what differs. States are written while training
+goes on; a crash meanwhile leaves the one before.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from activations.errors import DiskSpaceError, MismatchError
@@ -17,8 +20,9 @@ from sae.config import TrainConfig
 from sae.step import TrainState
 
 # A run may be resumed with other values of these: they change where and when it reports, not what it computes.
-FREE = ("store", "out", "eval_every", "eval_tokens", "log_every", "checkpoint_every", "log")
-KEPT = 2
+FREE = ("store", "out", "eval_every", "eval_tokens", "log_every", "checkpoint_every", "keep_checkpoints", "log")
+States = dict[str, TrainState]
+"""state of each SAE of a run, by its hook point"""
 
 
 class Checkpoints:
@@ -29,7 +33,9 @@ class Checkpoints:
         self.path = config.out.absolute() / "checkpoints"
         self.path.mkdir(parents=True, exist_ok=True)
         _check_identity(self.path / "run.json", _identity(config, store_fingerprint))
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep_checkpoints, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(self.path, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -40,29 +46,37 @@ class Checkpoints:
 
     @property
     def last(self) -> int:
-        """Step of the newest checkpoint, 0 if there is none."""
+        """Step of the newest checkpoint that is on disk, 0 if there is none; waits for one that is being written."""
+        self._manager.wait_until_finished()
         return self._manager.latest_step() or 0
 
-    def restore(self, template: TrainState) -> TrainState:
-        """The newest state, or `template` itself if there is none."""
-        if not self.last:
+    def restore(self, template: States) -> States:
+        """The newest states, or `template` itself if there are none."""
+        step = self.last
+        if not step:
             return template
         names, leaves, structure = _flatten(template)
         wanted = {name: ocp.utils.to_shape_dtype_struct(leaf) for name, leaf in zip(names, leaves, strict=True)}
-        saved: Any = self._manager.restore(self.last, args=ocp.args.StandardRestore(wanted))
+        saved: Any = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
         return jax.tree.unflatten(structure, [saved[name] for name in names])
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Keep `state` as the newest; raises DiskSpaceError before writing if it would not fit."""
-        if step == self.last:
-            return
-        names, leaves, _ = _flatten(state)
-        _check_space(self.path, sum(leaf.nbytes for leaf in leaves))
-        self._manager.save(step, args=ocp.args.StandardSave(dict(zip(names, leaves, strict=True))))
+    def save(self, step: int, states: States) -> int:
+        """Begin to keep `states` as the newest; raises DiskSpaceError before writing if they would not fit.
+
+        Returns: the step of the newest checkpoint that is on disk already, which is one before this.
+        """
+        done = self.last
+        if step > done:
+            names, leaves, _ = _flatten(states)
+            _check_space(self.path, sum(leaf.nbytes for leaf in leaves))
+            # Copies, since the next step takes the buffers over, and on a CPU orbax would write from those.
+            copies = {name: np.array(leaf) for name, leaf in zip(names, leaves, strict=True)}
+            self._manager.save(step, args=ocp.args.StandardSave(copies))
+        return done
 
 
-def _flatten(state: TrainState) -> tuple[list[str], list[Any], Any]:
-    paths, structure = jax.tree_util.tree_flatten_with_path(state)
+def _flatten(states: States) -> tuple[list[str], list[Any], Any]:
+    paths, structure = jax.tree_util.tree_flatten_with_path(states)
     return [jax.tree_util.keystr(path) for path, _ in paths], [leaf for _, leaf in paths], structure
 
 
@@ -74,7 +88,7 @@ def _identity(config: TrainConfig, store_fingerprint: str) -> dict[str, Any]:
 
 def _check_identity(path: Path, mine: dict[str, Any]) -> None:
     if not path.exists():
-        whole = path.with_suffix(".new")
+        whole = path.with_suffix(f".{os.getpid()}.new")
         whole.write_text(json.dumps(mine, indent=2) + "\n")
         whole.replace(path)
         return

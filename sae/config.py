@@ -15,22 +15,48 @@ from activations.config import Config, StorePath
 class SaeConfig(Config):
     """The sparse autoencoder."""
 
-    architecture: str = Field(default="topk", description="a row of sae.architectures.ARCHITECTURES: topk or batchtopk")
+    architecture: str = Field(
+        default="batchtopk",
+        description="a row of sae.architectures.ARCHITECTURES: standard, gated, topk, batchtopk, jumprelu, "
+        "jumprelu_tanh, matryoshka, transcoder, skip_transcoder, crosscoder",
+    )
     d_sae: int | None = Field(default=None, gt=0, description="number of latents; none: expansion * d_model")
     expansion: float = Field(
-        default=4.0, gt=0, description="latents a dimension of the model, where d_sae is not given"
+        default=4.0, gt=0, description="latents a dimension that is read, where d_sae is not given"
     )
-    k: int = Field(default=32, gt=0, description="active latents a token (batchtopk: on average)")
+    k: int = Field(default=32, gt=0, description="active latents a token: exactly (topk), or what L0 is held at")
     aux_coefficient: float = Field(default=1 / 32, ge=0, description="weight of the loss that revives dead latents")
     aux_k: int = Field(default=64, gt=0, description="dead latents revived at a time, longest idle first")
+    sparsity_coefficient: float | None = Field(
+        default=None,
+        gt=0,
+        description="standard, gated, jumprelu_tanh: weight of the penalty; none: moved until L0 is k. jumprelu: weight "
+        "of (L0 / k - 1)^2; none: 1",
+    )
+    bandwidth: float = Field(
+        default=0.5, gt=0, description="jumprelu: width around a threshold from which it learns, in units of latents"
+    )
+    groups: tuple[float, ...] = Field(
+        default=(1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32),
+        min_length=1,
+        description="matryoshka: shares of the latents that each nested dictionary adds",
+    )
+    orthogonality: float = Field(
+        default=0.0, ge=0, description="weight of the penalty on decoder rows that are alike (OrtSAE: 0.25)"
+    )
+    orthogonality_every: int = Field(default=5, gt=0, description="steps between such penalties, each so much heavier")
+    orthogonality_chunk: int = Field(default=8192, gt=1, description="latents that are compared with each other")
+    frozen: Literal["none", "encoder", "decoder"] = Field(
+        default="none", description="weights that keep their random start: a baseline that learning should beat"
+    )
 
-    def width(self, d_model: int) -> int:
-        """Number of latents for a model of width `d_model`.
+    def width(self, d_in: int) -> int:
+        """Number of latents for inputs of width `d_in`.
 
         >>> SaeConfig(expansion=4).width(576)
         2304
         """
-        return self.d_sae if self.d_sae is not None else round(self.expansion * d_model)
+        return self.d_sae if self.d_sae is not None else round(self.expansion * d_in)
 
 
 class LogConfig(Config):
@@ -46,9 +72,16 @@ class TrainConfig(Config):
     store: StorePath = Field(
         default="runs/store", description="the activation store: a directory, or s3://BUCKET/PREFIX"
     )
-    hook_point: str = Field(default="resid_post.12", description="which of the store's hook points to learn from")
+    hook_points: tuple[str, ...] = Field(
+        default=("resid_post.12",),
+        min_length=1,
+        description="one SAE is trained for each; A->B for a transcoder, A+B for a crosscoder",
+    )
     out: Path = Field(default=Path("runs/sae"), description="directory of the run: sae/, train.jsonl, checkpoints/")
     sae: SaeConfig = Field(default_factory=SaeConfig, description="the sparse autoencoder")
+    finetune: Path | None = Field(
+        default=None, description="an SAE to start from, in any form that saekit convert reads; none: random weights"
+    )
     train_tokens: int = Field(default=1_000_000, gt=0, description="tokens to train on, counted again in each epoch")
     batch_size: int = Field(default=1024, gt=0, description="tokens a step")
     lr: float | None = Field(default=None, gt=0, description="peak learning rate; none: from the number of latents")
@@ -69,7 +102,14 @@ class TrainConfig(Config):
     eval_every: int = Field(default=200, gt=0, description="steps between evaluations on held-out tokens")
     log_every: int = Field(default=10, gt=0, description="steps between rows of train.jsonl")
     checkpoint_every: int = Field(default=500, gt=0, description="steps between checkpoints")
-    memory_mb: int = Field(default=512, gt=0, description="megabytes of activations that are shuffled together")
+    keep_checkpoints: int = Field(default=2, gt=0, description="newest checkpoints that are kept")
+    matmul: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="what matrix products are computed in; weights stay float32. auto: bfloat16 on a GPU or TPU",
+    )
+    memory_mb: int = Field(
+        default=512, gt=0, description="megabytes of activations, of all hook points, that are shuffled together"
+    )
     seed: int = Field(default=0, ge=0, description="seed of the initial weights and of the data order")
     log: LogConfig = Field(default_factory=LogConfig, description="Weights & Biases")
 

@@ -21,6 +21,10 @@ from activations.store import ActivationStore
 from activations.store_schema import HookState, HookStats
 
 
+Activations = dict[str, Float[np.ndarray, "token d_model"]]
+"""activations of the same tokens by hook point"""
+
+
 class Place(NamedTuple):
     """Where a batch is."""
 
@@ -45,7 +49,7 @@ class DataOrder(Protocol):
         """Whether batch i can be read now."""
         ...
 
-    def batch(self, i: int) -> Float[np.ndarray, "batch d_model"]:
+    def batch(self, i: int) -> Activations:
         """Activations of batch i."""
         ...
 
@@ -90,18 +94,25 @@ class TokenOrder:
     """Shuffled batches of the sequences before `stop`."""
 
     def __init__(
-        self, store: ActivationStore, hook_point: str, *, stop: int, batch_size: int, seed: int, memory_mb: int
+        self,
+        store: ActivationStore,
+        hook_points: tuple[str, ...],
+        *,
+        stop: int,
+        batch_size: int,
+        seed: int,
+        memory_mb: int,
     ):
         """Count the unmasked tokens; raises ShapeError if they do not fill one batch."""
-        self._store, self._hook_point, self._stop = store, hook_point, stop
+        self._store, self._hook_points, self._stop = store, hook_points, stop
         self._batch_size, self._seed = batch_size, seed
         self._rows = store.meta.commit_sequences
         used = store.mask(0, stop).sum(axis=1)
         self._counts = np.add.reduceat(used, np.arange(0, stop, self._rows))
-        chunk_bytes = self._rows * store.ctx * store.d_model * 4
+        chunk_bytes = self._rows * store.ctx * store.d_model * 4 * len(hook_points)
         self._block_chunks = max(1, memory_mb * 2**20 // chunk_bytes)
         self._epochs: dict[int, tuple[Block, ...]] = {}
-        self._cached: tuple[tuple[int, ...], np.ndarray] | None = None
+        self._cached: tuple[tuple[int, ...], Activations] | None = None
         self._shuffled: tuple[tuple[int, int], np.ndarray] | None = None
         if not sum(block.n_batches for block in self.epoch(0)):
             raise ShapeError(
@@ -134,12 +145,14 @@ class TokenOrder:
                 i -= block.n_batches
         raise AssertionError("an epoch has at least one batch")
 
-    def batch(self, i: int) -> Float[np.ndarray, "batch d_model"]:
+    def batch(self, i: int) -> Activations:
         """Activations of batch i."""
         place = self.locate(i)
         block = self.epoch(place.epoch)[place.block]
-        tokens, start = self._tokens(block), place.offset * self._batch_size
-        return tokens[self._order(place, len(tokens))[start : start + self._batch_size]]
+        n = int(self._counts[list(block.chunks)].sum())
+        start = place.offset * self._batch_size
+        rows = self._order(place, n)[start : start + self._batch_size]
+        return {name: x[rows] for name, x in self._tokens(block).items()}
 
     def is_ready(self, i: int) -> bool:
         """Always: the store is whole."""
@@ -151,24 +164,24 @@ class TokenOrder:
     def finish(self) -> None:
         """Nothing to do."""
 
-    def batches(self, start: int, stop: int) -> Iterator[Float[np.ndarray, "batch d_model"]]:
+    def batches(self, start: int, stop: int) -> Iterator[Activations]:
         """Batches start..stop."""
         return (self.batch(i) for i in range(start, stop))
 
-    def _tokens(self, block: Block) -> Float[np.ndarray, "token d_model"]:
+    def _tokens(self, block: Block) -> Activations:
         """Tokens of a block in the order of the store, so that a store of one block is read once for all epochs."""
         chunks = tuple(sorted(block.chunks))
         if self._cached is None or self._cached[0] != chunks:
             self._cached = None  # frees the old block before the new one is read
-            self._cached = chunks, self._read(chunks)
+            self._cached = chunks, {name: self._read(name, chunks) for name in self._hook_points}
         return self._cached[1]
 
-    def _read(self, chunks: tuple[int, ...]) -> Float[np.ndarray, "token d_model"]:
+    def _read(self, hook_point: str, chunks: tuple[int, ...]) -> Float[np.ndarray, "token d_model"]:
         tokens = np.empty((int(self._counts[list(chunks)].sum()), self._store.d_model), np.float32)
         at = 0
         for chunk in chunks:
             start, stop = chunk * self._rows, min((chunk + 1) * self._rows, self._stop)
-            part = used_tokens(self._store, self._hook_point, start, stop)
+            part = used_tokens(self._store, hook_point, start, stop)
             tokens[at : at + len(part)] = part
             at += len(part)
         return tokens
@@ -189,18 +202,19 @@ def used_tokens(store: ActivationStore, hook_point: str, start: int, stop: int) 
 
 
 def holdout(
-    store: ActivationStore, hook_point: str, start: int, stop: int, max_tokens: int
-) -> Float[np.ndarray, "token d_model"]:
+    store: ActivationStore, hook_points: tuple[str, ...], start: int, stop: int, max_tokens: int
+) -> Activations:
     """About `max_tokens` held-out tokens, never more, from sequences spread evenly over start..stop.
 
     Raises: ShapeError if all of them are masked.
     """
     used = store.mask(start, stop).sum(axis=1)
     needed = min(len(used), int(np.ceil(max_tokens / max(used.mean(), 1))))
-    chosen = start + np.unique(np.linspace(0, len(used) - 1, max(needed, 1)).astype(int))
-    x = np.concatenate([used_tokens(store, hook_point, i, i + 1) for i in chosen.tolist()])[:max_tokens]
-    if not len(x):
+    chosen = (start + np.unique(np.linspace(0, len(used) - 1, max(needed, 1)).astype(int))).tolist()
+    if not used[np.array(chosen) - start].any():
         raise ShapeError(
             f"{store.path}: held-out tokens", expected="some that are unmasked", got=0, fix="Raise holdout_fraction."
         )
-    return x
+    return {
+        name: np.concatenate([used_tokens(store, name, i, i + 1) for i in chosen])[:max_tokens] for name in hook_points
+    }

@@ -3,8 +3,8 @@
 Flow:
 1. take the held-out tail of the store that the SAE was trained from;
 2. from stored activations: FVU, L0, dead fraction and density (`sae.metrics`);
-3. from the model: splice the SAE into its residual stream and compare the cross-entropy of the next token with that of
-   the untouched model, and with that of the model whose residual stream is replaced by its mean, or by zero.
+3. from the model: replace what the SAE writes by its reconstruction from an untouched pass, and compare the cross-entropy
+   of the next token with that of the untouched model, and with that of a mean, or zero, in the same places.
 
     CE loss recovered = (CE_ablated - CE_sae) / (CE_ablated - CE_clean)
 
@@ -15,6 +15,7 @@ they are in every variant, since the SAE never saw their like. Left out: probing
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -24,20 +25,20 @@ from torch.nn import functional
 
 from activations.errors import MismatchError, ShapeError
 from activations.hook_points import HookPoint
-from activations.hooks import edit
+from activations.hooks import capture, edit
 from activations.models import LoadedModel, load_model
 from activations.progress import progress
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from sae.config import EvaluateConfig
-from sae.data import held_out, statistics
+from sae.data import held_out, statistics, used_tokens
 from sae.index import check_belongs
 from sae.metrics import Evaluation
 from sae.torch_view import TorchSae
+from sae.wiring import Wiring, side_by_side
 
 BLOCK_SEQUENCES = 32
 CE_SEQUENCES = 4
-Replace = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d_model"]]
 
 
 def evaluate(config: EvaluateConfig, loaded: LoadedModel | None = None) -> dict[str, float]:
@@ -56,46 +57,39 @@ def evaluate(config: EvaluateConfig, loaded: LoadedModel | None = None) -> dict[
         raise ShapeError(
             f"{store.path}: held-out tokens", expected="some that are unmasked", got=0, fix="Raise holdout_fraction."
         )
-    sae = TorchSae(artefact).to(loaded.device)
-    result = reconstruction(store, artefact.hook_point, sae, start, stop)
-    result |= spliced_losses(store, artefact.hook_point, sae, loaded, _spread(start, stop, config.ce_sequences))
+    sae, wiring = TorchSae(artefact).to(loaded.device), Wiring.parse(artefact.hook_point)
+    result = reconstruction(store, wiring, sae, start, stop)
+    result |= spliced_losses(store, wiring, sae, loaded, _spread(start, stop, config.ce_sequences))
     (config.sae / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
-def reconstruction(store: ActivationStore, hook_point: str, sae: TorchSae, start: int, stop: int) -> dict[str, float]:
+def reconstruction(store: ActivationStore, wiring: Wiring, sae: TorchSae, start: int, stop: int) -> dict[str, float]:
     """Measures on stored activations of sequences start..stop."""
-    evaluation = Evaluation(statistics(store, hook_point).mean, sae.d_sae)
+    mean = np.concatenate([statistics(store, name).mean for name in wiring.writes])
+    evaluation = Evaluation(mean, sae.d_sae)
     for first in range(start, stop, BLOCK_SEQUENCES):
         last = min(first + BLOCK_SEQUENCES, stop)
-        x = torch.from_numpy(store.activations(hook_point, first, last)[store.mask(first, last)])
+        used = {name: used_tokens(store, name, first, last) for name in wiring.hook_points}
+        x, y = torch.from_numpy(side_by_side(used, wiring.reads)), side_by_side(used, wiring.writes)
         with torch.inference_mode():
             latents = sae.encode(x.to(sae.W_enc.device))
-            evaluation.add(x.numpy(), sae.decode(latents).cpu().numpy(), latents.cpu().numpy())
-    dense = float((evaluation.density > 0.1).mean())
-    return {**evaluation.summary(), "dense_fraction": dense, "n_tokens": evaluation.n_tokens}
+            evaluation.add(y, sae.reconstruct(x.to(latents), latents).cpu().numpy(), latents.cpu().numpy())
+    return {**evaluation.summary(), "n_tokens": evaluation.n_tokens}
 
 
 def spliced_losses(
-    store: ActivationStore, hook_point: str, sae: TorchSae, loaded: LoadedModel, sequences: Int[np.ndarray, " seq"]
+    store: ActivationStore, wiring: Wiring, sae: TorchSae, loaded: LoadedModel, sequences: Int[np.ndarray, " seq"]
 ) -> dict[str, float]:
     """Cross-entropies with the residual stream untouched, through the SAE, and ablated.
 
     A next-token loss counts where the token it is predicted from is unmasked and the text goes on.
     """
-    point = HookPoint.parse(hook_point)
-    mean = torch.from_numpy(statistics(store, hook_point).mean).float()
-    variants: dict[str, Replace] = {
-        "clean": lambda x: x,
-        "sae": lambda x: sae(x.float()).to(x),
-        "mean": lambda x: mean.to(x).expand_as(x),
-        "zero": torch.zeros_like,
-    }
-    sums, kl, count = dict.fromkeys(variants, 0.0), 0.0, 0
+    sums, kl, count = dict.fromkeys(("clean", "sae", "mean", "zero"), 0.0), 0.0, 0
     with progress("evaluate", len(sequences), "seq") as advance:
         for rows in np.array_split(sequences, max(1, len(sequences) // CE_SEQUENCES)):
             tokens, mask = _rows(store, rows)
-            log_probs = {name: _log_probs(loaded, point, tokens, mask, fn) for name, fn in variants.items()}
+            log_probs = _variants(store, wiring, sae, loaded, tokens, mask)
             counted = mask[:, :-1] & mask.flip(1).cumsum(1).flip(1)[:, 1:].bool()
             for name, values in log_probs.items():
                 losses = functional.nll_loss(values[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
@@ -114,19 +108,51 @@ def spliced_losses(
     }
 
 
-def _log_probs(
+def _variants(
+    store: ActivationStore,
+    wiring: Wiring,
+    sae: TorchSae,
     loaded: LoadedModel,
-    point: HookPoint,
     tokens: Int[Tensor, "seq ctx"],
     mask: Bool[Tensor, "seq ctx"],
-    replace: Replace,
+) -> dict[str, Float[Tensor, "seq ctx vocab"]]:
+    """Next-token log-probabilities: clean, and with what the SAE writes replaced by its reconstruction, mean or zero."""
+    reads, writes = ([HookPoint.parse(name) for name in names] for names in (wiring.reads, wiring.writes))
+    with capture(loaded.model, loaded.family, reads) as captured:
+        clean = _log_probs(loaded, tokens, mask, {})
+        x = torch.cat([captured[point].float() for point in reads], dim=-1)
+    with torch.inference_mode():
+        parts = sae(x).split(store.d_model, dim=-1)
+    means = [torch.from_numpy(statistics(store, name).mean).to(x) for name in wiring.writes]
+    replacements = {
+        "sae": parts,
+        "mean": [mean.expand_as(part) for mean, part in zip(means, parts, strict=True)],
+        "zero": [torch.zeros_like(part) for part in parts],
+    }
+    return {"clean": clean} | {
+        name: _log_probs(loaded, tokens, mask, dict(zip(writes, values, strict=True)))
+        for name, values in replacements.items()
+    }
+
+
+def _log_probs(
+    loaded: LoadedModel,
+    tokens: Int[Tensor, "seq ctx"],
+    mask: Bool[Tensor, "seq ctx"],
+    replaced: dict[HookPoint, Float[Tensor, "seq ctx d_model"]],
 ) -> Float[Tensor, "seq ctx vocab"]:
-    """Next-token log-probabilities with the unmasked residual stream replaced.
+    """Next-token log-probabilities with unmasked activations replaced.
 
     Padding is on the right, where causal attention keeps it from everything that counts.
     """
     keep = mask[..., None].to(loaded.device)
-    with torch.inference_mode(), edit(loaded.model, loaded.family, point, lambda x: torch.where(keep, replace(x), x)):
+
+    def put(value: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.where(keep, value.to(x), x)
+
+    with torch.inference_mode(), ExitStack() as stack:
+        for point, value in replaced.items():
+            stack.enter_context(edit(loaded.model, loaded.family, point, put(value)))
         logits = loaded.model(input_ids=tokens.to(loaded.device), use_cache=False).logits
     return logits.float().cpu().log_softmax(-1)
 

@@ -28,8 +28,10 @@ from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from sae.config import IndexConfig
 from sae.contexts import Context
+from sae.data import used_tokens
 from sae.index_db import LatentRow, write_index
 from sae.torch_view import TorchSae
+from sae.wiring import Wiring, side_by_side
 
 BLOCK_TOKENS = 4096
 SPARE = 3
@@ -71,18 +73,18 @@ def build_index(config: IndexConfig, loaded: LoadedModel | None = None) -> Path:
     store, artefact = ActivationStore.open(config.store), SaeArtefact.load(config.sae)
     loaded = loaded or load_model(config.model, device=config.device)
     check_belongs(store, loaded, artefact)
-    hook_point = artefact.hook_point
+    reads = Wiring.parse(artefact.hook_point).reads
     sae = TorchSae(artefact).to(loaded.device)
     n_tokens = sum(int(store.mask(kept.start, kept.stop).sum()) for kept in store.kept())
     with progress("index", 2 * n_tokens, "tok") as advance:
-        usage = _usage(_blocks(store, hook_point, sae), config.n_contexts * SPARE, advance)
+        usage = _usage(_blocks(store, reads, sae), config.n_contexts * SPARE, advance)
         places = _places(usage, store.documents(), config.n_contexts)
-        histogram, contexts = _second_pass(_blocks(store, hook_point, sae), usage.peak[0], places, config, advance)
+        histogram, contexts = _second_pass(_blocks(store, reads, sae), usage.peak[0], places, config, advance)
     top, bottom = _logits(artefact, loaded, config.n_logits)
     neighbours = _neighbours(torch.from_numpy(artefact.W_dec), config.n_neighbours)
     info = {
         "d_sae": artefact.d_sae,
-        "hook_point": hook_point,
+        "hook_point": artefact.hook_point,
         "sae_sha256": artefact.sha256,
         "store_fingerprint": store.fingerprint,
         "model": store.meta.model.model_dump(mode="json"),
@@ -130,21 +132,27 @@ def check_belongs(store: ActivationStore, loaded: LoadedModel, artefact: SaeArte
             got=f"one trained on {model.get('id')}",
             fix="Choose another.",
         )
-    if artefact.d_model != store.d_model:
+    wiring = Wiring.parse(artefact.hook_point)
+    expected = len(wiring.reads) * store.d_model, len(wiring.writes) * store.d_model
+    if (artefact.d_model, artefact.d_out) != expected:
         raise MismatchError(
-            "SAE", expected=f"d_model {store.d_model}", got=artefact.d_model, fix="Choose an SAE of this model."
+            "SAE",
+            expected=f"one that reads and writes widths {expected}",
+            got=(artefact.d_model, artefact.d_out),
+            fix="Choose an SAE of this model.",
         )
 
 
-def _blocks(store: ActivationStore, hook_point: str, sae: TorchSae) -> Iterator[Block]:
+def _blocks(store: ActivationStore, reads: tuple[str, ...], sae: TorchSae) -> Iterator[Block]:
     rows = max(1, BLOCK_TOKENS // store.ctx)
     for start, stop in (
         (i, min(i + rows, kept.stop)) for kept in store.kept() for i in range(kept.start, kept.stop, rows)
     ):
-        x, mask = store.activations(hook_point, start, stop), store.mask(start, stop)
+        mask = store.mask(start, stop)
+        x = side_by_side({name: used_tokens(store, name, start, stop) for name in reads}, reads)
         latents = torch.zeros(*mask.shape, sae.d_sae)
         with torch.inference_mode():
-            latents[torch.from_numpy(mask)] = sae.encode(torch.from_numpy(x[mask]).to(sae.W_enc.device)).cpu()
+            latents[torch.from_numpy(mask)] = sae.encode(torch.from_numpy(x).to(sae.W_enc.device)).cpu()
         lengths = mask.shape[1] - mask[:, ::-1].argmax(axis=1)
         yield Block(start, store.tokens(start, stop), lengths, store.documents(start, stop), latents)
 
@@ -216,11 +224,13 @@ def _logits(
 ) -> tuple[list[list[tuple[str, float]]], list[list[tuple[str, float]]]]:
     """Tokens whose logits each decoder row raises and lowers most through the final norm and the unembedding.
 
+    Of a row that writes several hook points, the part for the last one counts.
+
     The norm is applied to the row itself, less what it makes of nothing (a bias), so that gain and centring of any
     kind of norm count; its data-dependent scale is left out, since it stretches all logits of a token alike.
     """
     unembedding = loaded.family.lm_head(loaded.model).weight.detach().float().cpu()  # type: ignore[union-attr]
-    pushes = _through_norm(loaded, torch.from_numpy(artefact.W_dec))
+    pushes = _through_norm(loaded, torch.from_numpy(artefact.W_dec[:, -loaded.d_model :]))
     vocabulary = [loaded.tokenizer.decode([i]) for i in range(len(unembedding))]
     top, bottom = [], []
     with torch.inference_mode():

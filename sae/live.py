@@ -11,20 +11,24 @@ Batch i is a pure function of (what is harvested, seed, i), as in `sae.data`; a 
 than one trainer on a ring.
 """
 
-import numpy as np
-from jaxtyping import Float
-
 from activations.errors import ConfigError, MismatchError
 from activations.ring import Reader, read_reader, write_reader
 from activations.store import ActivationStore
-from sae.data import Place, philox, used_tokens
+from sae.data import Activations, Place, philox, used_tokens
 
 
 class LiveOrder:
     """Shuffled batches of a ring, each token once."""
 
     def __init__(
-        self, store: ActivationStore, hook_point: str, *, batch_size: int, seed: int, memory_mb: int, owner: str
+        self,
+        store: ActivationStore,
+        hook_points: tuple[str, ...],
+        *,
+        batch_size: int,
+        seed: int,
+        memory_mb: int,
+        owner: str,
     ):
         """Take the ring for the run `owner`.
 
@@ -32,13 +36,13 @@ class LiveOrder:
         """
         ring = store.meta.ring
         assert ring is not None
-        self._store, self._hook_point, self._batch_size, self._seed = store, hook_point, batch_size, seed
+        self._store, self._hook_points, self._batch_size, self._seed = store, hook_points, batch_size, seed
         rows = store.meta.commit_sequences
         groups = (ring.keep_tokens // store.ctx - store.meta.pinned_sequences) // rows // 2
-        in_memory = memory_mb * 2**20 // (rows * store.ctx * store.d_model * 4)
+        in_memory = memory_mb * 2**20 // (rows * store.ctx * store.d_model * 4 * len(hook_points))
         self._block_sequences = rows * max(1, min(groups, in_memory))
         self._n_batches: list[int] = []
-        self._cached: tuple[int, np.ndarray] | None = None
+        self._cached: tuple[int, Activations] | None = None
         self._reader = _take(store, owner)
 
     def is_ready(self, i: int) -> bool:
@@ -58,17 +62,20 @@ class LiveOrder:
             )
         return self._locate(i) is not None
 
-    def batch(self, i: int) -> Float[np.ndarray, "batch d_model"]:
+    def batch(self, i: int) -> Activations:
         """Activations of batch i, which must be ready."""
         place = self._locate(i)
         assert place is not None
         if self._cached is None or self._cached[0] != place.block:
             self._cached = None  # frees the old block before the new one is read
             start, stop = self._bounds(place.block)
-            tokens = used_tokens(self._store, self._hook_point, start, stop)
-            self._cached = place.block, tokens[philox(self._seed, 0, place.block).permutation(len(tokens))]
+            self._cached = place.block, self._read(place.block, start, stop)
         start = place.offset * self._batch_size
-        return self._cached[1][start : start + self._batch_size]
+        return {name: x[start : start + self._batch_size] for name, x in self._cached[1].items()}
+
+    def _read(self, block: int, start: int, stop: int) -> Activations:
+        order = philox(self._seed, 0, block).permutation(int(self._store.mask(start, stop).sum()))
+        return {name: used_tokens(self._store, name, start, stop)[order] for name in self._hook_points}
 
     def release(self, i: int) -> None:
         """Let the ring drop what only batches before i need."""

@@ -1,6 +1,7 @@
 """Where an SAE came from: the content of saekit.json, apart from the weights' hash."""
 
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -8,18 +9,26 @@ from typing import Any
 from activations.store import ActivationStore
 from activations.store_schema import HookStats
 from sae.config import TrainConfig
-from sae.log import Row
+from sae.wiring import Wiring
 
 PACKAGES = ("saekit", "jax", "flax", "optax", "numpy")
 
 
-def provenance(config: TrainConfig, store: ActivationStore, stats: HookStats, metrics: Row) -> dict[str, Any]:
-    """Model, store, hook point, resolved config, versions and metrics."""
+def provenance(
+    config: TrainConfig,
+    wiring: Wiring,
+    store: ActivationStore,
+    stats: Mapping[str, HookStats],
+    metrics: Mapping[str, float],
+) -> dict[str, Any]:
+    """Model, store, hook points, resolved config, versions and metrics."""
+    n_tokens = min(stats[name].n_tokens for name in wiring.hook_points)
+    mean_norms = {name: stats[name].mean_norm for name in wiring.hook_points}
     return {
         "format_version": 1,
         "model": {"id": store.meta.model.id, "fingerprint": store.meta.model.fingerprint},
-        "hook_point": config.hook_point,
-        "store": {"fingerprint": store.fingerprint, "n_tokens": stats.n_tokens, "mean_norm": stats.mean_norm},
+        "hook_point": str(wiring),
+        "store": {"fingerprint": store.fingerprint, "n_tokens": n_tokens, "mean_norms": mean_norms},
         "config": config.model_dump(mode="json"),
         "metrics": dict(metrics),
         "versions": {name: _version(name) for name in PACKAGES},

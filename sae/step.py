@@ -1,10 +1,12 @@
 """One training step as a pure, jitted function of (state, batch).
 
-1. scale the batch; 2. losses and gradients; 3. project the decoder's gradient, clip, Adam; 4. decoder rows back to norm
-1; 5. count how long each latent has been idle. Left out: data, evaluation and everything with side effects.
+1. scale inputs and targets; 2. losses and gradients, with matrix products in bfloat16 where that is faster; 3. project the
+decoder's gradient, hold frozen weights, clip, Adam; 4. decoder rows back to norm 1; 5. count how long each latent has been
+idle. SAEs of equal shapes share one compiled step. Left out: data, evaluation and everything with side effects.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,9 +20,13 @@ from jaxtyping import Array, Float, Int
 from activations.errors import NumericsError
 from activations.store_schema import HookStats
 from sae.architectures import find
-from sae.architectures.base import SparseCoder, project_gradient, unit_rows
-from sae.config import TrainConfig
-from sae.kernels import Codes
+from sae.architectures.base import Context, Means, Scaling, SparseCoder, project_gradient, unit_rows
+from sae.config import SaeConfig, TrainConfig
+from sae.metrics import DENSE
+from sae.orthogonality import alikeness
+from sae.wiring import Wiring
+
+FROZEN = {"none": (), "encoder": ("W_enc",), "decoder": ("W_dec",)}
 
 
 class TrainState(NamedTuple):
@@ -34,54 +40,66 @@ class TrainState(NamedTuple):
     """Adam's moments and step count"""
     idle: Int[Array, " d_sae"]
     """tokens since each latent was last active"""
+    step: Int[Array, ""]
+    """steps taken"""
 
 
 class StepMetrics(NamedTuple):
     """Scalars of one step, before its update."""
 
     loss: Float[Array, ""]
-    fvu: Float[Array, ""]
-    aux: Float[Array, ""]
+    terms: dict[str, Float[Array, ""]]
+    """parts of the loss by name, unweighted"""
     l0: Float[Array, ""]
     dead_fraction: Float[Array, ""]
+    dense_fraction: Float[Array, ""]
     grad_norm: Float[Array, ""]
 
 
-Step = Callable[[TrainState, Float[np.ndarray, "batch d_model"]], tuple[TrainState, StepMetrics]]
+Step = Callable[[TrainState, Any, Any, Scaling], tuple[TrainState, StepMetrics]]
+"""(state, raw inputs, raw targets, their scaling) -> (next state, metrics)"""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers that a run derives from its config and its store."""
+    """Numbers that a run derives from its config and its store, for one SAE."""
 
     n_steps: int
     lr: float
     """peak learning rate"""
-    scale: float
-    """what raw activations are multiplied by, so that they vary by 1 a dimension"""
-    variance: float
-    """mean ||x - mean||^2 after scaling, which is d_model"""
-    mean: Float[np.ndarray, " d_model"]
-    """dataset mean after scaling"""
+    scaling: Scaling
+    """what raw activations are multiplied by, so that they vary by 1 a dimension at each hook point"""
+    means: Means
+    """dataset means after scaling"""
     dead_after: int
     """idle tokens that make a latent dead"""
 
     @classmethod
-    def make(cls, config: TrainConfig, stats: HookStats) -> "Plan":
-        """Derive them."""
-        d_model, variance = len(stats.mean), stats.mean_sq_norm - float(stats.mean @ stats.mean)
-        if not variance > 1e-9 * stats.mean_sq_norm:
-            fix = "Harvest another hook point or more text."
-            raise NumericsError("variance of the activations", expected="more than 0", got=f"{variance:g}", fix=fix)
-        scale = float(np.sqrt(d_model / variance))
+    def make(cls, config: TrainConfig, wiring: Wiring, stats: Mapping[str, HookStats]) -> "Plan":
+        """Derive them; raises NumericsError if activations do not vary."""
+        scales = {name: _scale(name, stats[name]) for name in wiring.hook_points}
+
+        def both(names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+            scale = np.concatenate([np.full(len(stats[name].mean), scales[name]) for name in names])
+            mean = np.concatenate([stats[name].mean for name in names]) * scale
+            return scale.astype(np.float32), mean.astype(np.float32)
+
+        (scale_in, mean_in), (scale_out, mean_out) = both(wiring.reads), both(wiring.writes)
         return cls(
             n_steps=max(config.train_tokens // config.batch_size, 1),
-            lr=config.lr if config.lr is not None else automatic_lr(config.sae.width(d_model)),
-            scale=scale,
-            variance=float(d_model),
-            mean=(stats.mean * scale).astype(np.float32),
+            lr=config.lr if config.lr is not None else automatic_lr(config.sae.width(len(scale_in))),
+            scaling=Scaling(scale_in, scale_out),
+            means=Means(mean_in, mean_out),
             dead_after=max(round(config.dead_fraction * config.train_tokens), 1),
         )
+
+
+def _scale(name: str, stats: HookStats) -> float:
+    variance = stats.mean_sq_norm - float(stats.mean @ stats.mean)
+    if not variance > 1e-9 * stats.mean_sq_norm:
+        fix = "Harvest another hook point or more text."
+        raise NumericsError(f"variance of {name}", expected="more than 0", got=f"{variance:g}", fix=fix)
+    return float(np.sqrt(len(stats.mean) / variance))
 
 
 def automatic_lr(d_sae: int) -> float:
@@ -101,58 +119,77 @@ def schedule(config: TrainConfig, plan: Plan) -> Callable[[Any], Any]:
     return optax.join_schedules([rise, fall], [plan.n_steps - decay])
 
 
-def start(config: TrainConfig, plan: Plan) -> TrainState:
-    """The state before the first step."""
-    sae = find(config.sae.architecture)(config.sae, jnp.asarray(plan.mean), jax.random.key(config.seed))
+def create(config: TrainConfig, plan: Plan) -> SparseCoder:
+    """The SAE before the first step, from random weights."""
+    return find(config.sae.architecture)(config.sae, plan.means, jax.random.key(config.seed))
+
+
+def start(config: TrainConfig, plan: Plan, sae: SparseCoder) -> TrainState:
+    """The state before the first step of `sae`."""
     _, params, statistics = nnx.split(sae, nnx.Param, ...)
-    idle = jnp.zeros(len(sae.b_enc[...]), jnp.int32)
-    return TrainState(params, statistics, _optimizer(config, plan).init(params), idle)
+    optimizer = _optimizer(config, plan).init(params)
+    return TrainState(params, statistics, optimizer, jnp.zeros(sae.d_sae, jnp.int32), jnp.int32(0))
 
 
-def assemble(config: TrainConfig, plan: Plan, state: TrainState) -> SparseCoder:
+def assemble(config: SaeConfig, state: TrainState) -> SparseCoder:
     """The SAE with the weights of `state`."""
-    make = find(config.sae.architecture)
-    blank = nnx.eval_shape(lambda: make(config.sae, jnp.asarray(plan.mean), jax.random.key(0)))
+    d_in, d_out = state.params["W_enc"][...].shape[0], state.params["W_dec"][...].shape[1]
+    means = Means(jnp.zeros(d_in), jnp.zeros(d_out))
+    blank = nnx.eval_shape(lambda: find(config.architecture)(config, means, jax.random.key(0)))
     return nnx.merge(nnx.graphdef(blank), state.params, state.statistics)
 
 
 def make_step(config: TrainConfig, plan: Plan) -> Step:
     """Compile the training step; it consumes the state it is given."""
-    optimizer = _optimizer(config, plan)
+    optimizer, settings = _optimizer(config, plan), config.sae
 
-    def loss(params: Any, state: TrainState, x: Array) -> tuple[Array, Any]:
-        sae = assemble(config, plan, state._replace(params=params))
-        out = sae.loss(x, plan.variance, state.idle, plan.dead_after)
+    def loss(params: Any, state: TrainState, x: Array, y: Array) -> tuple[Array, Any]:
+        sae = assemble(settings, state._replace(params=params))
+        out = sae.loss(x, y, _context(state, y.shape[1]))
+        if settings.orthogonality:
+            alike = alikeness(params["W_dec"][...], state.step, settings, config.seed)
+            out = out._replace(loss=out.loss + settings.orthogonality * alike, terms=out.terms | {"alike": alike})
         return out.loss, out
 
-    def step(state: TrainState, raw: Array) -> tuple[TrainState, StepMetrics]:
-        x = raw * plan.scale
-        (_, out), grads = jax.value_and_grad(loss, has_aux=True)(state.params, state, x)
+    def _context(state: TrainState, d_out: int) -> Context:
+        return Context(float(d_out), state.idle, plan.dead_after, plan.n_steps)
+
+    def step(state: TrainState, inputs: Array, targets: Array, scaling: Scaling) -> tuple[TrainState, StepMetrics]:
+        x, y = inputs * scaling.inputs, targets * scaling.outputs
+        with matmul(config):
+            (_, out), grads = jax.value_and_grad(loss, has_aux=True)(state.params, state, x, y)
         grads["W_dec"][...] = project_gradient(state.params["W_dec"][...], grads["W_dec"][...])
+        for name in FROZEN[settings.frozen]:
+            grads[name][...] = jnp.zeros_like(grads[name][...])
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        params["W_dec"][...] = unit_rows(params["W_dec"][...])
-        sae = assemble(config, plan, state._replace(params=params))
-        sae.observe(out.codes)
-        idle = count_idle(state.idle, out.codes)
+        if "W_dec" not in FROZEN[settings.frozen]:
+            params["W_dec"][...] = unit_rows(params["W_dec"][...])
+        sae = assemble(settings, state._replace(params=params))
+        sae.observe(out, _context(state, y.shape[1]))
+        idle = count_idle(state.idle, out.active, len(x))
         _, params, statistics = nnx.split(sae, nnx.Param, ...)
-        l0 = (out.codes.values > 0).sum(axis=1).mean()
-        dead = (idle >= plan.dead_after).mean()
-        metrics = StepMetrics(out.loss, out.fvu, out.aux, l0, dead, optax.tree.norm(grads))
-        return TrainState(params, statistics, moments, idle), metrics
+        dead, dense = (idle >= plan.dead_after).mean(), (out.active > DENSE * len(x)).mean()
+        metrics = StepMetrics(out.loss, out.terms, out.l0, dead, dense, optax.tree.norm(grads))
+        return TrainState(params, statistics, moments, idle, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
-def count_idle(idle: Int[Array, " d_sae"], codes: Codes) -> Int[Array, " d_sae"]:
+def matmul(config: TrainConfig) -> AbstractContextManager[None]:
+    """A context in which matrix products are computed in `config.matmul`, always summed in float32."""
+    low = config.matmul == "bfloat16" or (config.matmul == "auto" and jax.default_backend() != "cpu")
+    return jax.default_matmul_precision("BF16_BF16_F32" if low else "float32")
+
+
+def count_idle(idle: Int[Array, " d_sae"], active: Int[Array, " d_sae"], n_tokens: int) -> Int[Array, " d_sae"]:
     """Add the batch to the idle tokens of each latent; active ones start again from 0.
 
-    >>> count_idle(jnp.array([5, 5]), Codes(jnp.array([[2.0]]), jnp.array([[1]]))).tolist()
-    [6, 0]
+    >>> count_idle(jnp.array([5, 5]), jnp.array([0, 3]), 4).tolist()
+    [9, 0]
     """
-    fired = jnp.zeros(len(idle), bool).at[codes.indices].max(codes.values > 0)
     longest = 2**30  # far from overflow, and longer than any run needs to tell
-    return jnp.where(fired, 0, jnp.minimum(idle + len(codes.values), longest))
+    return jnp.where(active > 0, 0, jnp.minimum(idle + n_tokens, longest))
 
 
 def _optimizer(config: TrainConfig, plan: Plan) -> optax.GradientTransformation:

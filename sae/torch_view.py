@@ -15,26 +15,28 @@ from sae.artefact import SaeArtefact
 
 
 class TorchSae(nn.Module):
-    """Encode and decode raw activations with a saved SAE."""
+    """Encode and reconstruct raw activations with a saved SAE."""
 
     W_enc: Float[Tensor, "d_model d_sae"]
     b_enc: Float[Tensor, " d_sae"]
-    W_dec: Float[Tensor, "d_sae d_model"]
-    b_dec: Float[Tensor, " d_model"]
+    W_dec: Float[Tensor, "d_sae d_out"]
+    b_dec: Float[Tensor, " d_out"]
     threshold: Float[Tensor, " d_sae"]
+    W_skip: Float[Tensor, "d_out d_model"]
 
     def __init__(self, artefact: SaeArtefact):
         """Take the weights over as buffers."""
         super().__init__()
         self.architecture, self.k = artefact.architecture, artefact.k
+        self.apply_b_dec_to_input, self.skips = artefact.apply_b_dec_to_input, artefact.W_skip is not None
         self.metadata = artefact.metadata
         for name, tensor in artefact.tensors().items():
             self.register_buffer(name, torch.tensor(tensor))
 
     @property
     def d_model(self) -> int:
-        """Width of the residual stream."""
-        return self.W_dec.shape[1]
+        """Width of what it reads."""
+        return self.W_enc.shape[0]
 
     @property
     def d_sae(self) -> int:
@@ -44,25 +46,36 @@ class TorchSae(nn.Module):
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
         """All latents of each token; raises ShapeError for another width."""
         pre = self._preactivations(x, self.W_enc, self.b_enc)
-        if self.architecture == "jumprelu":
-            return torch.where(pre > self.threshold, torch.relu(pre), 0)
-        values, indices = torch.relu(pre).topk(cast(int, self.k), dim=-1)
-        return torch.zeros_like(pre).scatter(-1, indices, values)
+        if self.architecture == "topk":
+            values, indices = torch.relu(pre).topk(cast(int, self.k), dim=-1)
+            return torch.zeros_like(pre).scatter(-1, indices, values)
+        return self._activate(pre, slice(None))
 
     def encode_some(self, x: Float[Tensor, "*batch d_model"], latents: Int[Tensor, " n"]) -> Float[Tensor, "*batch n"]:
-        """`encode(x)[..., latents]`; for jumprelu at the cost of n latents instead of d_sae."""
+        """`encode(x)[..., latents]`; unless it is topk, at the cost of n latents instead of d_sae."""
         if self.architecture == "topk":
             return self.encode(x)[..., latents]
-        pre = self._preactivations(x, self.W_enc[:, latents], self.b_enc[latents])
-        return torch.where(pre > self.threshold[latents], torch.relu(pre), 0)
+        return self._activate(self._preactivations(x, self.W_enc[:, latents], self.b_enc[latents]), latents)
 
-    def decode(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_model"]:
-        """latents @ W_dec + b_dec."""
+    def decode(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
+        """latents @ W_dec + b_dec: what the latents write."""
         return latents @ self.W_dec + self.b_dec
 
-    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """Reconstruct x."""
-        return self.decode(self.encode(x))
+    def reconstruct(
+        self, x: Float[Tensor, "*batch d_model"], latents: Float[Tensor, "*batch d_sae"]
+    ) -> Float[Tensor, "*batch d_out"]:
+        """What it makes of x with these latents: `decode(latents)`, and x @ W_skip.T more in a skip transcoder."""
+        decoded = self.decode(latents)
+        return decoded + x.to(self.W_skip.dtype) @ self.W_skip.T if self.skips else decoded
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_out"]:
+        """Reconstruct x, or what a transcoder predicts from it."""
+        return self.reconstruct(x, self.encode(x))
+
+    def _activate(self, pre: Tensor, latents: slice | Tensor) -> Tensor:
+        if self.architecture == "standard":
+            return torch.relu(pre)
+        return torch.where(pre > self.threshold[latents], torch.relu(pre), 0)
 
     def _preactivations(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         if x.shape[-1] != self.d_model:
@@ -72,4 +85,5 @@ class TorchSae(nn.Module):
                 got=x.shape[-1],
                 fix="Use an SAE that was trained on this model.",
             )
-        return (x.to(W_enc.dtype) - self.b_dec) @ W_enc + b_enc
+        x = x.to(W_enc.dtype)
+        return (x - self.b_dec if self.apply_b_dec_to_input else x) @ W_enc + b_enc

@@ -1,12 +1,12 @@
-"""Train one SAE on one hook point of an activation store.
+"""Train SAEs on an activation store, one for each hook point that is asked for, in one pass over its tokens.
 
 1. Check the config against the store, before anything is written. 2. Resume from the newest checkpoint, if there is
-one. 3. For each step: read batch i, take a step; now and then log, evaluate on held-out tokens, keep a checkpoint.
-4. Save the SAE with its provenance and metrics to OUT/sae.
+one. 3. For each step: read batch i, take a step of each SAE; now and then log, evaluate on held-out tokens, keep a
+checkpoint. 4. Save each SAE with its provenance and metrics under OUT/sae.
 
 A ring (`sae.live`) is trained on while it is harvested: the loop waits where it is ahead, and each checkpoint lets the
 ring release what lies before it. Batch i and the step are pure functions, so a resumed run gives the same bits as one
-that was never stopped. Left out: sweeps, several devices.
+that was never stopped. Left out: sweeps of other settings than the hook point, several devices.
 """
 
 import math
@@ -18,47 +18,70 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
-from activations.errors import ConfigError, InterruptedRunError, MismatchError, NumericsError
-from activations.progress import progress
+from activations.errors import (
+    ConfigError,
+    DeviceMemoryError,
+    InterruptedRunError,
+    MismatchError,
+    NumericsError,
+    SaekitError,
+)
 from activations.ring import POLL_S
 from activations.store import ActivationStore
 from activations.store_schema import HookStats
-from sae.architectures import find
+from sae.architectures import check_wiring
 from sae.artefact import SaeArtefact
-from sae.checkpoints import Checkpoints
+from sae.checkpoints import Checkpoints, States
 from sae.config import TrainConfig
-from sae.data import DataOrder, TokenOrder, held_out, holdout, statistics
+from sae.data import Activations, DataOrder, TokenOrder, held_out, holdout, statistics
+from sae.jax_view import JaxSae
 from sae.live import LiveOrder, check_length
 from sae.log import Row, run_log
-from sae.metrics import Evaluation
+from sae.metrics import Evaluation, density_histogram
 from sae.provenance import provenance
-from sae.step import Plan, StepMetrics, TrainState, assemble, make_step, schedule, start
+from sae.step import Plan, Step, StepMetrics, TrainState, assemble, create, make_step, schedule, start
+from sae.watch import live_view
+from sae.wiring import Wiring, side_by_side
 
 DIVERGED = 1e3
 """a loss this large, where predicting the mean costs 1, does not come back"""
 EVAL_BATCH = 2048
 
 
+class TrainedSae(NamedTuple):
+    """One SAE of a run."""
+
+    artefact: SaeArtefact
+    path: Path
+    """where it was saved"""
+    metrics: dict[str, float]
+    """held-out fvu, l0, dead_fraction and dense_fraction, and how the training went"""
+
+
 class TrainResult(NamedTuple):
     """What a run leaves."""
 
-    artefact: SaeArtefact
-    """the trained SAE"""
-    path: Path
-    """where it was saved"""
-    metrics: Row
-    """held-out fvu, l0 and dead_fraction, and how the training went"""
+    saes: dict[str, TrainedSae]
+    """by the hook points that it was trained for"""
     n_steps: int
     """steps of the whole run"""
     resumed_from: int
     """step that this call began after"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One SAE of a run."""
+
+    wiring: Wiring
+    plan: Plan
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -68,35 +91,42 @@ class Run:
     config: TrainConfig
     store: ActivationStore
     order: DataOrder
-    stats: HookStats
-    plan: Plan
-    held_out: Float[np.ndarray, "token d_model"]
+    stats: dict[str, HookStats]
+    jobs: dict[str, Job]
+    held_out: Activations
+    initial: SaeArtefact | None
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of the whole run."""
+        return next(iter(self.jobs.values())).plan.n_steps
+
+    def is_saved(self) -> bool:
+        """Whether all its SAEs are there."""
+        return all(job.path.exists() for job in self.jobs.values())
 
 
 def train(config: TrainConfig) -> TrainResult:
     """Train, or resume training, and save to `config.out`.
 
     Raises: MissingArtefactError, HookPointError, ShapeError, ConfigError or MismatchError before anything is written;
-    NumericsError naming the last good checkpoint; InterruptedRunError after Ctrl-C, with a checkpoint kept.
+    NumericsError naming the last good checkpoint; DeviceMemoryError saying which settings to lower;
+    InterruptedRunError after Ctrl-C, with a checkpoint kept.
     """
-    run, path = prepare(config), config.out / "sae"
+    run = prepare(config)
     config.out.mkdir(parents=True, exist_ok=True)
     with Checkpoints(config, run.store.fingerprint) as checkpoints:
         config.save(config.out / "config.yaml")
         resumed_from = checkpoints.last
-        if resumed_from < run.plan.n_steps or not path.exists():
-            state, tok_s = _loop(run, checkpoints)
-            _save(run, state, tok_s, path)
+        if resumed_from < run.n_steps or not run.is_saved():
+            with _device_memory(config):
+                states, tok_s = _loop(run, checkpoints)
+                for name, job in run.jobs.items():
+                    _save(run, job, states[name], tok_s)
         run.order.finish()
-    artefact = SaeArtefact.load(path)
-    return TrainResult(artefact, path, artefact.metadata["metrics"], run.plan.n_steps, resumed_from)
-
-
-def _save(run: Run, state: TrainState, tok_s: float, path: Path) -> None:
-    config, n_tokens = run.config, run.plan.n_steps * run.config.batch_size
-    metrics: Row = {**evaluate(run, state), "train_tok_s": tok_s, "train_tokens": n_tokens}
-    sae = assemble(config, run.plan, state)
-    sae.to_artefact(run.plan.scale, provenance(config, run.store, run.stats, metrics)).save(path)
+    saved = {name: SaeArtefact.load(job.path) for name, job in run.jobs.items()}
+    saes = {name: TrainedSae(sae, run.jobs[name].path, sae.metadata["metrics"]) for name, sae in saved.items()}
+    return TrainResult(saes, run.n_steps, resumed_from)
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -108,21 +138,59 @@ def prepare(config: TrainConfig) -> Run:
     elif not store.is_complete:
         got = f"one that stopped after {store.n_sequences} sequences"
         raise MismatchError(config.store, expected="a finished harvest", got=got, fix="Run saekit harvest again.")
-    stats = statistics(store, config.hook_point)
-    find(config.sae.architecture)
-    d_sae = config.sae.width(store.d_model)
+    wirings = _wirings(config)
+    names = tuple(dict.fromkeys(name for wiring in wirings for name in wiring.hook_points))
+    stats = {name: statistics(store, name) for name in names}
+    jobs = {str(wiring): _job(config, wiring, stats, len(wirings) == 1) for wiring in wirings}
+    if config.finetune:
+        from sae.formats import read_any
+
+    initial = read_any(config.finetune) if config.finetune else None
+    for job in jobs.values():
+        _check(config, job, initial)
+    first, stop = held_out(store, config.holdout_fraction)
+    x = holdout(store, names, first, stop, config.eval_tokens)
+    return Run(config, store, _order(config, store, names, first), stats, jobs, x, initial)
+
+
+def _wirings(config: TrainConfig) -> list[Wiring]:
+    wirings = [Wiring.parse(text) for text in config.hook_points]
+    for wiring in wirings:
+        check_wiring(config.sae.architecture, wiring)
+    if len(set(wirings)) < len(wirings):
+        got = ", ".join(config.hook_points)
+        raise ConfigError("hook_points", expected="each one once", got=got, fix="Drop the repeats.")
+    return wirings
+
+
+def _job(config: TrainConfig, wiring: Wiring, stats: dict[str, HookStats], is_only: bool) -> Job:
+    path = config.out / "sae"
+    return Job(wiring, Plan.make(config, wiring, stats), path if is_only else path / wiring.file_name)
+
+
+def _check(config: TrainConfig, job: Job, initial: SaeArtefact | None) -> None:
+    d_in, d_out = len(job.plan.scaling.inputs), len(job.plan.scaling.outputs)
+    d_sae = config.sae.width(d_in)
     if config.sae.k >= d_sae:
         raise ConfigError("sae.k", expected=f"less than d_sae={d_sae}", got=config.sae.k, fix="Lower k or raise d_sae.")
-    start, stop = held_out(store, config.holdout_fraction)
-    x = holdout(store, config.hook_point, start, stop, config.eval_tokens)
-    return Run(config, store, _order(config, store, start), stats, Plan.make(config, stats), x)
+    if initial is not None:
+        wanted, got = (d_in, d_sae, d_out), (initial.d_model, initial.d_sae, initial.d_out)
+        if wanted != got or initial.transcodes != job.wiring.transcodes:
+            kind = {False: "an SAE", True: "a transcoder"}
+            raise MismatchError(
+                f"finetune: {config.finetune}",
+                expected=f"{kind[job.wiring.transcodes]} of widths d_in, d_sae, d_out = {wanted}",
+                got=f"{kind[initial.transcodes]} of {got}",
+                fix="Set sae.d_sae and hook_points to fit it.",
+            )
+    jax.eval_shape(lambda: create(config, job.plan).b_dec[...])  # whatever an architecture has against its settings
 
 
-def _order(config: TrainConfig, store: ActivationStore, stop: int) -> DataOrder:
+def _order(config: TrainConfig, store: ActivationStore, names: tuple[str, ...], stop: int) -> DataOrder:
     common: dict[str, int] = {"batch_size": config.batch_size, "seed": config.seed, "memory_mb": config.memory_mb}
     if store.meta.ring:
-        return LiveOrder(store, config.hook_point, owner=str(config.out.absolute()), **common)
-    return TokenOrder(store, config.hook_point, stop=stop, **common)
+        return LiveOrder(store, names, owner=str(config.out.absolute()), **common)
+    return TokenOrder(store, names, stop=stop, **common)
 
 
 def _begun(store: ActivationStore) -> ActivationStore:
@@ -137,62 +205,97 @@ def _begun(store: ActivationStore) -> ActivationStore:
     return store
 
 
-def evaluate(run: Run, state: TrainState) -> dict[str, float]:
-    """Measure the SAE on held-out tokens, as it will be used: each token alone."""
-    sae = assemble(run.config, run.plan, state)
-    evaluation = Evaluation(run.plan.mean, len(state.idle))
-    for i in range(0, len(run.held_out), EVAL_BATCH):
-        x = run.held_out[i : i + EVAL_BATCH] * np.float32(run.plan.scale)
-        latents = sae.encode(jnp.asarray(x))
-        evaluation.add(x, np.asarray(sae.decode(latents)), np.asarray(latents))
-    return evaluation.summary()
+def _save(run: Run, job: Job, state: TrainState, tok_s: float) -> None:
+    config, n_tokens = run.config, run.n_steps * run.config.batch_size
+    metrics = {**evaluate(run, job, state).summary(), "train_tok_s": tok_s, "train_tokens": n_tokens}
+    sae, about = assemble(config.sae, state), provenance(config, job.wiring, run.store, run.stats, metrics)
+    sae.to_artefact(job.plan.scaling, about).save(job.path)
 
 
-def _loop(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, float]:
-    """Steps from the newest checkpoint to the last; returns the state and the tokens a second."""
-    config, n_steps, first = run.config, run.plan.n_steps, checkpoints.last
-    state = checkpoints.restore(start(config, run.plan))
-    step, lr = make_step(config, run.plan), schedule(config, run.plan)
-    speed = Speed(config.batch_size)
+def evaluate(run: Run, job: Job, state: TrainState) -> Evaluation:
+    """Measure the SAE on held-out tokens, as it will be used: in its saved form, each token alone."""
+    artefact = assemble(run.config.sae, state).to_artefact(job.plan.scaling, {})
+    sae, wiring = JaxSae(artefact), job.wiring
+    mean = np.concatenate([run.stats[name].mean for name in wiring.writes])
+    evaluation = Evaluation(mean, artefact.d_sae)
+    x, y = (side_by_side(run.held_out, names) for names in (wiring.reads, wiring.writes))
+    for i in range(0, len(x), EVAL_BATCH):
+        part = jnp.asarray(x[i : i + EVAL_BATCH])
+        latents = sae.encode(part)
+        evaluation.add(y[i : i + EVAL_BATCH], np.asarray(sae.reconstruct(part, latents)), np.asarray(latents))
+    return evaluation
+
+
+def _first_states(run: Run) -> States:
+    states = {}
+    for name, job in run.jobs.items():
+        sae = create(run.config, job.plan)
+        if run.initial is not None:
+            sae.adopt(run.initial, job.plan.scaling)
+        states[name] = start(run.config, job.plan, sae)
+    return states
+
+
+def _loop(run: Run, checkpoints: Checkpoints) -> tuple[States, float]:
+    """Steps from the newest checkpoint to the last; returns the states and the tokens a second."""
+    config, n_steps, first = run.config, run.n_steps, checkpoints.last
+    states = checkpoints.restore(_first_states(run))
+    plan = next(iter(run.jobs.values())).plan
+    step, lr, speed = make_step(config, plan), schedule(config, plan), Speed(config.batch_size)
     with (
         run_log(config, first) as log,
         _ctrl_c() as stopped,
-        progress("train", (n_steps - first) * config.batch_size, "tok") as advance,
+        live_view("train", list(run.jobs), n_steps, first, config.batch_size) as view,
     ):
         for i in range(first + 1, n_steps + 1):
-            _wait(run, checkpoints, state, i - 1, stopped)
-            state, metrics = step(state, run.order.batch(i - 1))
-            advance(config.batch_size)
+            _wait(run, checkpoints, states, i - 1, stopped)
+            metrics = _step_all(run, step, states, run.order.batch(i - 1))
+            view.step(i)
             speed.count(metrics)
             last, stop = i == n_steps, stopped.is_set()
             measure, keep = last or i % config.eval_every == 0, last or stop or i % config.checkpoint_every == 0
             if measure or keep or i % config.log_every == 0:
-                row: Row = {"step": i, "tokens": i * config.batch_size, "lr": float(lr(i - 1)), **_scalars(metrics)}
-                _check_numerics(row, checkpoints)
-                held_out = {f"holdout_{name}": value for name, value in evaluate(run, state).items()} if measure else {}
-                if measure or i % config.log_every == 0:
-                    log({**row, **held_out, "tok_s": speed.tok_s})
+                at = {"step": i, "tokens": i * config.batch_size, "lr": float(lr(i - 1))}
+                pace = {"tok_s": speed.tok_s, "eta_s": speed.eta_s(n_steps - i)}
+                for name, job in run.jobs.items():
+                    row: Row = {**at, "hook_point": name, **_scalars(metrics[name]), **pace}
+                    _check_numerics(row, checkpoints)
+                    if measure:
+                        row = {**row, **_held_out(evaluate(run, job, states[name]))}
+                    if measure or i % config.log_every == 0:
+                        log(row)
+                        view.row(row)
             if keep:
-                checkpoints.save(i, state)
-                run.order.release(i)
+                run.order.release(checkpoints.save(i, states))
             if stop and not last:
                 raise _interrupted(run, i)
-    return state, speed.tok_s
+        run.order.release(checkpoints.last)
+    return states, speed.tok_s
 
 
-def _wait(run: Run, checkpoints: Checkpoints, state: TrainState, done: int, stopped: threading.Event) -> None:
+def _step_all(run: Run, step: Step, states: States, batch: Activations) -> dict[str, StepMetrics]:
+    """One step of each SAE, on the same tokens."""
+    metrics = {}
+    for name, job in run.jobs.items():
+        inputs = jnp.asarray(side_by_side(batch, job.wiring.reads))
+        targets = jnp.asarray(side_by_side(batch, job.wiring.writes)) if job.wiring.transcodes else inputs
+        states[name], metrics[name] = step(states[name], inputs, targets, job.plan.scaling)
+    return metrics
+
+
+def _wait(run: Run, checkpoints: Checkpoints, states: States, done: int, stopped: threading.Event) -> None:
     """Wait for batch `done`; what was used so far makes room for it once a checkpoint is kept."""
     if run.order.is_ready(done):
         return
-    checkpoints.save(done, state)
-    run.order.release(done)
+    checkpoints.save(done, states)
+    run.order.release(checkpoints.last)
     while not run.order.is_ready(done):
         if stopped.wait(POLL_S):
             raise _interrupted(run, done)
 
 
 def _interrupted(run: Run, done: int) -> InterruptedRunError:
-    expected, got = f"{run.plan.n_steps} steps", f"a stop after {done}"
+    expected, got = f"{run.n_steps} steps", f"a stop after {done}"
     return InterruptedRunError(run.config.out, expected=expected, got=got, fix="Run it again to resume.")
 
 
@@ -202,7 +305,7 @@ class Speed:
     def __init__(self, batch_size: int):
         self._batch_size, self._steps, self._began = batch_size, -1, 0.0
 
-    def count(self, metrics: StepMetrics) -> None:
+    def count(self, metrics: Any) -> None:
         """Count one step in."""
         if self._steps < 0:
             jax.block_until_ready(metrics)
@@ -214,21 +317,49 @@ class Speed:
         """0 until the second step."""
         return max(self._steps, 0) * self._batch_size / max(time.perf_counter() - self._began, 1e-9)
 
+    def eta_s(self, steps: int) -> float:
+        """Seconds that so many more steps will take; 0 while that is unknown."""
+        return steps * self._batch_size / self.tok_s if self.tok_s else 0.0
+
 
 def _scalars(metrics: StepMetrics) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics._asdict().items()}
+    plain = {name: value for name, value in metrics._asdict().items() if name != "terms"}
+    return {name: float(value) for name, value in {**plain, **metrics.terms}.items()}
+
+
+def _held_out(evaluation: Evaluation) -> Row:
+    measured = {**evaluation.summary(), "density_histogram": density_histogram(evaluation.density)}
+    return {f"holdout_{name}": value for name, value in measured.items()}
 
 
 def _check_numerics(row: Row, checkpoints: Checkpoints) -> None:
-    if all(math.isfinite(value) for value in row.values()) and row["loss"] < DIVERGED:
+    if all(math.isfinite(value) for value in row.values() if isinstance(value, float)) and row["loss"] < DIVERGED:
         return
     good = f"checkpoint {checkpoints.path / str(checkpoints.last)} is good" if checkpoints.last else "there is none"
     raise NumericsError(
-        f"step {row['step']}",
+        f"{row['hook_point']}, step {row['step']}",
         expected=f"a finite loss below {DIVERGED:g}",
         got=f"loss {row['loss']:g}, gradient norm {row['grad_norm']:g}",
         fix=f"Lower lr, or check the store; of the checkpoints kept: {good}.",
     )
+
+
+@contextmanager
+def _device_memory(config: TrainConfig) -> Iterator[None]:
+    """Turn a device that is out of memory into an error that says what to lower."""
+    try:
+        yield
+    except SaekitError:
+        raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DeviceMemoryError(
+            f"{jax.devices()[0].device_kind}",
+            expected="room for the weights, Adam's moments and a batch",
+            got=f"out of memory at batch_size {config.batch_size}, {len(config.hook_points)} SAEs",
+            fix="Lower batch_size, sae.d_sae or the number of hook_points; a checkpoint is resumed if there is one.",
+        ) from error
 
 
 @contextmanager

@@ -68,16 +68,25 @@ def harvest(
 
 
 @app.command()
-def train(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
-    """Fit a sparse autoencoder to an activation store."""
-    settings = TrainConfig.load(config, set_)
+def train(
+    config: ConfigPath = None,
+    set_: Overrides = None,
+    finetune: Annotated[
+        Path | None, typer.Option("--finetune", help="Start from this SAE, in any form that convert reads.")
+    ] = None,
+    json_: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Fit sparse autoencoders to an activation store, one a hook point."""
+    initial = [] if finetune is None else [f"finetune={json.dumps(str(finetune))}"]
+    settings = TrainConfig.load(config, [*(set_ or []), *initial])
     if dry_run:
         return _show({"config": settings.model_dump(mode="json")}, json_)
     from sae.train import train as run
 
     result = run(settings)
-    steps = {"steps": result.n_steps, "resumed_from": result.resumed_from}
-    _show({"path": result.path, **result.metrics, **steps}, json_)
+    saes = {name: {"path": sae.path, **sae.metrics} for name, sae in result.saes.items()}
+    _show({"steps": result.n_steps, "resumed_from": result.resumed_from, "saes": saes}, json_)
 
 
 @app.command()

@@ -116,7 +116,7 @@ def _harvest_config(config: DemoConfig, loaded: LoadedModel, hook_point: str) ->
 def _train_config(config: DemoConfig, hook_point: str) -> TrainConfig:
     base = TrainConfig(
         store=str(config.out / "store"),
-        hook_point=hook_point,
+        hook_points=(hook_point,),
         out=config.out / "sae",
         sae=SaeConfig(architecture=ARCHITECTURE, expansion=config.expansion, k=config.k),
         train_tokens=config.train_tokens,
@@ -126,12 +126,13 @@ def _train_config(config: DemoConfig, hook_point: str) -> TrainConfig:
     return base.model_copy(update={"eval_every": max(1, n_steps // CURVE_POINTS)})
 
 
-def _train(config: TrainConfig) -> Any:
+def _train(config: TrainConfig) -> dict[str, float]:
     # JAX would otherwise claim most of a GPU's memory, which PyTorch is using too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from sae.train import train
 
-    return train(config)
+    (trained,) = train(config).saes.values()
+    return trained.metrics
 
 
 def _try(config: DemoConfig, loaded: LoadedModel, index: FeatureIndex, artefact: SaeArtefact) -> list[Trial]:
@@ -170,8 +171,8 @@ def _figures(harvested: HarvestResult, trained: Any, scores: dict[str, float], s
     return {
         "tokens_harvested": harvested.n_tokens,
         "harvest_tok_s": round(harvested.tok_s, 1),
-        "train_tok_s": round(trained.metrics["train_tok_s"], 1),
-        "train_tokens": trained.metrics["train_tokens"],
+        "train_tok_s": round(trained["train_tok_s"], 1),
+        "train_tokens": trained["train_tokens"],
         "architecture": ARCHITECTURE,
         "n_latents": artefact.d_sae,
         "l0": scores["l0"],

@@ -1,13 +1,17 @@
-"""What all sparse autoencoders here share: four parameters, the losses, and the way to disk.
+"""What all sparse autoencoders here share: parameters, the revival of dead latents, and the way to disk.
 
-    latents = select(relu((x - b_dec) @ W_enc + b_enc)),   x_hat = latents @ W_dec + b_dec
-    loss = ||x - x_hat||^2 / variance + aux_coefficient * aux_loss
+    pre     = (x - centre) @ W_enc + b_enc
+    latents = activation(pre), where most are 0
+    y_hat   = latents @ W_dec + b_dec
+    loss    = ||y - y_hat||^2 / variance + aux_coefficient * aux + what an architecture adds
 
-An architecture is a subclass that says which latents stay active. Inputs are centred on b_dec and scaled to unit
-variance a dimension by the trainer; `to_artefact` folds that scale away. Left out: the optimiser and the data.
+An autoencoder reconstructs what it reads: y is x and the centre is b_dec. The trainer scales inputs and targets to unit
+variance a dimension; `to_artefact` folds those scales away. An architecture is a subclass of `Selecting`
+(sae/architectures/selecting.py), which keeps the k largest latents, or of `Penalised` (sae/architectures/penalised.py),
+which lets a penalty push latents to 0. Left out: the optimiser and the data.
 """
 
-from typing import NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +22,35 @@ from jaxtyping import Array, Float, Int, Key
 
 from sae.artefact import SaeArtefact, SavedArchitecture
 from sae.config import SaeConfig
-from sae.kernels import Codes, attach, decode
 
-Sae = TypeVar("Sae", bound="SparseCoder")
+Reads = Literal["one", "pair", "several"]
+
+
+class Scaling(NamedTuple):
+    """What raw activations are multiplied by, so that they vary by 1 a dimension on average."""
+
+    inputs: Float[np.ndarray, " d_in"]
+    outputs: Float[np.ndarray, " d_out"]
+
+
+class Means(NamedTuple):
+    """Dataset means after scaling; an SAE copies what it takes over, since training consumes its weights."""
+
+    inputs: Float[np.ndarray | Array, " d_in"]
+    outputs: Float[np.ndarray | Array, " d_out"]
+
+
+class Context(NamedTuple):
+    """What a training step knows besides its batch."""
+
+    variance: float | Float[Array, ""]
+    """mean ||y - mean y||^2 over the store, after scaling"""
+    idle: Int[Array, " d_sae"]
+    """tokens since each latent was last active"""
+    dead_after: int | Int[Array, ""]
+    """how many such tokens make a latent dead"""
+    n_steps: int
+    """steps of the whole run"""
 
 
 class Output(NamedTuple):
@@ -28,72 +58,60 @@ class Output(NamedTuple):
 
     loss: Float[Array, ""]
     """what training minimises"""
-    fvu: Float[Array, ""]
-    """mean squared error over the variance of the store: 0 is perfect, 1 is predicting the mean"""
-    aux: Float[Array, ""]
-    """share of the residual that dead latents leave unexplained; 0 if none is dead"""
-    codes: Codes
-    """the active latents"""
+    terms: dict[str, Float[Array, ""]]
+    """by name: fvu (mean squared error over the variance of the store), aux (the share of the residual that dead latents
+    leave unexplained; 0 if none is dead), and what an architecture adds to its loss, unweighted"""
+    l0: Float[Array, ""]
+    """mean number of active latents a token"""
+    active: Int[Array, " d_sae"]
+    """tokens of the batch on which each latent is active"""
+    cutoff: Float[Array, ""]
+    """the smallest active latent of the batch; infinite if none is active"""
 
 
 class SparseCoder(nnx.Module):
-    """Parameters and losses of a sparse autoencoder; subclasses choose the active latents."""
+    """Parameters of a sparse autoencoder; subclasses say which latents are active and what they are trained with."""
 
-    W_enc: nnx.Param[Float[Array, "d_model d_sae"]]
+    reads: ClassVar[Reads] = "one"
+    """one: an autoencoder of one hook point; pair: from one to another; several: an autoencoder of several"""
+
+    W_enc: nnx.Param[Float[Array, "d_in d_sae"]]
     b_enc: nnx.Param[Float[Array, " d_sae"]]
-    W_dec: nnx.Param[Float[Array, "d_sae d_model"]]
-    b_dec: nnx.Param[Float[Array, " d_model"]]
+    W_dec: nnx.Param[Float[Array, "d_sae d_out"]]
+    b_dec: nnx.Param[Float[Array, " d_out"]]
 
-    def __init__(self, config: SaeConfig, mean: Float[Array, " d_model"], key: Key[Array, ""]):
+    def __init__(self, config: SaeConfig, means: Means, key: Key[Array, ""]):
         """Start from random unit decoder rows, the encoder tied to them, and b_dec at the dataset mean."""
-        rows = unit_rows(jax.random.normal(key, (config.width(len(mean)), len(mean))))
+        d_in, d_out = len(means.inputs), len(means.outputs)
+        rows = unit_rows(jax.random.normal(key, (config.width(d_in), d_out)))
+        tied = rows if d_in == d_out else unit_rows(jax.random.normal(key, (len(rows), d_in)))
         self.config = config
-        self.W_enc, self.b_enc = nnx.Param(rows.T), nnx.Param(jnp.zeros(len(rows)))
-        self.W_dec, self.b_dec = nnx.Param(rows), nnx.Param(jnp.asarray(mean, jnp.float32))
+        self.W_enc, self.b_enc = nnx.Param(tied.T), nnx.Param(jnp.zeros(len(rows)))
+        self.W_dec, self.b_dec = nnx.Param(rows), nnx.Param(jnp.array(means.outputs, jnp.float32))
 
-    def preactivations(self, x: Float[Array, "batch d_model"]) -> Float[Array, "batch d_sae"]:
-        """(x - b_dec) @ W_enc + b_enc."""
-        return (x - self.b_dec[...]) @ self.W_enc[...] + self.b_enc[...]
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.W_dec[...].shape[0]
 
-    def select(self, pre: Float[Array, "batch d_sae"]) -> Codes:
-        """Active latents of a training batch, given its pre-activations."""
+    @property
+    def centre(self) -> Float[Array, " d_in"]:
+        """What is subtracted from inputs before the encoder."""
+        return self.b_dec[...]
+
+    def preactivations(self, x: Float[Array, "batch d_in"]) -> Float[Array, "batch d_sae"]:
+        """(x - centre) @ W_enc + b_enc."""
+        return (x - self.centre) @ self.W_enc[...] + self.b_enc[...]
+
+    def loss(self, x: Float[Array, "batch d_in"], y: Float[Array, "batch d_out"], context: Context) -> Output:
+        """Losses of a batch of scaled inputs and targets."""
         raise NotImplementedError
 
-    def encode(self, x: Float[Array, "batch d_model"]) -> Float[Array, "batch d_sae"]:
-        """Latents at inference, where each token stands alone."""
-        raise NotImplementedError
-
-    def decode(self, latents: Float[Array, "batch d_sae"]) -> Float[Array, "batch d_model"]:
-        """latents @ W_dec + b_dec."""
-        return latents @ self.W_dec[...] + self.b_dec[...]
-
-    def observe(self, codes: Codes) -> None:
+    def observe(self, output: Output, context: Context) -> None:
         """Update running statistics after a training step; most architectures have none."""
 
-    def loss(
-        self, x: Float[Array, "batch d_model"], variance: float, idle: Int[Array, " d_sae"], dead_after: int
-    ) -> Output:
-        """Losses of a batch.
-
-        Args:
-          x: scaled activations.
-          variance: mean ||x - mean||^2 over the store, in the same scale.
-          idle: tokens since each latent was last active.
-          dead_after: how many such tokens make a latent dead.
-        """
-        weights = self.W_enc[...], self.b_enc[...], self.b_dec[...]
-        codes = attach(self.select(lax.stop_gradient(self.preactivations(x))), x, *weights)
-        residual = x - self.b_dec[...] - decode(codes, self.W_dec[...])
-        fvu = (residual**2).sum(axis=1).mean() / variance
-        aux = self.aux_loss(x, lax.stop_gradient(residual), idle, dead_after)
-        return Output(fvu + self.config.aux_coefficient * aux, fvu, aux, codes)
-
-    def aux_loss(
-        self,
-        x: Float[Array, "batch d_model"],
-        residual: Float[Array, "batch d_model"],
-        idle: Int[Array, " d_sae"],
-        dead_after: int,
+    def revival(
+        self, x: Float[Array, "batch d_in"], residual: Float[Array, "batch d_out"], context: Context
     ) -> Float[Array, ""]:
         """AuxK: the share of the residual's variance that dead latents leave unexplained, or 0 if none is dead.
 
@@ -101,54 +119,82 @@ class SparseCoder(nnx.Module):
         encoder columns and decoder rows, and nothing else. Source: Gao et al. 2024, arXiv:2406.04093, A.2, who choose
         the aux_k dead latents anew for each token; here a queue does, since a second top-k costs as much as the first.
         """
-        tokens, chosen = lax.top_k(idle, min(self.config.aux_k, len(idle)))
-        dead = tokens >= dead_after
+        residual = lax.stop_gradient(residual)
+        tokens, chosen = lax.top_k(context.idle, min(self.config.aux_k, len(context.idle)))
+        dead = tokens >= context.dead_after
 
         def unexplained() -> Array:
             W_enc, W_dec = self.W_enc[...].T[chosen], self.W_dec[...][chosen]
-            pre = (x - lax.stop_gradient(self.b_dec[...])) @ W_enc.T + self.b_enc[...][chosen]
+            pre = (x - lax.stop_gradient(self.centre)) @ W_enc.T + self.b_enc[...][chosen]
             error = residual - jnp.where(dead, jax.nn.relu(pre), 0) @ W_dec
             centred = residual - residual.mean(axis=0)
             return (error**2).sum() / jnp.maximum((centred**2).sum(), 1e-12)
 
         return lax.cond(dead.any(), unexplained, lambda: jnp.float32(0))
 
-    def threshold_and_k(self) -> tuple[SavedArchitecture, np.ndarray | None, int | None]:
+    def saved(self) -> tuple[SavedArchitecture, np.ndarray | None, int | None]:
         """Name of the saved form, its thresholds or none, its k or none."""
         raise NotImplementedError
 
-    def to_artefact(self, scale: float, metadata: dict) -> SaeArtefact:
-        """The SAE as it is saved: it reads raw activations, which are the trainer's inputs divided by `scale`."""
-        architecture, threshold, k = self.threshold_and_k()
-        raw = np.float32(1 / scale)
-        return SaeArtefact(
-            architecture=architecture,
-            W_enc=np.asarray(self.W_enc[...]),
-            b_enc=np.asarray(self.b_enc[...]) * raw,
-            W_dec=np.asarray(self.W_dec[...]),
-            b_dec=np.asarray(self.b_dec[...]) * raw,
-            threshold=None if threshold is None else threshold * raw,
-            k=k,
-            metadata=metadata,
-        )
+    def saved_encoder(self) -> tuple[Float[np.ndarray, "d_in d_sae"], Float[np.ndarray, " d_sae"]]:
+        """W_enc and b_enc of the saved form."""
+        return np.asarray(self.W_enc[...]), np.asarray(self.b_enc[...])
 
-    @classmethod
-    def from_artefact(cls: type[Sae], artefact: SaeArtefact) -> Sae:
-        """The SAE that was saved, for inference on raw activations; training settings are not restored."""
-        config = SaeConfig(d_sae=artefact.d_sae, k=artefact.k or 1)
-        sae = cls(config, jnp.asarray(artefact.b_dec), jax.random.key(0))
-        for name in ("W_enc", "b_enc", "W_dec"):
-            getattr(sae, name)[...] = jnp.asarray(getattr(artefact, name))
-        return sae
+    def to_artefact(self, scaling: Scaling, metadata: dict[str, Any]) -> SaeArtefact:
+        """The SAE as it is saved: it reads and writes raw activations, and its decoder rows have norm 1."""
+        return SaeArtefact(**self.folded(scaling), metadata=metadata)
+
+    def folded(self, scaling: Scaling) -> dict[str, Any]:
+        """Fields of the artefact but its metadata, with the scales of inputs and outputs folded into the weights.
+
+        With n the norm of a row of W_dec / s_out: W_enc s_in n, b_enc n, threshold n, W_dec / (s_out n), b_dec / s_out.
+        """
+        architecture, threshold, k = self.saved()
+        (W_enc, b_enc), W_dec = self.saved_encoder(), np.asarray(self.W_dec[...])
+        norm = _row_norms(W_dec, scaling.outputs)
+        return {
+            "architecture": architecture,
+            "W_enc": W_enc * np.outer(scaling.inputs, norm),
+            "b_enc": b_enc * norm,
+            "W_dec": W_dec / np.outer(norm, scaling.outputs),
+            "b_dec": np.asarray(self.b_dec[...]) / scaling.outputs,
+            "threshold": None if threshold is None else threshold * norm,
+            "k": k,
+        }
+
+    def adopt(self, artefact: SaeArtefact, scaling: Scaling) -> None:
+        """Start from the weights of a saved SAE instead of random ones.
+
+        The reverse of `folded`; rows of any norm become unit rows without changing what the SAE computes.
+        """
+        rows = artefact.W_dec * scaling.outputs
+        norm = np.maximum(np.linalg.norm(rows, axis=1), 1e-12)
+        b_enc = artefact.b_enc
+        if not (artefact.apply_b_dec_to_input or artefact.transcodes):
+            b_enc = b_enc + artefact.b_dec @ artefact.W_enc
+        self.W_dec[...] = jnp.asarray(rows / norm[:, None])
+        self.W_enc[...] = jnp.asarray(artefact.W_enc / scaling.inputs[:, None] * norm)
+        self.b_enc[...] = jnp.asarray(b_enc * norm)
+        self.b_dec[...] = jnp.asarray(artefact.b_dec * scaling.outputs)
+        if artefact.threshold is not None:
+            self.adopt_threshold(jnp.asarray(artefact.threshold * norm))
+
+    def adopt_threshold(self, threshold: Float[Array, " d_sae"]) -> None:
+        """Start from these thresholds; most architectures have none."""
 
 
-def unit_rows(W: Float[Array, "d_sae d_model"]) -> Float[Array, "d_sae d_model"]:
+def unit_rows(W: Float[Array, "d_sae d_out"]) -> Float[Array, "d_sae d_out"]:
     """Scale each row to norm 1."""
     return W / jnp.maximum(jnp.linalg.norm(W, axis=1, keepdims=True), 1e-12)
 
 
-def project_gradient(
-    W_dec: Float[Array, "d_sae d_model"], g: Float[Array, "d_sae d_model"]
-) -> Float[Array, "d_sae d_model"]:
+def project_gradient(W_dec: Float[Array, "d_sae d_out"], g: Float[Array, "d_sae d_out"]) -> Float[Array, "d_sae d_out"]:
     """Remove from each row of `g` the part along the same, unit, row of W_dec, which would only change its norm."""
     return g - (g * W_dec).sum(axis=1, keepdims=True) * W_dec
+
+
+def _row_norms(W_dec: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Norms of the rows of W_dec / scale; exact where one scale serves all, since rows have norm 1."""
+    if (scale == scale[0]).all():
+        return np.full(len(W_dec), 1 / scale[0], np.float32)
+    return np.linalg.norm(W_dec / scale, axis=1).astype(np.float32)

@@ -14,8 +14,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from sae.architectures.base import Sae, SparseCoder
-from sae.artefact import SaeArtefact, SavedArchitecture
+from sae.architectures.base import Context, Means, Output
+from sae.architectures.selecting import Selecting
+from sae.artefact import SavedArchitecture
 from sae.config import SaeConfig
 from sae.kernels import Codes, kth_largest
 
@@ -23,14 +24,14 @@ CAPACITY = 2
 EMA_RATE = 0.1
 
 
-class BatchTopK(SparseCoder):
+class BatchTopK(Selecting):
     """The k * batch largest latents of each batch."""
 
-    threshold: nnx.BatchStat[Float[Array, "..."]]
+    threshold: nnx.BatchStat[Float[Array, ""]]
 
-    def __init__(self, config: SaeConfig, mean: Float[Array, " d_model"], key: Key[Array, ""]):
+    def __init__(self, config: SaeConfig, means: Means, key: Key[Array, ""]):
         """As all SAEs start; the threshold is 0 until a batch was seen."""
-        super().__init__(config, mean, key)
+        super().__init__(config, means, key)
         self.threshold = nnx.BatchStat(jnp.float32(0))
 
     def select(self, pre: Float[Array, "batch d_sae"]) -> Codes:
@@ -39,25 +40,16 @@ class BatchTopK(SparseCoder):
         cutoff = kth_largest(values, self.config.k * len(values))
         return Codes(jnp.where(values >= cutoff, values, 0), indices)
 
-    def encode(self, x: Float[Array, "batch d_model"]) -> Float[Array, "batch d_sae"]:
-        """JumpReLU with the learnt threshold."""
-        pre = self.preactivations(x)
-        return jnp.where(pre > self.threshold[...], jax.nn.relu(pre), 0)
-
-    def observe(self, codes: Codes) -> None:
+    def observe(self, output: Output, context: Context) -> None:
         """Move the threshold towards this batch's cutoff, its smallest active latent."""
-        cutoff = jnp.where(codes.values > 0, codes.values, jnp.inf).min()
         old = self.threshold[...]
-        moved = jnp.where(old == 0, cutoff, old + EMA_RATE * (cutoff - old))
-        self.threshold[...] = jnp.where(jnp.isfinite(cutoff), moved, old)
+        moved = jnp.where(old == 0, output.cutoff, old + EMA_RATE * (output.cutoff - old))
+        self.threshold[...] = jnp.where(jnp.isfinite(output.cutoff), moved, old)
 
-    def threshold_and_k(self) -> tuple[SavedArchitecture, np.ndarray | None, int | None]:
+    def saved(self) -> tuple[SavedArchitecture, np.ndarray | None, int | None]:
         """Saved as jumprelu, with the same threshold for each latent."""
-        return "jumprelu", np.full(self.b_enc.shape, self.threshold[...], np.float32), None
+        return "jumprelu", np.full(self.d_sae, self.threshold[...], np.float32), None
 
-    @classmethod
-    def from_artefact(cls: type[Sae], artefact: SaeArtefact) -> Sae:
-        """The SAE that was saved, with a threshold for each latent."""
-        sae = super().from_artefact(artefact)
-        sae.threshold = nnx.BatchStat(jnp.asarray(artefact.threshold))
-        return sae
+    def adopt_threshold(self, threshold: Float[Array, " d_sae"]) -> None:
+        """Start from the median of those that are finite."""
+        self.threshold[...] = jnp.nanmedian(jnp.where(jnp.isfinite(threshold), threshold, jnp.nan))

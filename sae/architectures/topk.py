@@ -1,7 +1,7 @@
 """TopK: each token keeps its k largest latents.
 
-latents = TopK_k(relu((x - b_dec) @ W_enc + b_enc)). L0 is k wherever k pre-activations are positive, so that sparsity
-needs no penalty and no tuning. Source: Makhzani & Frey 2013, arXiv:1312.5663; Gao et al. 2024, arXiv:2406.04093.
+latents = TopK_k(relu((x - b_dec) @ W_enc + b_enc)). L0 is k wherever k pre-activations are positive.
+Source: Makhzani & Frey 2013, arXiv:1312.5663; Gao et al. 2024, arXiv:2406.04093.
 """
 
 import jax
@@ -9,23 +9,18 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from sae.architectures.base import SparseCoder
+from sae.architectures.selecting import Selecting
 from sae.artefact import SavedArchitecture
-from sae.kernels import Codes, densify
+from sae.kernels import Codes
 
 
-class TopK(SparseCoder):
+class TopK(Selecting):
     """The k largest latents of each token."""
 
     def select(self, pre: Float[Array, "batch d_sae"]) -> Codes:
         """The k largest of each row; where fewer are positive, zeros fill up."""
         return Codes(*lax.top_k(jax.nn.relu(pre), self.config.k))
 
-    def encode(self, x: Float[Array, "batch d_model"]) -> Float[Array, "batch d_sae"]:
-        """As in training."""
-        pre = self.preactivations(x)
-        return densify(self.select(pre), pre.shape[1])
-
-    def threshold_and_k(self) -> tuple[SavedArchitecture, np.ndarray | None, int | None]:
+    def saved(self) -> tuple[SavedArchitecture, np.ndarray | None, int | None]:
         """Saved as topk."""
         return "topk", None, self.config.k

@@ -48,7 +48,7 @@ class Pair:
             keep_tokens=KEEP, commit_sequences=ROWS, batch_tokens=256, store_dtype="float32",
         )  # fmt: skip
         train = TrainConfig(
-            store=str(self.store), hook_point=HOOK, out=self.out, sae=SaeConfig(d_sae=64, k=4), batch_size=BATCH,
+            store=str(self.store), hook_points=(HOOK,), out=self.out, sae=SaeConfig(d_sae=64, k=4), batch_size=BATCH,
             train_tokens=STEPS * BATCH, checkpoint_every=1000, eval_every=1000, eval_tokens=128, memory_mb=1,
         )  # fmt: skip
         harvest.save(folder / "harvest.yaml")

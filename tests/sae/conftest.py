@@ -39,6 +39,10 @@ def numbered(n: int, d_model: int, seed: int) -> Float[np.ndarray, "token d_mode
     return x
 
 
+def _counted(state: HookState | None, used: np.ndarray) -> HookState:
+    return (state or HookState()).add(np.linalg.norm(used, axis=1), used.sum(axis=0, dtype=np.float64))
+
+
 @pytest.fixture
 def make_store(tmp_path: Path) -> MakeStore:
     """A function that writes a store and opens it."""
@@ -54,8 +58,10 @@ def make_store(tmp_path: Path) -> MakeStore:
         complete: bool = True,
         fill: Callable[[int, int, int], np.ndarray] = sparse_mixture,
         seed: int = 0,
+        hook_points: tuple[str, ...] = (HOOK_POINT,),
     ) -> ActivationStore:
-        x = fill(n_sequences * ctx, d_model, seed).reshape(n_sequences, ctx, d_model)
+        first = fill(n_sequences * ctx, d_model, seed).reshape(n_sequences, ctx, d_model)
+        xs = {name: np.concatenate([first[..., :1], first[..., 1:] * (1 + i)], -1) for i, name in enumerate(hook_points)}
         mask = np.random.default_rng(seed).random((n_sequences, ctx)) >= masked
         model = ModelRef(id="tiny", fingerprint="f00d", n_layers=2, d_model=d_model)
         meta = StoreMeta(
@@ -63,7 +69,7 @@ def make_store(tmp_path: Path) -> MakeStore:
             tokenizer_fingerprint="t",
             text="x",
             text_fingerprint="x",
-            hook_points=(HOOK_POINT,),
+            hook_points=hook_points,
             ctx=ctx,
             store_dtype="float32",
             compute_dtype="float32",
@@ -76,11 +82,10 @@ def make_store(tmp_path: Path) -> MakeStore:
                 part = slice(start, min(start + chunk, n_sequences))
                 ids = np.arange(part.start, part.stop, dtype=np.int32)
                 tokens = np.tile(ids[:, None], (1, ctx))
-                hook = writer.state.hooks.get(HOOK_POINT, HookState())
-                used = x[part][mask[part]]
-                hook = hook.add(np.linalg.norm(used, axis=1), used.sum(axis=0, dtype=np.float64))
-                state = StoreState(hooks={HOOK_POINT: hook}, tokens=hook.n_tokens)
-                writer.append(Group(tokens, mask[part], ids // document, {HOOK_POINT: x[part]}), state)
+                hooks = {name: _counted(writer.state.hooks.get(name), x[part][mask[part]]) for name, x in xs.items()}
+                state = StoreState(hooks=hooks, tokens=hooks[hook_points[0]].n_tokens)
+                group = {name: x[part] for name, x in xs.items()}
+                writer.append(Group(tokens, mask[part], ids // document, group), state)
             writer.finish(complete=complete)
         return ActivationStore.open(tmp_path / name)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from activations.errors import ShapeError
 from activations.store import ActivationStore
-from sae.data import TokenOrder, holdout, split, used_tokens
+from sae.data import Activations, TokenOrder, holdout, split, used_tokens
 
 HOOK = "resid_post.1"
 MakeStore = Callable[..., ActivationStore]
@@ -25,11 +25,11 @@ def store(make_store: MakeStore, numbered_tokens: Any) -> ActivationStore:
 
 def order_of(store: ActivationStore, **changes: Any) -> TokenOrder:
     settings: dict[str, Any] = {"stop": 60, "batch_size": 32, "seed": 0, "memory_mb": ONE_CHUNK} | changes
-    return TokenOrder(store, HOOK, **settings)
+    return TokenOrder(store, (HOOK,), **settings)
 
 
-def ids(batch: np.ndarray) -> list[int]:
-    return batch[:, 0].astype(int).tolist()
+def ids(batch: Activations) -> list[int]:
+    return batch[HOOK][:, 0].astype(int).tolist()
 
 
 def epoch_ids(order: TokenOrder, epoch: int) -> list[int]:
@@ -45,7 +45,7 @@ def test_batch_does_not_depend_on_what_was_read_before(
     used = order_of(store, memory_mb=memory_mb)
     for i in reads:
         fresh = order_of(store, memory_mb=memory_mb)
-        np.testing.assert_array_equal(used.batch(i), fresh.batch(i))
+        np.testing.assert_array_equal(used.batch(i)[HOOK], fresh.batch(i)[HOOK])
 
 
 def test_batches_from_a_later_start_are_the_same(store: ActivationStore) -> None:
@@ -98,15 +98,32 @@ def test_split_without_boundaries_cuts_at_the_share(make_store: MakeStore) -> No
 
 def test_holdout_is_unmasked_bounded_and_spread(store: ActivationStore) -> None:
     allowed = used_tokens(store, HOOK, 20, 64)
-    assert np.array_equal(holdout(store, HOOK, 20, store.n_sequences, 10**6), allowed)
-    some = holdout(store, HOOK, 20, store.n_sequences, 100)
+    assert np.array_equal(holdout(store, (HOOK,), 20, store.n_sequences, 10**6)[HOOK], allowed)
+    some = holdout(store, (HOOK,), 20, store.n_sequences, 100)[HOOK]
     assert 90 <= len(some) <= 100
-    assert set(ids(some)) <= set(ids(allowed))
+    assert set(some[:, 0]) <= set(allowed[:, 0])
     assert np.ptp(some[:, 0]) > 0.7 * np.ptp(allowed[:, 0])
+
+
+@pytest.mark.parametrize("memory_mb", [0, 1])
+def test_hook_points_of_a_batch_are_of_the_same_tokens(
+    make_store: MakeStore, numbered_tokens: Any, memory_mb: int
+) -> None:
+    names = ("resid_post.1", "mlp_out.1", "resid_post.0")
+    several = make_store(fill=numbered_tokens, d_model=4, hook_points=names)
+    order = TokenOrder(several, names, stop=60, batch_size=32, seed=0, memory_mb=memory_mb)
+    for i in (0, 5, 40):
+        batch = order.batch(i)
+        assert tuple(batch) == names
+        for number, name in enumerate(names):
+            np.testing.assert_array_equal(batch[name][:, 0], batch[HOOK][:, 0])
+            assert (batch[name][:, 1:] == 1 + number).all(), "each hook point has its own values"
+    kept = holdout(several, names, 60, 64, 1000)
+    assert len({len(x) for x in kept.values()}) == 1
 
 
 def test_holdout_of_masked_tokens_says_so(make_store: MakeStore) -> None:
     store = make_store(masked=0.0)
     store.mask = lambda start=0, stop=None: np.zeros((len(store.tokens(start, stop)), store.ctx), bool)  # type: ignore[method-assign]
     with pytest.raises(ShapeError, match="held-out tokens"):
-        holdout(store, HOOK, 60, store.n_sequences, 100)
+        holdout(store, (HOOK,), 60, store.n_sequences, 100)

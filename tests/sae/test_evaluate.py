@@ -24,6 +24,7 @@ from sae.config import EvaluateConfig
 from sae.data import split
 from sae.evaluate import evaluate, spliced_losses
 from sae.torch_view import TorchSae
+from sae.wiring import Wiring
 
 HOOK, CTX, WIDTH, HOLDOUT = "resid_post.1", 24, 32, 0.4
 CONTROL = "The river <|im_start|> ran past."
@@ -157,7 +158,7 @@ def test_masked_tokens_are_left_as_they_are(
     rows = np.flatnonzero((store.tokens() == control).any(axis=1))[:3]
     mask = torch.from_numpy(np.concatenate([store.mask(i, i + 1) for i in rows.tolist()]))
     mean = store.stats(HOOK).mean
-    spliced_losses(store, HOOK, TorchSae(constant(loaded, 0 * mean + 7)), loaded, rows)
+    spliced_losses(store, Wiring.parse(HOOK), TorchSae(constant(loaded, 0 * mean + 7)), loaded, rows)
     ids = torch.from_numpy(np.concatenate([store.tokens(i, i + 1) for i in rows.tolist()]))
     assert (ids[~mask] == control).sum() == 3
     for (x, y), value in zip(seen, (None, 7.0, torch.from_numpy(mean).float(), 0.0), strict=True):

@@ -44,7 +44,7 @@ def append(writer: StoreWriter, groups: int) -> None:
 
 def order(path: Path, **changes: object) -> LiveOrder:
     settings = {"batch_size": BATCH, "seed": 0, "memory_mb": 1, "owner": "me"} | changes
-    return LiveOrder(ActivationStore.open(path), HOOK, **settings)  # type: ignore[arg-type]
+    return LiveOrder(ActivationStore.open(path), (HOOK,), **settings)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_each_token_behind_the_pinned_ones_comes_once(path: Path) -> None:
     for i in range(1000):
         if not live.is_ready(i):
             break
-        seen += names(live.batch(i))
+        seen += names(live.batch(i)[HOOK])
     assert len(seen) == len(set(seen))
     blocks = 2 * 7 * ROWS
     allowed = names(used_tokens(store, HOOK, PINNED, PINNED + blocks))
@@ -84,22 +84,22 @@ def test_batches_do_not_depend_on_how_far_the_harvest_is(path: Path) -> None:
     assert late.is_ready(n), "the third block is whole now"
     assert early.is_ready(n), "and is seen without opening it again"
     for i in reversed(range(n + 1)):
-        np.testing.assert_array_equal(late.batch(i), early.batch(i))
-    assert not np.array_equal(order(path, seed=1).batch(0), late.batch(0))
+        np.testing.assert_array_equal(late.batch(i)[HOOK], early.batch(i)[HOOK])
+    assert not np.array_equal(order(path, seed=1).batch(0)[HOOK], late.batch(0)[HOOK])
 
 
 def test_only_what_is_behind_a_checkpoint_is_released(path: Path) -> None:
     live = order(path)
-    first_of_second = next(i for i in range(1000) if names(live.batch(i))[0] >= (PINNED + 7 * ROWS) * CTX)
+    first_of_second = next(i for i in range(1000) if names(live.batch(i)[HOOK])[0] >= (PINNED + 7 * ROWS) * CTX)
     live.release(first_of_second - 1)
     assert read_reader(ActivationStore.open(path).storage) == Reader(PINNED, False, "me")
     live.release(first_of_second)
     assert read_reader(ActivationStore.open(path).storage) == Reader(PINNED + 7 * ROWS, False, "me")
-    before = live.batch(first_of_second)
+    before = live.batch(first_of_second)[HOOK]
     with StoreWriter.open(path, meta()) as writer:
         writer.release(PINNED + 7 * ROWS)
     again = order(path)
-    np.testing.assert_array_equal(again.batch(first_of_second), before)
+    np.testing.assert_array_equal(again.batch(first_of_second)[HOOK], before)
     again.release(0)
     assert read_reader(ActivationStore.open(path).storage).released == PINNED + 7 * ROWS, "never taken back"
     again.finish()

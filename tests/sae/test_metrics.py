@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from sae.metrics import Evaluation, dead_fraction
+from sae.metrics import DENSE, Evaluation, dead_fraction, dense_fraction, density_histogram
 
 
 def evaluate(x: np.ndarray, reconstruction: np.ndarray, latents: np.ndarray, mean: np.ndarray, size: int) -> Evaluation:
@@ -34,7 +34,9 @@ def test_sums_over_batches_equal_the_formulas(case: tuple[np.ndarray, ...], size
     assert evaluation.l0 == (latents > 0).sum() / 300
     np.testing.assert_array_equal(evaluation.density, (latents > 0).mean(axis=0))
     assert evaluation.dead_fraction == pytest.approx(1 / 20)
+    assert evaluation.dense_fraction == ((latents > 0).mean(axis=0) > 0.1).mean() == 0.3
     assert evaluation.n_tokens == 300
+    assert list(evaluation.summary()) == ["fvu", "l0", "dead_fraction", "dense_fraction"]
 
 
 def test_fvu_of_the_dataset_mean_is_1_whatever_the_batch(case: tuple[np.ndarray, ...]) -> None:
@@ -54,6 +56,29 @@ def test_fvu_keeps_precision_far_from_the_origin() -> None:
 def test_dead_fraction_counts_latents_that_never_fired() -> None:
     assert dead_fraction(np.zeros(4, bool)) == 1
     assert dead_fraction(np.ones(4, bool)) == 0
+
+
+def test_a_latent_on_a_tenth_of_the_tokens_is_not_dense_yet() -> None:
+    assert dense_fraction(np.array([0.0, DENSE, np.nextafter(DENSE, 1), 1.0])) == 0.5
+
+
+def test_histogram_counts_each_latent_once() -> None:
+    density = np.concatenate([np.zeros(7), [1e-12, 1e-6, 1 / 3, 1.0], np.random.default_rng(0).random(500) ** 8])
+    histogram = density_histogram(density)
+    edges, counts = histogram["log10_edges"], histogram["counts"]
+    assert edges == [-6 + i / 4 for i in range(25)]
+    assert len(counts) == 25
+    assert sum(counts) == 511
+    assert counts[0] == 7
+    for i in range(1, 25):
+        low = 0 if i == 1 else 10 ** edges[i - 1]
+        high = np.inf if i == 24 else 10 ** edges[i]
+        assert counts[i] == ((density > 0) & (density >= low) & (density < high)).sum(), edges[i]
+
+
+def test_histogram_of_latents_that_never_fired_and_of_latents_that_always_do() -> None:
+    assert density_histogram(np.zeros(3))["counts"] == [3] + [0] * 24
+    assert density_histogram(np.ones(3))["counts"] == [0] * 24 + [3]
 
 
 def test_metrics_import_no_framework() -> None:

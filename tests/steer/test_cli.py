@@ -344,7 +344,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "hook point out of range": (lambda m, t: harvest(m, t, hook_points="[resid_post.4]"), "0 to 3"),
     "hook point of no kind": (lambda m, t: harvest(m, t, hook_points="[mlp.1]"), "SITE.LAYER"),
     "hook point not harvested": (
-        lambda m, t: ["train", *sets(store=m.store, out=t / "o", hook_point="resid_post.2")], HOOK,
+        lambda m, t: ["train", *sets(store=m.store, out=t / "o", hook_points="[resid_post.2]")], HOOK,
     ),
     "evaluation on another model": (lambda m, t: belongs(m, t, "evaluate", model=m.other_model), "a store of"),
     "index of another model": (lambda m, t: belongs(m, t, "index", model=m.other_model), "a store of"),
@@ -364,10 +364,10 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         lambda m, t: belongs(m, t, "vector", sae=m.wide_sae, latent=1), "d_model 32, got 40",
     ),
     "more latents a token than latents": (
-        lambda m, t: ["train", *sets("sae.d_sae=8", "sae.k=8", store=m.store, hook_point=HOOK, out=t / "o")], "sae.k",
+        lambda m, t: ["train", *sets("sae.d_sae=8", "sae.k=8", store=m.store, hook_points=f"[{HOOK}]", out=t / "o")], "sae.k",
     ),
     "unknown architecture": (
-        lambda m, t: ["train", *sets("sae.architecture=gated", store=m.store, hook_point=HOOK, out=t / "o")], "topk",
+        lambda m, t: ["train", *sets("sae.architecture=relu", store=m.store, hook_points=f"[{HOOK}]", out=t / "o")], "topk",
     ),
     "too little disk": (
         lambda m, t: harvest(m, t, max_tokens=10**14, text=text(t, '{"text": "' + "on and on " * 40_000 + '"}')),
@@ -380,7 +380,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "nothing to say": (lambda m, t: ["chat", "", *sets(model=m.model, plain=True, max_new_tokens=2)], "prompt"),
     "too much to say": (lambda m, t: ["chat", "la " * 600, *sets(model=m.model)], "Shorten the prompt"),
     "corrupt shard": (
-        lambda m, t: ["train", *sets(store=corrupt_store(m, t), hook_point=HOOK, out=t / "o")], "intact shards",
+        lambda m, t: ["train", *sets(store=corrupt_store(m, t), hook_points=f"[{HOOK}]", out=t / "o")], "intact shards",
     ),
     "corrupt shard to index": (lambda m, t: belongs(m, t, "index", store=corrupt_store(m, t)), "intact shards"),
     "store that is none": (

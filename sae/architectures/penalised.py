@@ -1,0 +1,61 @@
+"""Sparse autoencoders whose latents a penalty pushes to 0, computed for all latents of a token.
+
+    loss = ||y - y_hat||^2 / variance + coefficient * penalty + aux_coefficient * aux
+
+A penalty's right weight differs between models, layers and widths by orders of magnitude, and finding it takes a sweep.
+So `k` is what L0 should be here too: unless `sparsity_coefficient` is given, the weight starts low, and each step
+multiplies it by (L0 / k)^rate, with that ratio held between 1/e and e, until L0 settles at k. The rate is 20 over the
+steps of the run, so that weights over nine orders of magnitude are in reach, but at most 0.02, since L0 takes about a
+hundred steps to follow; runs of less than a thousand steps may end above k.
+"""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from sae.architectures.base import Context, Means, Output, SparseCoder
+from sae.config import SaeConfig
+
+GAIN, FASTEST = 20.0, 0.02
+
+
+class Penalised(SparseCoder):
+    """Latents and a penalty on them, which subclasses give."""
+
+    start: ClassVar[float] = 1e-3
+    """weight of the penalty at the first step, where none is given"""
+    coefficient: nnx.BatchStat[Float[Array, ""]]
+
+    def __init__(self, config: SaeConfig, means: Means, key: Key[Array, ""]):
+        """As all SAEs start, with the weight of the penalty as a running statistic."""
+        super().__init__(config, means, key)
+        given = config.sparsity_coefficient
+        self.coefficient = nnx.BatchStat(jnp.float32(self.start if given is None else given))
+
+    def activate(self, x: Float[Array, "batch d_in"]) -> tuple[Float[Array, "batch d_sae"], dict[str, Array]]:
+        """Latents of a batch, and the terms of its loss by name; `sparsity` is weighted by the coefficient."""
+        raise NotImplementedError
+
+    def loss(self, x: Float[Array, "batch d_in"], y: Float[Array, "batch d_out"], context: Context) -> Output:
+        """Reconstruction, penalty, and the revival of dead latents."""
+        latents, terms = self.activate(x)
+        residual = y - self.b_dec[...] - latents @ self.W_dec[...]
+        fvu = (residual**2).sum(axis=1).mean() / context.variance
+        aux = self.revival(x, residual, context)
+        active: Bool[Array, "batch d_sae"] = latents > 0
+        others = sum((term for name, term in terms.items() if name != "sparsity"), jnp.float32(0))
+        return Output(
+            loss=fvu + self.coefficient[...] * terms["sparsity"] + others + self.config.aux_coefficient * aux,
+            terms={"fvu": fvu, "aux": aux, **terms},
+            l0=active.sum(axis=1).mean(),
+            active=active.sum(axis=0, dtype=jnp.int32),
+            cutoff=jnp.where(active, latents, jnp.inf).min(),
+        )
+
+    def observe(self, output: Output, context: Context) -> None:
+        """Move the weight of the penalty towards one that leaves k latents active."""
+        if self.config.sparsity_coefficient is None:
+            excess = jnp.clip(jnp.log(jnp.maximum(output.l0, 1e-3) / self.config.k), -1, 1)
+            self.coefficient[...] *= jnp.exp(min(GAIN / context.n_steps, FASTEST) * excess)
