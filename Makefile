@@ -57,4 +57,4 @@ constraints: $(VENV)/.installed-dev
 	@mv constraints.new constraints.txt
 
 clean:
-	rm -rf $(VENV) .venv-saelens .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .venv-saelens .venv-sparsify .venv-dictionary-learning .pytest_cache .ruff_cache .hypothesis build *.egg-info

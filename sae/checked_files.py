@@ -99,7 +99,7 @@ def as_float32(values: np.ndarray, bfloat16: bool = False) -> np.ndarray:
     if bfloat16:
         return (values.astype(np.uint32) << 16).view(np.float32)
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(values, np.float32)
+        return np.asarray(values, np.float32, order="C")
 
 
 def check_shapes(where: str, got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:

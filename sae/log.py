@@ -23,7 +23,7 @@ from sae.config import TrainConfig
 Row = Mapping[str, Any]
 Write = Callable[[Row], None]
 
-OF_THE_RUN = ("tokens", "tok_s", "eta_s")
+OF_THE_RUN = ("tokens", "lr", "tok_s", "eta_s")
 """numbers that are the same for every hook point of a step"""
 START_S, FINISH_S = 20, 60
 """seconds that Weights & Biases may take to start, and to upload what is left at the end"""

@@ -150,7 +150,7 @@ class Screen:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """The lines, in the width and height of the terminal."""
-        width, height = options.max_width, options.size.height - 1
+        width, height = options.max_width, options.size.height - 2
         label = max(len(self._title), len("density")) + 4
         tail = self._steps()
         bar = max(min(width - label - 2 - len(tail), 48), 8)
@@ -162,6 +162,9 @@ class Screen:
             graphs, room = [], height - len(head) - 2
         shown = n if n <= room or self._closed else max(room - 1, 0)
         yield from (*head, Text(), *self._table(width, shown), *graphs)
+        if not self._closed:
+            # A terminal echoes ^C where the cursor is; at the end of a full line it would wrap and shift the picture.
+            yield Text()
 
     def _steps(self) -> str:
         total = f"{self._n_steps:,}"

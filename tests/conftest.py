@@ -5,8 +5,10 @@ the first import of a room. The cache folder outlives the session, so that a GGU
 """
 
 import ipaddress
+import multiprocessing
 import os
 import socket
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HOME", str(ROOT / ".pytest_cache" / "huggingface"))
 os.environ.setdefault("SAEKIT_CACHE", str(ROOT / ".pytest_cache" / "saekit"))
 
+# Compiling a training step takes seconds, and many tests, also in processes of their own, train with the same shapes.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
 settings.register_profile("saekit", deadline=None, derandomize=True)
 settings.load_profile("saekit")
 install_import_hook(("activations", "sae", "steer"), "beartype.beartype")
 
+PRELOADED = [
+    "__main__", "pytest", "activations.harvest", "transformers.models.llama.modeling_llama", "zarrs", "sae.train",
+]  # fmt: skip
 TINY_TEXTS = (
     "The river ran past the mill and on to the sea.",
     "A cat sat on the mat, and the dog looked on.",
@@ -128,6 +137,29 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) ->
         LlamaForCausalLM(config).save_pretrained(folder)
         tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def start_process() -> Iterator[Callable[..., Any]]:
+    """Start a process that calls a function; whatever still runs at the end is killed.
+
+    Processes are forked from a server that has imported everything once, so that each costs what it does and not what
+    it imports; their one thread makes two of them compute the same bits.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    started: list[Any] = []
+
+    def start(function: Callable[..., Any], *arguments: Any) -> Any:
+        started.append(context.Process(target=function, args=arguments))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+        process.close()
 
 
 @pytest.fixture(scope="session")

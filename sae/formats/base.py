@@ -8,7 +8,7 @@ Writing: into a new directory that appears at the target in one step. What a for
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from activations.errors import MismatchError
 from sae.artefact import SaeArtefact, written_in_one_step
@@ -18,6 +18,7 @@ LARGEST = 2**40
 """more than any width"""
 
 
+@runtime_checkable
 class SaeFormat(Protocol):
     """How another project keeps an SAE in a directory; a module with these names is one."""
 

@@ -13,8 +13,10 @@ from jaxtyping import Float
 from sae.artefact import SaeArtefact
 
 COLUMNS = 4096
+_QUIET = np.errstate(over="ignore", invalid="ignore")  # SaeArtefact refuses what overflows
 
 
+@_QUIET
 def gated(
     W_enc: Float[np.ndarray, "d_model d_sae"],
     b_gate: Float[np.ndarray, " d_sae"],
@@ -27,11 +29,11 @@ def gated(
     b_mag added, says pre > b_mag - b_gate exp(r_mag), where pre is what the relu is of. Source: Rajamanoharan et al.
     2024, arXiv:2404.16014, appendix on weight tying.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        scale = np.exp(r_mag)
-        return {"W_enc": W_enc * scale, "b_enc": b_mag, "threshold": b_mag - b_gate * scale}
+    scale = np.exp(r_mag)
+    return {"W_enc": W_enc * scale, "b_enc": b_mag, "threshold": b_mag - b_gate * scale}
 
 
+@_QUIET
 def decoder_norms(
     W_enc: Float[np.ndarray, "d_model d_sae"],
     b_enc: Float[np.ndarray, " d_sae"],
@@ -46,6 +48,7 @@ def decoder_norms(
     return {"W_enc": W_enc * norms, "b_enc": b_enc * norms, "W_dec": rows}
 
 
+@_QUIET
 def input_scale(tensors: Mapping[str, np.ndarray], scale: float) -> dict[str, np.ndarray]:
     """Tensors that do with x what these do with scale * x, the output divided by the scale again; latents stay."""
     small = np.float32(1 / scale)
@@ -73,6 +76,7 @@ def with_subtraction(artefact: SaeArtefact) -> SaeArtefact:
     return replace(artefact, b_enc=b_enc, apply_b_dec_to_input=True)
 
 
+@_QUIET
 def _projected(artefact: SaeArtefact) -> Float[np.ndarray, " d_sae"]:
     """b_dec @ W_enc in float64, a few columns at a time, since a float64 copy of W_enc may not fit in memory."""
     b_dec, parts = artefact.b_dec.astype(np.float64), -(-artefact.d_sae // COLUMNS)

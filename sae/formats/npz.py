@@ -8,7 +8,7 @@ that follow, and together at most EXPANSION times the file, since a compressed m
 import math
 import zipfile
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -77,7 +77,7 @@ def _heads(path: Path) -> dict[str, NpyHead]:
     return {name.removesuffix(".npy"): head for name, head in heads.items()}
 
 
-def _head(file: IO[bytes]) -> NpyHead:
+def _head(file: zipfile.ZipExtFile) -> NpyHead:
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f".npy version {version}")

@@ -37,7 +37,7 @@ def read_state_dict(path: Path, check: Check) -> dict[str, np.ndarray]:
     tensors = {}
     for name, tensor in state.items():
         wanted = torch.float32 if tensor.is_floating_point() else torch.int64
-        tensors[name] = np.ascontiguousarray(tensor.detach().to(wanted).numpy()).copy()
+        tensors[name] = np.array(tensor.detach().to(wanted).numpy(), order="C")
         if tensor.is_floating_point():
             check_values(str(path), name, tensors[name])
     return tensors

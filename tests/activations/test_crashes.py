@@ -1,11 +1,9 @@
 """What a crash, a full disk, a damaged file or another writer leaves of an activation store.
 
-Processes are killed for real. They are forked from a server that has imported everything once, so that each costs
-what it does and not what it imports; their one thread makes two of them compute the same bits.
+Processes are killed for real.
 """
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -15,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +31,12 @@ from activations.store_writer import StoreWriter
 
 HOOKS = ("resid_pre.1", "resid_post.2")
 N_KILLS = 20
-PRELOADED = ["__main__", "pytest", "activations.harvest", "transformers.models.llama.modeling_llama", "zarrs"]
 
 
 @pytest.fixture(scope="module")
-def start() -> Iterator[Callable[..., Any]]:
-    """Start a process that harvests; whatever still runs at the end is killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    started: list[Any] = []
-
-    def start(settings: HarvestConfig) -> Any:
-        started.append(context.Process(target=harvest, args=(settings,)))
-        started[-1].start()
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.join()
-        process.close()
+def start(start_process: Callable[..., Any]) -> Callable[..., Any]:
+    """Start a process that harvests."""
+    return partial(start_process, harvest)
 
 
 def uninterrupted(stores: Any, settings: HarvestConfig, start: Callable[..., Any]) -> tuple[dict[str, bytes], str]:

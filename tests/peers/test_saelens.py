@@ -1,26 +1,15 @@
-"""SAELens reads what saekit saves, and computes the same numbers from it.
+"""SAELens and saekit read what the other saves, and compute the same numbers from it.
 
 SAELens needs an older transformer-lens and other packages that saekit does not want, so it lives in an environment of
-its own: `.venv-saelens`, made once, beside the repository's files. That environment borrows torch, transformers and
-numpy from the one that runs the tests; what is listed below is all it adds.
+its own. Its loaders for Gemma Scope check those two formats as well.
 """
 
-import json
-import subprocess
-import sys
-import sysconfig
-import venv
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import jax
-import numpy as np
-import pytest
+from sae.artefact import KINDS, SaeArtefact
 
-from sae.architectures import ARCHITECTURES, find
-from sae.config import SaeConfig
-
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = ROOT / ".venv-saelens"
 PACKAGES = (
     "sae-lens==6.54.12",
     "transformer-lens==3.5.1",
@@ -33,58 +22,47 @@ PACKAGES = (
     "simple-parsing==0.1.9",
     "typeguard==4.6.0",
 )
-D_MODEL, D_SAE, K, SCALE = 24, 80, 6, 0.37
+UNKNOWN = {"topk_transcoder", "topk_skip_transcoder"}
+RESIDUAL, MLP_INPUT, MLP_OUTPUT = ("blocks.12.hook_" + site for site in ("resid_post", "resid_mid", "mlp_out"))
+MADE = {
+    *("standard", "uncentred", "half", "topk", "topk_rescaled", "jumprelu", "gated"),
+    *("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"),
+    *("batchtopk_checkpoint", "matryoshka_checkpoint", "topk_training_checkpoint"),
+    *("gated_training_checkpoint", "jumprelu_training_checkpoint"),
+    *("batchtopk_final", "matryoshka_final", "topk_training_final", "gated_training_final", "jumprelu_training_final"),
+}
 
 
-@pytest.fixture(scope="session")
-def saelens_python() -> Path:
-    """Python of an environment in which `import sae_lens` works."""
-    python, ready = ENVIRONMENT / "bin" / "python", ENVIRONMENT / "ready.txt"
-    wanted = "\n".join((sys.prefix, *PACKAGES))
-    if not ready.exists() or ready.read_text() != wanted:
-        venv.create(ENVIRONMENT, with_pip=True, clear=True)
-        library = next((ENVIRONMENT / "lib").glob("python3*/site-packages"))
-        (library / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-        _run("installing sae-lens", python, "-m", "pip", "install", "--quiet", "--no-deps", *PACKAGES)
-        _run("importing sae-lens", python, "-c", "import sae_lens")
-        ready.write_text(wanted)
-    return python
+def test_either_reads_what_the_other_writes(
+    make_peer: Any, random_sae: Callable, write_ours: Any, read_theirs: Any, by_name: Any, tmp_path: Path
+) -> None:
+    ours, theirs, gemma = tmp_path / "ours", tmp_path / "theirs", tmp_path / "gemma"
+    mine: dict[str, SaeArtefact] = {kind: random_sae(kind) for kind in KINDS if kind not in UNKNOWN}
+    mine["uncentred"] = random_sae("jumprelu", apply_b_dec_to_input=False)
+    mine["crosscoder"] = random_sae("jumprelu", metadata={"hook_point": "resid_post.10+resid_post.12"})
+    write_ours(ours, "saelens", mine)
+    write_ours(ours, "saekit", {kind: random_sae(kind) for kind in UNKNOWN})
+    scope_1 = {"1-sae": "jumprelu", "1-transcoder": "jumprelu_transcoder"}
+    scope_2 = {f"2-{kind}": kind for kind in ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")}
+    write_ours(gemma, "gemma_scope", {name: random_sae(kind) for name, kind in scope_1.items()})
+    write_ours(gemma, "gemma_scope_2", {name: random_sae(kind) for name, kind in scope_2.items()})
 
+    lines = make_peer("saelens", PACKAGES, "import sae_lens").run(ours, theirs, gemma)
+    refused = {line["name"] for line in lines if "refused" in line}
+    assert refused == UNKNOWN, "SAELens must not take a TopK transcoder for one without k"
+    results = by_name([line for line in lines if "refused" not in line])
+    assert results.keys() == mine.keys() | scope_1.keys() | scope_2.keys()
+    for name, sae in mine.items():
+        result = results[name]
+        assert (result["architecture"], result["hook_name_out"]) == (
+            sae.saved_name,
+            MLP_OUTPUT if sae.transcodes else None,
+        )
+        reads = "blocks.10.hook_resid_post+" + RESIDUAL if name == "crosscoder" else RESIDUAL
+        assert result["hook_name"] == (MLP_INPUT if sae.transcodes else reads)
+    assert {results[name]["architecture"] for name in scope_2} == {*scope_2.values()}
 
-def _run(what: str, *command: str | Path) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=900)
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines()[-15:]
-        pytest.fail(f"{what} failed ({ENVIRONMENT} can be deleted to start afresh):\n{done.stdout}" + "\n".join(lines))
-    return done.stdout
-
-
-def _write(name: str, folder: Path) -> None:
-    """Save a random SAE of this architecture, and its outputs on random inputs."""
-    keys = jax.random.split(jax.random.key(7), 4)
-    sae = find(name)(SaeConfig(architecture=name, d_sae=D_SAE, k=K), jax.random.normal(keys[0], (D_MODEL,)), keys[1])
-    sae.b_enc[...] = 0.1 * jax.random.normal(keys[2], (D_SAE,))
-    x = jax.random.normal(keys[3], (64, D_MODEL))
-    for batch in (x, x[:32]):  # after two different ones, a running threshold equals no pre-activation
-        sae.observe(sae.select(sae.preactivations(batch)))
-    artefact = sae.to_artefact(SCALE, {"model": {"id": "tiny", "fingerprint": "f00d"}, "hook_point": "resid_post.12"})
-    artefact.save(folder / "sae")
-    raw, saved = x / SCALE, type(sae).from_artefact(artefact)
-    latents = saved.encode(raw)
-    np.savez(folder / "reference.npz", x=raw, latents=latents, reconstruction=saved.decode(latents))
-
-
-def test_saelens_encodes_and_decodes_as_saekit_does(saelens_python: Path, tmp_path: Path) -> None:
-    for name in ARCHITECTURES:
-        (tmp_path / name).mkdir()
-        _write(name, tmp_path / name)
-    output = _run("comparing with sae-lens", saelens_python, Path(__file__).with_name("check_saelens.py"), tmp_path)
-    results = {result["name"]: result for result in map(json.loads, output.splitlines())}
-    assert results.keys() == ARCHITECTURES.keys()
-    assert {name: result["architecture"] for name, result in results.items()} == {
-        "topk": "topk",
-        "batchtopk": "jumprelu",
-    }
-    for result in results.values():
-        assert max(result["encode"], result["decode"]) <= 1e-5, result
-        assert result["hook_name"] == "blocks.12.hook_resid_post"
+    read = read_theirs(theirs)
+    assert read.keys() == MADE
+    for name, sae in read.items():
+        assert sae.hook_point == ("resid_mid.12->mlp_out.12" if "transcoder" in name else "resid_post.12")

@@ -1,12 +1,8 @@
-"""Small activation stores with known content, and a cache of compiled training steps.
-
-Compiling a step takes seconds, and many tests train with the same shapes.
-"""
+"""Small activation stores with known content."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from jaxtyping import Float
@@ -17,9 +13,6 @@ from activations.store_writer import Group, StoreWriter
 
 MakeStore = Callable[..., ActivationStore]
 HOOK_POINT = "resid_post.1"
-
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[2] / ".pytest_cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def sparse_mixture(n: int, d_model: int, seed: int) -> Float[np.ndarray, "token d_model"]:

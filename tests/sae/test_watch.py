@@ -58,7 +58,8 @@ def draw(screen: Screen, width: int = 80, height: int = 24, encoding: str = "utf
     console = Console(file=file, force_terminal=True, color_system=None, width=width, height=height)
     console.print(screen)
     file.seek(0)
-    return [line.rstrip() for line in file.read().splitlines()]
+    lines = [line.rstrip() for line in file.read().splitlines()]
+    return lines[: len(lines) - (lines[-1] == "")]
 
 
 def test_the_picture() -> None:
@@ -98,7 +99,7 @@ def test_it_fits_any_terminal(hook_points: Sequence[str], width: int, height: in
     for screen in (screen_for(hook_points), screen_for(hook_points, done=0), screen_for(hook_points, 10**6, 10)):
         lines = draw(screen, width, height)
         assert max(map(cell_len, lines)) <= width
-        assert len(lines) < max(height, 6)
+        assert len(lines) + 1 < max(height, 7), "with the line that the cursor is on"
 
 
 def test_hook_points_that_do_not_fit_are_counted() -> None:
@@ -107,7 +108,7 @@ def test_hook_points_that_do_not_fit_are_counted() -> None:
     assert shown == list(MANY[: len(shown)])
     assert f"  and {30 - len(shown)} more, in train.jsonl" in lines
     assert len(shown) > 10
-    assert len(lines) == 23
+    assert len(lines) == 22
     assert lines[-6:-4] == ["", "  resid_post.0"], "whose FVU and density follow"
 
 
@@ -116,6 +117,17 @@ def test_the_last_picture_has_every_hook_point() -> None:
     screen.close()
     assert sum(line.startswith("  resid_post.") for line in draw(screen)) == 30 + 1
     assert not any("more" in line for line in draw(screen))
+
+
+def test_the_cursor_rests_on_an_empty_line() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=24, record=True)
+    console.print(screen_for(done=0))
+    last = console.export_text().split("\n")[-3:]
+    assert [line.strip() for line in last] == [
+        f"{ONE[0]}       -               -       -       -       -        -       -",
+        "",
+        "",
+    ]
 
 
 def test_a_long_name_loses_its_middle() -> None:
@@ -133,6 +145,7 @@ def test_nothing_moves_sideways_while_numbers_change() -> None:
 
     numbers = {"fvu": 1.2, "l0": 2304.0, "dead_fraction": 1.0, "dense_fraction": 0.0, "grad_norm": 1e-5, "loss": 123.0}
     assert edges(1) == edges(999) == edges(1999, **numbers)
+    assert draw(screen_for(done=0))[0].index("steps") == draw(screen_for())[0].index("steps")
 
 
 def test_before_the_first_row_there_are_dashes() -> None:
@@ -240,7 +253,7 @@ def test_a_step_and_a_row_cost_microseconds() -> None:
 
 def test_elsewhere_than_on_a_terminal_one_line_is_left(capsys: pytest.CaptureFixture[str]) -> None:
     with live_view("train", ONE, 342, 1, 1024) as view:
-        for step in range(2, 343):
+        for step in (2, 3, 5, 342):
             view.step(step)
             view.row(row(step))
     left = capsys.readouterr().err
@@ -252,10 +265,10 @@ def test_elsewhere_than_on_a_terminal_one_line_is_left(capsys: pytest.CaptureFix
 RUN = """
 import sys, time
 from sae.watch import live_view
-with live_view("train", ["resid_post.12"], 1000, 0, 1024) as view:
+with live_view("train", [f"resid_post.{i}" for i in range(30)], 1000, 0, 1024) as view:
     for step in range(1, 1001):
         view.step(step)
-        view.row({"step": step, "hook_point": "resid_post.12", "fvu": 1 / step})
+        view.row({"step": step, "hook_point": "resid_post.0", "fvu": 1 / step})
         if step == 400:
             print("result")
             sys.stderr.write("  a note\\n")
@@ -300,6 +313,9 @@ def test_a_terminal_keeps_the_last_picture_under_the_notes() -> None:
     assert "400/1,000 steps" in sent
     last = sent[sent.rindex("train") :]
     assert "1,000/1,000 steps" in last
+    assert "more, in train.jsonl" in sent
+    assert "more, in train.jsonl" not in last
+    assert "resid_post.29" in last
     assert "  a note" in sent[: sent.rindex("train")]
 
 
