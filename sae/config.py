@@ -25,6 +25,9 @@ class SaeConfig(Config):
         default=4.0, gt=0, description="latents a dimension that is read, where d_sae is not given"
     )
     k: int = Field(default=32, gt=0, description="active latents a token: exactly (topk), or what L0 is held at")
+    k_anneal: float = Field(
+        default=0.0, ge=0, le=1, description="topk, batchtopk and relatives: share of the run in which k falls from 2k"
+    )
     aux_coefficient: float = Field(default=1 / 32, ge=0, description="weight of the loss that revives dead latents")
     aux_k: int = Field(default=64, gt=0, description="dead latents revived at a time, longest idle first")
     sparsity_coefficient: float | None = Field(
@@ -85,6 +88,8 @@ class TrainConfig(Config):
     train_tokens: int = Field(default=1_000_000, gt=0, description="tokens to train on, counted again in each epoch")
     batch_size: int = Field(default=1024, gt=0, description="tokens a step")
     lr: float | None = Field(default=None, gt=0, description="peak learning rate; none: from the number of latents")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of Adam's mean of gradients, a step")
+    beta2: float = Field(default=0.999, gt=0, lt=1, description="decay of Adam's mean of squared gradients, a step")
     warmup_fraction: float = Field(default=0.05, ge=0, le=1, description="share of the steps in which lr rises from 0")
     decay_fraction: float = Field(
         default=0.3, ge=0, le=1, description="share of the steps, at the end, in which lr falls"

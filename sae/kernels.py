@@ -162,7 +162,7 @@ def _no_gradient(indices: Array) -> Any:
     return np.zeros(indices.shape, jax.dtypes.float0)
 
 
-def kth_largest(values: Float[Array, "..."], k: int) -> Float[Array, ""]:
+def kth_largest(values: Float[Array, "..."], k: float | Float[Array, ""]) -> Float[Array, ""]:
     """The k-th largest of non-negative values, exactly, without a sort.
 
     Non-negative floats order like their bits, so 31 counting passes bisect the bits.

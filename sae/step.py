@@ -152,7 +152,7 @@ def make_step(config: TrainConfig, plan: Plan) -> Step:
         return out.loss, out
 
     def _context(state: TrainState, d_out: int) -> Context:
-        return Context(float(d_out), state.idle, plan.dead_after, plan.n_steps)
+        return Context(float(d_out), state.idle, plan.dead_after, state.step, plan.n_steps)
 
     def step(state: TrainState, inputs: Array, targets: Array, scaling: Scaling) -> tuple[TrainState, StepMetrics]:
         x, y = inputs * scaling.inputs, targets * scaling.outputs
@@ -193,4 +193,4 @@ def count_idle(idle: Int[Array, " d_sae"], active: Int[Array, " d_sae"], n_token
 
 
 def _optimizer(config: TrainConfig, plan: Plan) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(config.grad_clip), optax.adam(schedule(config, plan)))
+    return optax.chain(optax.clip_by_global_norm(config.grad_clip), optax.adam(schedule(config, plan), config.beta1, config.beta2))

@@ -1,7 +1,7 @@
 """A training run as somebody at a terminal sees it.
 
-    train    ━━━━━━━━━━━━━━━━━━━━╸━━━━━━━━━━━━━━  341/586 steps   lr 1.13e-03
-             349,184/600,064 tok   8,158 tok/s   elapsed 0:00:42   left 0:00:31
+    train    ━━━━━━━━━━━━━━━━━━━━╸━━━━━━━━━━━━━━  341/586 steps  lr 1.13e-03
+             349,184/600,064 tok  8,158 tok/s  elapsed 0:00:42  left 0:00:31
 
     hook point         FVU    held-out FVU      L0    dead   dense     grad    loss
     resid_post.12   0.2210  0.2305 -0.0041    32.0    0.4%    1.2%   0.0213  0.2312
@@ -46,7 +46,7 @@ FLAT = math.log(1.25)
 CELLS_A_BIN = 2
 COMMON_DECADE = -3
 """log10 of the density from which the axis is always shown"""
-GAP = "   "
+GAP = "  "
 NOTHING = "-"
 
 

@@ -150,6 +150,28 @@ def chat(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="The directory of an SAE, in any of the formats.")],
+    target: Annotated[Path, typer.Argument(help="Where to write it; nothing may be there yet.")],
+    to: Annotated[
+        str,
+        typer.Option("--to", help="saekit, saelens, sparsify, dictionary_learning, gemma_scope or gemma_scope_2."),
+    ] = "saekit",
+    from_: Annotated[str | None, typer.Option("--from", help="Format of the source; found out without it.")] = None,
+    hook_point: Annotated[
+        str | None,
+        typer.Option("--hook-point", metavar="SITE.LAYER", help="What it reads; A->B for a transcoder."),
+    ] = None,
+    json_: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Bring an SAE from one project's format into another's."""
+    from sae.formats.convert import convert as run
+
+    _show(run(source, target, to, from_, hook_point, dry_run), json_)
+
+
+@app.command()
 def inspect(
     path: Annotated[str, typer.Argument(help="A store (also s3://BUCKET/PREFIX), SAE, feature index or library.")],
     latent: Annotated[int | None, typer.Option(help="Show this latent of a feature index.")] = None,

@@ -6,7 +6,8 @@ SAELens' own: the training classes with their initialisation, losses and AuxK; S
 clipping and count of dead latents; `save_inference_model`. Ours: the iterator that hands it the batches, where SAELens
 would run the model. What a run does not set is SAELens' default: float32 without autocast, a constant learning rate of
 3e-4. `set` holds fields of SAETrainerConfig (`lr_decay_steps`, `lr_warm_up_steps`, `autocast`, ...), and of the SAE's
-config with `sae.` before them (`sae.aux_loss_coefficient`). The two steps settings may be shares of the run: 0.2.
+config with `sae.` before them (`sae.aux_loss_coefficient`; `sae.normalize_activations`: expected_average_only_in, which
+scales inputs by what SAELens' own code estimates). The two `_steps` may be shares of the run: 0.2.
 """
 
 from pathlib import Path
@@ -45,7 +46,14 @@ def train(tokens: Tokens, run: dict[str, Any], order: np.ndarray) -> dict[str, A
         **{"lr_end": lr / 10, **of_trainer},  # as SAELens' runner fills it in
     )
     sae = make(make_config(d_in=tokens.d_model, d_sae=run["width"], k=run["k"], device=str(tokens.device), **of_sae))
-    SAETrainer(config, sae, tokens.batches(order)).fit()
+    trainer = SAETrainer(config, sae, tokens.batches(order))
+    if sae.cfg.normalize_activations == "expected_average_only_in":
+        trainer.activation_scaler.estimate_scaling_factor(
+            d_in=tokens.d_model,
+            data_provider=tokens.batches(order),  # of its own, so that no batch is used up
+            n_batches_for_norm_estimate=min(config.n_batches_for_norm_estimate, len(order)),
+        )
+    trainer.fit()
     sae.save_inference_model(Path(run["out"]) / "sae")
     return {"sae": str(Path(run["out"]) / "sae"), "lr": lr}
 

@@ -49,6 +49,8 @@ class Context(NamedTuple):
     """tokens since each latent was last active"""
     dead_after: int | Int[Array, ""]
     """how many such tokens make a latent dead"""
+    step: int | Int[Array, ""]
+    """steps taken before this one"""
     n_steps: int
     """steps of the whole run"""
 
@@ -65,8 +67,8 @@ class Output(NamedTuple):
     """mean number of active latents a token"""
     active: Int[Array, " d_sae"]
     """tokens of the batch on which each latent is active"""
-    cutoff: Float[Array, ""]
-    """the smallest active latent of the batch; infinite if none is active"""
+    observed: dict[str, Float[Array, ""]]
+    """what `observe` needs besides, by name"""
 
 
 class SparseCoder(nnx.Module):

@@ -1,10 +1,11 @@
 """BatchTopK: each batch keeps its k * batch largest latents, so that tokens share a budget.
 
-latents = pre * (pre >= cutoff) with the cutoff that leaves k * batch positive ones. At inference a token stands alone:
-the cutoff's exponential moving average becomes the threshold of a JumpReLU, latents = pre * (pre > threshold), which is
-how the SAE is saved. Source: Bussmann et al. 2024, arXiv:2412.06410.
+latents = pre * (pre >= cutoff) with the cutoff that leaves k * batch positive ones. Only the 2k largest latents of a token
+compete, which avoids a sort over batch * d_sae values. Source: Bussmann et al. 2024, arXiv:2412.06410.
 
-Only the 2k largest latents of a token compete, which avoids a sort over batch * d_sae values.
+At inference a token stands alone: latents = pre * (pre > threshold), a JumpReLU, which is how the SAE is saved. A running
+mean of the cutoffs, as in the paper, would let more than k pass, since cutoffs are taken where no token has more than 2k.
+So the threshold is moved by what it lets pass itself: each step multiplies it by (passing / k)^0.1, until it is k.
 """
 
 import jax
@@ -15,13 +16,12 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from sae.architectures.base import Context, Means, Output
-from sae.architectures.selecting import Selecting
+from sae.architectures.selecting import SPARE, Selecting
 from sae.artefact import SavedArchitecture
 from sae.config import SaeConfig
 from sae.kernels import Codes, kth_largest
 
-CAPACITY = 2
-EMA_RATE = 0.1
+RATE = 0.1
 
 
 class BatchTopK(Selecting):
@@ -34,17 +34,23 @@ class BatchTopK(Selecting):
         super().__init__(config, means, key)
         self.threshold = nnx.BatchStat(jnp.float32(0))
 
-    def select(self, pre: Float[Array, "batch d_sae"]) -> Codes:
+    def select(self, pre: Float[Array, "batch d_sae"], k: float | Float[Array, ""]) -> Codes:
         """The k * batch largest, at most 2k of them in a row."""
-        values, indices = lax.top_k(jax.nn.relu(pre), min(CAPACITY * self.config.k, pre.shape[1]))
-        cutoff = kth_largest(values, self.config.k * len(values))
+        values, indices = lax.top_k(jax.nn.relu(pre), min(SPARE * self.config.k, pre.shape[1]))
+        cutoff = kth_largest(values, k * len(values))
         return Codes(jnp.where(values >= cutoff, values, 0), indices)
 
+    def watch(self, pre: Float[Array, "batch d_sae"], codes: Codes) -> dict[str, Array]:
+        """The batch's cutoff, and how many pre-activations a token pass the threshold."""
+        cutoff = jnp.where(codes.values > 0, codes.values, jnp.inf).min()
+        return {"cutoff": cutoff, "passing": (pre > self.threshold[...]).sum(axis=1).mean()}
+
     def observe(self, output: Output, context: Context) -> None:
-        """Move the threshold towards this batch's cutoff, its smallest active latent."""
-        old = self.threshold[...]
-        moved = jnp.where(old == 0, output.cutoff, old + EMA_RATE * (output.cutoff - old))
-        self.threshold[...] = jnp.where(jnp.isfinite(output.cutoff), moved, old)
+        """Move the threshold to where k pass; it starts at the first batch's cutoff."""
+        old, cutoff = self.threshold[...], output.observed["cutoff"]
+        excess = jnp.clip(output.observed["passing"] / self.config.k, 0.1, 10)
+        moved = jnp.where(old == 0, cutoff, old * excess**RATE)
+        self.threshold[...] = jnp.where(jnp.isfinite(cutoff), moved, old)
 
     def saved(self) -> tuple[SavedArchitecture, np.ndarray | None, int | None]:
         """Saved as jumprelu, with the same threshold for each latent."""

@@ -51,7 +51,7 @@ class Penalised(SparseCoder):
             terms={"fvu": fvu, "aux": aux, **terms},
             l0=active.sum(axis=1).mean(),
             active=active.sum(axis=0, dtype=jnp.int32),
-            cutoff=jnp.where(active, latents, jnp.inf).min(),
+            observed={},
         )
 
     def observe(self, output: Output, context: Context) -> None:

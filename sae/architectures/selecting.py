@@ -1,7 +1,8 @@
 """Sparse autoencoders that keep the k largest latents, so that sparsity needs no penalty and no tuning.
 
 1. pre-activations of all latents, without a gradient; 2. `select` picks the active ones; 3. those few get their gradient
-back (`sae.kernels.attach`) and are decoded row by row. Left out: which latents are picked.
+back (`sae.kernels.attach`) and are decoded row by row. For the first `k_anneal` of the run more are picked: 2k at first,
+then fewer, down to k. Left out: which latents are picked.
 """
 
 import jax.numpy as jnp
@@ -11,12 +12,15 @@ from jaxtyping import Array, Float
 from sae.architectures.base import Context, Output, SparseCoder
 from sae.kernels import Codes, attach, count_active, decode
 
+SPARE = 2
+"""how many times k a token may take at most"""
+
 
 class Selecting(SparseCoder):
     """The largest latents, by a rule that subclasses give."""
 
-    def select(self, pre: Float[Array, "batch d_sae"]) -> Codes:
-        """Active latents of a training batch, given its pre-activations."""
+    def select(self, pre: Float[Array, "batch d_sae"], k: float | Float[Array, ""]) -> Codes:
+        """Active latents of a training batch, about k a token and at most twice `config.k`, given its pre-activations."""
         raise NotImplementedError
 
     def errors(
@@ -26,9 +30,14 @@ class Selecting(SparseCoder):
         residual = y - self.b_dec[...] - decode(codes, self.W_dec[...])
         return (residual**2).sum(axis=1).mean(), residual
 
+    def watch(self, pre: Float[Array, "batch d_sae"], codes: Codes) -> dict[str, Array]:
+        """What `observe` needs of a batch; most architectures need nothing."""
+        return {}
+
     def loss(self, x: Float[Array, "batch d_in"], y: Float[Array, "batch d_out"], context: Context) -> Output:
         """Reconstruction of the selected latents, and the revival of dead ones."""
-        chosen = self.select(lax.stop_gradient(self.preactivations(x)))
+        pre = lax.stop_gradient(self.preactivations(x))
+        chosen = self.select(pre, self.budget(context))
         codes = attach(chosen, x, self.W_enc[...], self.b_enc[...], self.centre)
         cost, residual = self.errors(codes, x, y)
         fvu = (residual**2).sum(axis=1).mean() / context.variance
@@ -38,5 +47,12 @@ class Selecting(SparseCoder):
             terms={"fvu": fvu, "aux": aux},
             l0=(chosen.values > 0).sum(axis=1).mean(),
             active=count_active(chosen, self.d_sae),
-            cutoff=jnp.where(chosen.values > 0, chosen.values, jnp.inf).min(),
+            observed=self.watch(pre, chosen),
         )
+
+    def budget(self, context: Context) -> float | Float[Array, ""]:
+        """Latents a token at this step: k, or more while it is annealed."""
+        k, annealed = self.config.k, self.config.k_anneal * context.n_steps
+        if not annealed:
+            return float(k)
+        return k * (1 + (SPARE - 1) * jnp.maximum(1 - context.step / annealed, 0))

@@ -5,11 +5,12 @@ Source: Makhzani & Frey 2013, arXiv:1312.5663; Gao et al. 2024, arXiv:2406.04093
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from sae.architectures.selecting import Selecting
+from sae.architectures.selecting import SPARE, Selecting
 from sae.artefact import SavedArchitecture
 from sae.kernels import Codes
 
@@ -17,9 +18,11 @@ from sae.kernels import Codes
 class TopK(Selecting):
     """The k largest latents of each token."""
 
-    def select(self, pre: Float[Array, "batch d_sae"]) -> Codes:
+    def select(self, pre: Float[Array, "batch d_sae"], k: float | Float[Array, ""]) -> Codes:
         """The k largest of each row; where fewer are positive, zeros fill up."""
-        return Codes(*lax.top_k(jax.nn.relu(pre), self.config.k))
+        width = self.config.k * SPARE if self.config.k_anneal else self.config.k
+        values, indices = lax.top_k(jax.nn.relu(pre), min(width, pre.shape[1]))
+        return Codes(jnp.where(jnp.arange(values.shape[1]) < k, values, 0), indices)
 
     def saved(self) -> tuple[SavedArchitecture, np.ndarray | None, int | None]:
         """Saved as topk."""

@@ -30,7 +30,7 @@ def test_jax_equals_torch_on_random_saes(name: str, seed: int, tmp_path: Path) -
     if name == "skip_transcoder":
         sae.W_skip[...] = 0.1 * jax.random.normal(keys[4], (d_out, D_IN))  # type: ignore[attr-defined]
     x = jax.random.normal(keys[3], (200, D_IN))
-    context = Context(1.0, jnp.zeros(D_SAE, jnp.int32), 10**6, 100)
+    context = Context(1.0, jnp.zeros(D_SAE, jnp.int32), 10**6, 0, 100)
     for batch in (x, x[:100]):  # after two different ones, a running threshold equals no pre-activation
         sae.observe(sae.loss(batch, batch[:, :d_out], context), context)
     scaling = Scaling(np.full(D_IN, 0.5, np.float32), np.full(d_out, 0.7 if name in D_OUT else 0.5, np.float32))

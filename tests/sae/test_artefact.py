@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,31 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from activations.errors import CorruptArtefactError, MismatchError, MissingArtefactError, NumericsError, ShapeError
-from sae.artefact import SaeArtefact
+from sae.artefact import KINDS, SaeArtefact
+
+POINTS = {False: "resid_post.12", True: "resid_mid.12->mlp_out.12"}
 
 
-def random_artefact(architecture: Any, d_model: int = 4, d_sae: int = 7, seed: int = 0) -> SaeArtefact:
-    rng = np.random.default_rng(seed)
+def random_artefact(name: str, d_model: int = 4, d_sae: int = 7, seed: int = 0) -> SaeArtefact:
+    """An SAE of the kind that cfg.json calls `name`; transcoders write one dimension more than they read."""
+    kind, rng = KINDS[name], np.random.default_rng(seed)
+    d_out = d_model + kind.transcodes
 
     def normal(*shape: int) -> np.ndarray:
         return rng.normal(size=shape).astype(np.float32)
 
-    jump = architecture == "jumprelu"
     return SaeArtefact(
-        architecture=architecture,
+        architecture=kind.architecture,
         W_enc=normal(d_model, d_sae),
         b_enc=normal(d_sae),
-        W_dec=normal(d_sae, d_model),
-        b_dec=normal(d_model),
-        threshold=np.abs(normal(d_sae)) if jump else None,
-        k=None if jump else min(3, d_sae),
-        metadata={"model": {"id": "tiny", "fingerprint": "f00d"}, "hook_point": "resid_post.12"},
+        W_dec=normal(d_sae, d_out),
+        b_dec=normal(d_out),
+        threshold=np.abs(normal(d_sae)) if kind.architecture == "jumprelu" else None,
+        k=min(3, d_sae) if kind.architecture == "topk" else None,
+        W_skip=normal(d_out, d_model) if kind.skips else None,
+        apply_b_dec_to_input=not kind.transcodes,
+        transcodes=kind.transcodes,
+        metadata={"model": {"id": "tiny", "fingerprint": "f00d"}, "hook_point": POINTS[kind.transcodes]},
     )
 
 
@@ -49,19 +56,20 @@ def saved(artefact: SaeArtefact, tmp_path: Path) -> Path:
 
 @settings(deadline=None, max_examples=20)
 @given(
-    architecture=st.sampled_from(["topk", "jumprelu"]),
+    name=st.sampled_from(sorted(KINDS)),
     d_model=st.integers(1, 9),
     d_sae=st.integers(1, 20),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_round_trip_is_bitwise(
-    tmp_path_factory: pytest.TempPathFactory, architecture: str, d_model: int, d_sae: int, seed: int
+    tmp_path_factory: pytest.TempPathFactory, name: str, d_model: int, d_sae: int, seed: int
 ) -> None:
     path = tmp_path_factory.mktemp("artefact") / "sae"
-    before = random_artefact(architecture, d_model, d_sae, seed)
+    before = random_artefact(name, d_model, d_sae, seed)
     before.save(path)
     after = SaeArtefact.load(path)
-    assert (after.architecture, after.k) == (before.architecture, before.k)
+    assert (after.saved_name, after.k, after.d_out) == (name, before.k, before.d_out)
+    assert (after.transcodes, after.apply_b_dec_to_input) == (before.transcodes, before.apply_b_dec_to_input)
     assert after.tensors().keys() == before.tensors().keys()
     for name, tensor in before.tensors().items():
         np.testing.assert_array_equal(after.tensors()[name], tensor)
@@ -77,6 +85,46 @@ def test_the_directory_is_what_saelens_reads(saved: Path, artefact: SaeArtefact)
     assert config["metadata"]["hook_name"] == "blocks.12.hook_resid_post"
     assert config.get("k") == artefact.k
     assert load_file(saved / "sae_weights.safetensors").keys() == artefact.tensors().keys()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_saelens_is_told_what_a_transcoder_is(tmp_path: Path, name: str) -> None:
+    random_artefact(name).save(tmp_path / "sae")
+    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    about, transcodes = config["metadata"], KINDS[name].transcodes
+    assert (config["architecture"], config["apply_b_dec_to_input"]) == (name, not transcodes)
+    assert config.get("d_out") == (5 if transcodes else None)
+    names = (about["hook_name"], about.get("hook_name_out"))
+    transcoder = ("blocks.12.hook_resid_mid", "blocks.12.hook_mlp_out")
+    assert names == (transcoder if transcodes else ("blocks.12.hook_resid_post", None))
+
+
+def test_a_crosscoder_names_all_its_hook_points(artefact: SaeArtefact, tmp_path: Path) -> None:
+    replace(artefact, metadata={"hook_point": "resid_post.3+mlp_in.4"}).save(tmp_path / "sae")
+    about = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
+    assert about["hook_name"] == "blocks.3.hook_resid_post+blocks.4.mlp_hc.hook_out"
+    assert SaeArtefact.load(tmp_path / "sae").hook_point == "resid_post.3+mlp_in.4"
+
+
+def test_b_dec_may_stay_out_of_the_input(artefact: SaeArtefact, tmp_path: Path) -> None:
+    replace(artefact, apply_b_dec_to_input=False).save(tmp_path / "sae")
+    assert json.loads((tmp_path / "sae" / "cfg.json").read_text())["apply_b_dec_to_input"] is False
+    assert SaeArtefact.load(tmp_path / "sae").apply_b_dec_to_input is False
+
+
+def test_what_a_transcoder_cannot_be(artefact: SaeArtefact) -> None:
+    with pytest.raises(CorruptArtefactError, match="apply_b_dec_to_input: expected False for a transcoder"):
+        replace(artefact, transcodes=True)
+    with pytest.raises(ShapeError, match=r"'W_skip': expected no such tensor"):
+        replace(artefact, W_skip=np.zeros((4, 4), np.float32))
+    with pytest.raises(ShapeError, match=r"'W_dec': expected shape \[7, 4\], got \[7, 5\]|'b_dec'"):
+        replace(artefact, W_dec=np.zeros((7, 5), np.float32), b_dec=np.zeros(5, np.float32))
+
+
+def test_without_a_hook_point_it_says_how_to_add_one(artefact: SaeArtefact) -> None:
+    assert artefact.hook_point == "resid_post.12"
+    with pytest.raises(CorruptArtefactError, match=r"saekit convert.*--hook-point"):
+        replace(artefact, metadata={}).hook_point  # noqa: B018
 
 
 def test_saving_replaces_an_sae_but_nothing_else(saved: Path, tmp_path: Path) -> None:
@@ -133,6 +181,14 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def change_provenance(**changes: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        metadata = json.loads((path / "saekit.json").read_text())
+        (path / "saekit.json").write_text(json.dumps(metadata | changes))
+
+    return change
+
+
 def change_weights(**changes: Any) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         (path / "saekit.json").unlink()
@@ -172,7 +228,15 @@ def claim_huge_tensors(path: Path) -> None:
         (lambda path: (path / "cfg.json").write_text("[1]"), CorruptArtefactError, "a JSON object"),
         (lambda path: (path / "cfg.json").write_bytes(b"\xff\xfe"), CorruptArtefactError, "valid JSON"),
         (lambda path: (path / "saekit.json").write_text("["), CorruptArtefactError, "saekit.json"),
+        (lambda path: (path / "cfg.json").write_text(" " * (64 << 20) + "{}"), CorruptArtefactError, "64 MiB"),
+        (change_provenance(hook_point=5), CorruptArtefactError, "hook_point.*type str"),
+        (change_provenance(model="tiny"), CorruptArtefactError, "model.*type dict"),
         (change_config(d_sae="7"), CorruptArtefactError, "d_sae"),
+        (change_config(d_sae=True), CorruptArtefactError, "d_sae"),
+        (change_config(k=True, architecture="topk"), CorruptArtefactError, "k: expected a whole number"),
+        (change_config(architecture=["topk"]), MismatchError, "architecture"),
+        (change_config(architecture="transcoder"), CorruptArtefactError, "d_out"),
+        (change_config(architecture="transcoder", d_out=4), CorruptArtefactError, "false for a transcoder"),
         (change_config(d_sae=8, k=3), ShapeError, "W_dec|W_enc|b_enc"),
         (change_config(architecture="gated"), MismatchError, "architecture"),
         (change_config(apply_b_dec_to_input="no"), CorruptArtefactError, "apply_b_dec_to_input"),

@@ -9,21 +9,28 @@ import pytest
 import torch
 
 from activations.errors import ShapeError
-from sae.artefact import SaeArtefact
+from sae.artefact import KINDS, SaeArtefact
 from sae.torch_view import TorchSae
 
 
-def random_artefact(architecture: Any, seed: int = 0) -> SaeArtefact:
-    rng = np.random.default_rng(seed)
-    jump = architecture == "jumprelu"
-    shapes = {"W_enc": (6, 20), "b_enc": (20,), "W_dec": (20, 6), "b_dec": (6,)}
-    tensors: dict[str, Any] = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    threshold = rng.uniform(0, 2, 20).astype(np.float32) if jump else None
-    return SaeArtefact(architecture=architecture, threshold=threshold, k=None if jump else 4, **tensors)
+def random_artefact(name: str, **changes: Any) -> SaeArtefact:
+    kind, rng = KINDS[name], np.random.default_rng(0)
+    d_out = 5 if kind.transcodes else 6
+    shapes = {"W_enc": (6, 20), "b_enc": (20,), "W_dec": (20, d_out), "b_dec": (d_out,)}
+    shapes |= {"W_skip": (d_out, 6)} if kind.skips else {}
+    fields: dict[str, Any] = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    fields |= {"transcodes": kind.transcodes, "apply_b_dec_to_input": not kind.transcodes}
+    if kind.architecture == "jumprelu":
+        fields["threshold"] = rng.uniform(0, 2, 20).astype(np.float32)
+    k = 4 if kind.architecture == "topk" else None
+    return SaeArtefact(architecture=kind.architecture, k=k, **fields | changes)
 
 
 def reference(artefact: SaeArtefact, x: np.ndarray) -> np.ndarray:
-    pre = (x - artefact.b_dec) @ artefact.W_enc + artefact.b_enc
+    centred = x - artefact.b_dec if artefact.apply_b_dec_to_input else x
+    pre = centred @ artefact.W_enc + artefact.b_enc
+    if artefact.architecture == "standard":
+        return np.maximum(pre, 0)
     if artefact.threshold is not None:
         return np.where(pre > artefact.threshold, np.maximum(pre, 0), 0)
     assert artefact.k is not None
@@ -31,7 +38,7 @@ def reference(artefact: SaeArtefact, x: np.ndarray) -> np.ndarray:
     return np.where(pre >= cutoff, np.maximum(pre, 0), 0)
 
 
-@pytest.fixture(params=["topk", "jumprelu"])
+@pytest.fixture(params=KINDS)
 def artefact(request: pytest.FixtureRequest) -> SaeArtefact:
     return random_artefact(request.param)
 
@@ -41,12 +48,21 @@ def x() -> np.ndarray:
     return np.random.default_rng(1).normal(size=(5, 3, 6)).astype(np.float32)
 
 
-def test_encode_and_decode_follow_the_formulas(artefact: SaeArtefact, x: np.ndarray) -> None:
+def test_all_of_it_follows_the_formulas(artefact: SaeArtefact, x: np.ndarray) -> None:
     sae, latents = TorchSae(artefact), reference(artefact, x)
     np.testing.assert_allclose(sae.encode(torch.tensor(x)), latents, atol=1e-5)
     decoded = latents @ artefact.W_dec + artefact.b_dec
     np.testing.assert_allclose(sae.decode(torch.tensor(latents)), decoded, atol=1e-5)
-    np.testing.assert_allclose(sae(torch.tensor(x)), decoded, atol=1e-4)
+    whole = decoded if artefact.W_skip is None else decoded + np.einsum("...i,oi->...o", x, artefact.W_skip)
+    np.testing.assert_allclose(sae.reconstruct(torch.tensor(x), torch.tensor(latents)), whole, atol=1e-5)
+    np.testing.assert_allclose(sae(torch.tensor(x)), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["standard", "topk", "jumprelu"])
+def test_b_dec_is_subtracted_only_where_it_is_said(name: str, x: np.ndarray) -> None:
+    plain = random_artefact(name, apply_b_dec_to_input=False)
+    np.testing.assert_allclose(TorchSae(plain).encode(torch.tensor(x)), reference(plain, x), atol=1e-5)
+    assert not np.allclose(reference(plain, x), reference(random_artefact(name), x), atol=0.1)
 
 
 def test_some_latents_equal_a_part_of_all(artefact: SaeArtefact, x: np.ndarray) -> None:
@@ -63,8 +79,9 @@ def test_threshold_is_strict_and_zero_is_inactive() -> None:
 
 
 def test_half_precision_activations_are_encoded_in_float32(artefact: SaeArtefact, x: np.ndarray) -> None:
-    half = torch.tensor(x).bfloat16()
-    assert torch.equal(TorchSae(artefact).encode(half), TorchSae(artefact).encode(half.float()))
+    half, sae = torch.tensor(x).bfloat16(), TorchSae(artefact)
+    assert torch.equal(sae.encode(half), sae.encode(half.float()))
+    assert torch.equal(sae(half), sae(half.float()))
 
 
 def test_another_width_is_refused(artefact: SaeArtefact) -> None:

@@ -64,28 +64,28 @@ def draw(screen: Screen, width: int = 80, height: int = 24, encoding: str = "utf
 
 def test_the_picture() -> None:
     assert draw(screen_for()) == [
-        "  train    ━━━━━━━━━━━━━━━━━━━━━━━                   341/586 steps   lr 1.12e-03",
-        "           349,184/600,064 tok   8,158 tok/s   elapsed 0:00:42   left 0:00:30",
+        "  train    ━━━━━━━━━━━━━━━━━━━━━━━╸                   341/586 steps  lr 1.12e-03",
+        "           349,184/600,064 tok  8,158 tok/s  elapsed 0:00:42  left 0:00:30",
         "",
         "  hook point        FVU    held-out FVU      L0    dead   dense     grad    loss",
         "  resid_post.12  0.2029  0.2400 -0.0200    32.0    0.4%    1.2%   0.0213  0.2312",
         "",
-        "  FVU       █▄▄▃▂▂▂▂▂▂▂▁▁▁▁▁▁▁▁▁▁▁▁                  0.2500 to 0.2029",
+        "  FVU       █▄▄▃▂▂▂▂▂▂▂▁▁▁▁▁▁▁▁▁▁▁▁                   0.2500 to 0.2029",
         "",
-        "  density    ▁▁      ██      ▄▄      ▁▁              12 of 1,352 never active",
+        "  density    ▁▁      ██      ▄▄      ▁▁               12 of 1,352 never active",
         "           0.01%   0.1%    1%      10%     100% of tokens",
     ]
 
 
 def test_a_narrow_terminal_has_what_matters_most() -> None:
     assert draw(screen_for(), width=60) == [
-        "  train    ━━━━━━━━━━━╸          341/586 steps   lr 1.12e-03",
-        "           349,184/600,064 tok   8,158 tok/s   left 0:00:30",
+        "  train    ━━━━━━━━━━━━           341/586 steps  lr 1.12e-03",
+        "           349,184/600,064 tok  8,158 tok/s  left 0:00:30",
         "",
         "  hook point        FVU    held-out FVU      L0    dead",
         "  resid_post.12  0.2029  0.2400 -0.0200    32.0    0.4%",
         "",
-        "  FVU      █▄▂▂▂▂▁▁▁▁▁▁          0.2500 to 0.2029",
+        "  FVU      █▄▂▂▂▂▁▁▁▁▁▁▁          0.2500 to 0.2029",
         "",
         "  density    ▁▁      ██      ▄▄      ▁▁",
         "           0.01%   0.1%    1%      10%     100% of tokens",
@@ -150,8 +150,8 @@ def test_nothing_moves_sideways_while_numbers_change() -> None:
 
 def test_before_the_first_row_there_are_dashes() -> None:
     lines = draw(Screen("train", ONE, 586, 0, 1024, Clock()))
-    assert lines[0].endswith("0/586 steps   lr -")
-    assert lines[1] == "                 0/600,064 tok   - tok/s   elapsed 0:00:00   left -"
+    assert lines[0].endswith("0/586 steps  lr -")
+    assert lines[1] == "                 0/600,064 tok  - tok/s  elapsed 0:00:00  left -"
     assert lines[4].split() == ["resid_post.12", *"-------"]
     assert len(lines) == 5
 
@@ -202,9 +202,9 @@ def test_the_rate_leaves_compiling_out() -> None:
     assert "- tok/s" in draw(screen)[1]
     clock.now += 2
     screen.step(121)
-    assert draw(screen)[1].endswith(" 1,210/10,000 tok   100 tok/s   elapsed 0:01:02   left 0:01:27")
+    assert draw(screen)[1].endswith(" 1,210/10,000 tok  100 tok/s  elapsed 0:01:02  left 0:01:27")
     screen.row(row(121, tok_s=50.0))
-    assert draw(screen)[1].endswith("50 tok/s   elapsed 0:01:02   left 0:02:55")
+    assert draw(screen)[1].endswith("50 tok/s  elapsed 0:01:02  left 0:02:55")
 
 
 def test_the_curve_is_under_the_bar() -> None:
