@@ -82,14 +82,16 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     for name, head in heads.items():
         if head.dtype not in FLOATS:
             raise corrupt(f"{path}: {name}", f"one of the dtypes {', '.join(FLOATS)}", head.dtype)
+    tensors = {}
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        offsets = json.loads(file.read(length))
-        tensors = {}
+        header = json.loads(file.read(length))
         for name, head in heads.items():
-            file.seek(8 + length + offsets[name]["data_offsets"][0])
-            bits = np.fromfile(file, FLOATS[head.dtype], math.prod(head.shape)).reshape(head.shape)
-            tensors[name] = as_float32(bits, bfloat16=head.dtype == "BF16")
+            file.seek(8 + length + header[name]["data_offsets"][0])
+            bits = np.fromfile(file, FLOATS[head.dtype], math.prod(head.shape))
+            if bits.size != math.prod(head.shape):  # it names a tensor twice, or was cut short just now
+                raise corrupt(f"{path}: {name}", "as many bytes as the header says", "fewer")
+            tensors[name] = as_float32(bits.reshape(head.shape), bfloat16=head.dtype == "BF16")
             check_values(str(path), name, tensors[name])
     return tensors
 

@@ -88,7 +88,7 @@ def spliced_losses(
     sums, kl, count = dict.fromkeys(("clean", "sae", "mean", "zero"), 0.0), 0.0, 0
     with progress("evaluate", len(sequences), "seq") as advance:
         for rows in np.array_split(sequences, max(1, len(sequences) // CE_SEQUENCES)):
-            tokens, mask = _rows(store, rows)
+            tokens, mask = (part.to(loaded.device) for part in _rows(store, rows))
             log_probs = _variants(store, wiring, sae, loaded, tokens, mask)
             counted = mask[:, :-1] & mask.flip(1).cumsum(1).flip(1)[:, 1:].bool()
             for name, values in log_probs.items():
@@ -154,7 +154,7 @@ def _log_probs(
         for point, value in replaced.items():
             stack.enter_context(edit(loaded.model, loaded.family, point, put(value)))
         logits = loaded.model(input_ids=tokens.to(loaded.device), use_cache=False).logits
-    return logits.float().cpu().log_softmax(-1)
+    return logits.float().log_softmax(-1)
 
 
 def _rows(

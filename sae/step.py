@@ -193,4 +193,6 @@ def count_idle(idle: Int[Array, " d_sae"], active: Int[Array, " d_sae"], n_token
 
 
 def _optimizer(config: TrainConfig, plan: Plan) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(config.grad_clip), optax.adam(schedule(config, plan), config.beta1, config.beta2))
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_clip), optax.adam(schedule(config, plan), config.beta1, config.beta2)
+    )

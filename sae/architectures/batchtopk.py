@@ -34,7 +34,7 @@ class BatchTopK(Selecting):
         super().__init__(config, means, key)
         self.threshold = nnx.BatchStat(jnp.float32(0))
 
-    def select(self, pre: Float[Array, "batch d_sae"], k: float | Float[Array, ""]) -> Codes:
+    def select(self, pre: Float[Array, "batch d_sae"], k: int | float | Float[Array, ""]) -> Codes:
         """The k * batch largest, at most 2k of them in a row."""
         values, indices = lax.top_k(jax.nn.relu(pre), min(SPARE * self.config.k, pre.shape[1]))
         cutoff = kth_largest(values, k * len(values))

@@ -19,7 +19,7 @@ SPARE = 2
 class Selecting(SparseCoder):
     """The largest latents, by a rule that subclasses give."""
 
-    def select(self, pre: Float[Array, "batch d_sae"], k: float | Float[Array, ""]) -> Codes:
+    def select(self, pre: Float[Array, "batch d_sae"], k: int | float | Float[Array, ""]) -> Codes:
         """Active latents of a training batch, about k a token and at most twice `config.k`, given its pre-activations."""
         raise NotImplementedError
 

@@ -129,7 +129,7 @@ def _turned(name: str, tensor: np.ndarray) -> np.ndarray:
 
 
 def _threshold(where: Path, value: float, d_sae: int) -> np.ndarray:
-    if value < -2:
+    if value < 0:
         reason = "a threshold, which training sets after its first steps; train it longer"
         raise refused(f"{where}: threshold", value, reason)
     return np.full(d_sae, value, np.float32)

@@ -60,8 +60,7 @@ def _heads(path: Path) -> dict[str, NpyHead]:
         with zipfile.ZipFile(path) as archive:
             members, heads = archive.infolist(), {}
             for member in members:
-                with archive.open(member) as file:
-                    heads[member.filename] = _head(file)
+                heads[member.filename] = _head(archive, member)
     except Exception as error:  # zipfile and numpy raise whatever a damaged file leads them into
         raise _damaged(path, error) from error
     if len(heads) < len(members) or not all(name.endswith(".npy") for name in heads):
@@ -77,13 +76,14 @@ def _heads(path: Path) -> dict[str, NpyHead]:
     return {name.removesuffix(".npy"): head for name, head in heads.items()}
 
 
-def _head(file: zipfile.ZipExtFile) -> NpyHead:
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f".npy version {version}")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, is_fortran, dtype = read(file)
-    return NpyHead(shape, dtype, is_fortran, file.tell())
+def _head(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NpyHead:
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f".npy version {version}")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, is_fortran, dtype = read(file)
+        return NpyHead(shape, dtype, is_fortran, file.tell())
 
 
 def _damaged(path: Path, error: Exception) -> Exception:

@@ -102,3 +102,11 @@ KTH_LARGEST = {k: jax.jit(partial(kth_largest, k=k)) for k in (1, 5, 40)}
 )
 def test_kth_largest_is_exact(values: list[float], k: int) -> None:
     assert float(KTH_LARGEST[k](jnp.array(values, jnp.float32))) == sorted(values, reverse=True)[k - 1]
+
+
+def test_totals_of_an_accelerator_equal_those_of_a_cpu(codes: Codes) -> None:
+    for weights in (codes.values, (codes.values > 0).astype(jnp.int32)):
+        expected = np.zeros(D_SAE, weights.dtype)
+        np.add.at(expected, np.asarray(codes.indices), np.asarray(weights))
+        for of_totals in (kernels._total_rows, kernels._total_dense):
+            close(of_totals(D_SAE, codes.indices, weights), jnp.asarray(expected))
