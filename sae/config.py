@@ -26,7 +26,7 @@ class SaeConfig(Config):
     )
     k: int = Field(default=32, gt=0, description="active latents a token: exactly (topk), or what L0 is held at")
     k_anneal: float = Field(
-        default=0.0, ge=0, le=1, description="topk, batchtopk and relatives: share of the run in which k falls from 2k"
+        default=0.3, ge=0, le=1, description="topk, batchtopk and relatives: share of the run in which k falls from 2k"
     )
     aux_coefficient: float = Field(default=1 / 32, ge=0, description="weight of the loss that revives dead latents")
     aux_k: int = Field(default=64, gt=0, description="dead latents revived at a time, longest idle first")

@@ -106,9 +106,9 @@ def automatic_lr(d_sae: int) -> float:
     """Peak learning rate, proportional to 1/sqrt(d_sae) as in Gao et al. 2024; the factor was measured (docs/LOG.md).
 
     >>> automatic_lr(2**14)
-    0.001125
+    0.0015
     """
-    return 1.125e-3 * (2**14 / d_sae) ** 0.5
+    return 1.5e-3 * (2**14 / d_sae) ** 0.5
 
 
 def schedule(config: TrainConfig, plan: Plan) -> Callable[[Any], Any]:
