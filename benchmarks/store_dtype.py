@@ -23,7 +23,6 @@ from activations.harvest import harvest
 from activations.store import ActivationStore
 from activations.store_schema import StoreState, scale_name, to_bfloat16_bits
 from activations.store_writer import Group, StoreWriter
-from sae.artefact import SaeArtefact
 from sae.config import SaeConfig, TrainConfig
 from sae.data import held_out
 from sae.evaluate import reconstruction

@@ -33,8 +33,8 @@ class SaeConfig(Config):
     sparsity_coefficient: float | None = Field(
         default=None,
         gt=0,
-        description="standard, gated, jumprelu_tanh: weight of the penalty; none: moved until L0 is k. jumprelu: weight "
-        "of (L0 / k - 1)^2; none: 1",
+        description="standard, gated, jumprelu_tanh: weight of the penalty; none: moved until L0 is k. "
+        "jumprelu: weight of (L0 / k - 1)^2; none: 1",
     )
     bandwidth: float = Field(
         default=0.5, gt=0, description="jumprelu: width around a threshold from which it learns, in units of latents"

@@ -20,7 +20,6 @@ from activations.errors import ShapeError
 from activations.store import ActivationStore
 from activations.store_schema import HookState, HookStats
 
-
 Activations = dict[str, Float[np.ndarray, "token d_model"]]
 """activations of the same tokens by hook point"""
 

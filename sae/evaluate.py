@@ -3,8 +3,9 @@
 Flow:
 1. take the held-out tail of the store that the SAE was trained from;
 2. from stored activations: FVU, L0, dead fraction and density (`sae.metrics`);
-3. from the model: replace what the SAE writes by its reconstruction from an untouched pass, and compare the cross-entropy
-   of the next token with that of the untouched model, and with that of a mean, or zero, in the same places.
+3. from the model: replace what the SAE writes by its reconstruction from an untouched pass, and compare the
+   cross-entropy of the next token with that of the untouched model, and with that of a mean, or zero, in the same
+   places.
 
     CE loss recovered = (CE_ablated - CE_sae) / (CE_ablated - CE_clean)
 
@@ -85,7 +86,8 @@ def spliced_losses(
 
     A next-token loss counts where the token it is predicted from is unmasked and the text goes on.
     """
-    sums, kl, count = dict.fromkeys(("clean", "sae", "mean", "zero"), 0.0), 0.0, 0
+    sums: dict[str, float] = dict.fromkeys(("clean", "sae", "mean", "zero"), 0.0)
+    kl, count = 0.0, 0
     with progress("evaluate", len(sequences), "seq") as advance:
         for rows in np.array_split(sequences, max(1, len(sequences) // CE_SEQUENCES)):
             tokens, mask = (part.to(loaded.device) for part in _rows(store, rows))
@@ -116,7 +118,7 @@ def _variants(
     tokens: Int[Tensor, "seq ctx"],
     mask: Bool[Tensor, "seq ctx"],
 ) -> dict[str, Float[Tensor, "seq ctx vocab"]]:
-    """Next-token log-probabilities: clean, and with what the SAE writes replaced by its reconstruction, mean or zero."""
+    """Next-token log-probabilities: clean, and with what the SAE writes replaced: by its reconstruction, mean, zero."""
     reads, writes = ([HookPoint.parse(name) for name in names] for names in (wiring.reads, wiring.writes))
     with capture(loaded.model, loaded.family, reads) as captured:
         clean = _log_probs(loaded, tokens, mask, {})

@@ -21,7 +21,7 @@ def alikeness(
 ) -> Float[Array, ""]:
     """The penalty, times `orthogonality_every` in every such step, 0 in the others.
 
-    Rows are unit rows. Where d_sae is no multiple of the number of chunks, a few latents are left out, others each time.
+    Rows have norm 1. Where d_sae is no multiple of the number of chunks, a few latents are left out, others each time.
     """
     every, d_sae = config.orthogonality_every, len(W_dec)
     n_chunks = -(-d_sae // min(config.orthogonality_chunk, d_sae))

@@ -1,8 +1,8 @@
 """One training step as a pure, jitted function of (state, batch).
 
-1. scale inputs and targets; 2. losses and gradients, with matrix products in bfloat16 where that is faster; 3. project the
-decoder's gradient, hold frozen weights, clip, Adam; 4. decoder rows back to norm 1; 5. count how long each latent has been
-idle. SAEs of equal shapes share one compiled step. Left out: data, evaluation and everything with side effects.
+1. scale inputs and targets; 2. losses and gradients, with matrix products in bfloat16 where that is faster; 3. project
+the decoder's gradient, hold frozen weights, clip, Adam; 4. decoder rows back to norm 1; 5. count how long each latent
+has been idle. SAEs of equal shapes share one compiled step. Left out: data, evaluation and all that has side effects.
 """
 
 from collections.abc import Callable, Mapping

@@ -40,6 +40,7 @@ from sae.artefact import SaeArtefact
 from sae.checkpoints import Checkpoints, States
 from sae.config import TrainConfig
 from sae.data import Activations, DataOrder, TokenOrder, held_out, holdout, statistics
+from sae.formats import read_any
 from sae.jax_view import JaxSae
 from sae.live import LiveOrder, check_length
 from sae.log import Row, run_log
@@ -142,9 +143,6 @@ def prepare(config: TrainConfig) -> Run:
     names = tuple(dict.fromkeys(name for wiring in wirings for name in wiring.hook_points))
     stats = {name: statistics(store, name) for name in names}
     jobs = {str(wiring): _job(config, wiring, stats, len(wirings) == 1) for wiring in wirings}
-    if config.finetune:
-        from sae.formats import read_any
-
     initial = read_any(config.finetune) if config.finetune else None
     for job in jobs.values():
         _check(config, job, initial)

@@ -61,8 +61,8 @@ class Output(NamedTuple):
     loss: Float[Array, ""]
     """what training minimises"""
     terms: dict[str, Float[Array, ""]]
-    """by name: fvu (mean squared error over the variance of the store), aux (the share of the residual that dead latents
-    leave unexplained; 0 if none is dead), and what an architecture adds to its loss, unweighted"""
+    """by name: fvu (mean squared error over the variance of the store), aux (the share of the residual that dead
+    latents leave unexplained; 0 if none is dead), and what an architecture adds to its loss, unweighted"""
     l0: Float[Array, ""]
     """mean number of active latents a token"""
     active: Int[Array, " d_sae"]

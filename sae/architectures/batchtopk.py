@@ -1,11 +1,11 @@
 """BatchTopK: each batch keeps its k * batch largest latents, so that tokens share a budget.
 
-latents = pre * (pre >= cutoff) with the cutoff that leaves k * batch positive ones. Only the 2k largest latents of a token
+latents = pre * (pre >= cutoff) with the cutoff that leaves k * batch positive ones. Only the 2k largest of a token
 compete, which avoids a sort over batch * d_sae values. Source: Bussmann et al. 2024, arXiv:2412.06410.
 
-At inference a token stands alone: latents = pre * (pre > threshold), a JumpReLU, which is how the SAE is saved. A running
-mean of the cutoffs, as in the paper, would let more than k pass, since cutoffs are taken where no token has more than 2k.
-So the threshold is moved by what it lets pass itself: each step multiplies it by (passing / k)^0.1, until it is k.
+At inference a token stands alone: latents = pre * (pre > threshold), a JumpReLU, which is how the SAE is saved. A
+running mean of the cutoffs, as in the paper, would let more than k pass, since cutoffs are taken where no token has
+more than 2k. So the threshold is moved by what it lets pass itself: each step multiplies it by (passing / k)^0.1.
 """
 
 import jax

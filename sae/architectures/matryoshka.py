@@ -1,10 +1,12 @@
 """Matryoshka BatchTopK: nested dictionaries, each of which must reconstruct on its own.
 
-The latents are split into groups; the first m groups make the m-th dictionary, and the loss is the mean of their squared
-errors. General features settle in the small dictionaries and special ones in the rest, which lessens absorption at some
-cost in reconstruction. Latents are selected as in BatchTopK, over all groups. Source: Bussmann et al. 2025,
+The latents are split into groups; the first m groups make the m-th dictionary, and the loss is the mean of their
+squared errors. General features settle in the small dictionaries and special ones in the rest, which lessens absorption
+at some cost in reconstruction. Latents are selected as in BatchTopK, over all groups. Source: Bussmann et al. 2025,
 arXiv:2503.17547.
 """
+
+from itertools import pairwise
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -29,7 +31,7 @@ class Matryoshka(BatchTopK):
     ) -> tuple[Float[Array, ""], Float[Array, "batch d_out"]]:
         """Mean over the nested dictionaries, and the residual of the largest."""
         residual, total = y - self.b_dec[...], jnp.float32(0)
-        for start, stop in zip(self.bounds, self.bounds[1:], strict=False):
+        for start, stop in pairwise(self.bounds):
             residual = residual - decode(restrict(codes, start, stop), self.W_dec[start:stop])
             total += (residual**2).sum(axis=1).mean()
         return total / (len(self.bounds) - 1), residual
@@ -47,6 +49,6 @@ def bounds(groups: tuple[float, ...], d_sae: int) -> tuple[int, ...]:
     if abs(sum(groups) - 1) > 1e-6:
         raise ConfigError(where, expected="shares that add up to 1", got=f"{sum(groups):g}", fix=fix)
     edges = (0, *(round(d_sae * sum(groups[: i + 1])) for i in range(len(groups))))
-    if any(low >= high for low, high in zip(edges, edges[1:], strict=False)):
+    if any(low >= high for low, high in pairwise(edges)):
         raise ConfigError(where, expected=f"at least one of d_sae={d_sae} latents a group", got=list(groups), fix=fix)
     return edges

@@ -1,8 +1,10 @@
 """Sparse autoencoders that keep the k largest latents, so that sparsity needs no penalty and no tuning.
 
-1. pre-activations of all latents, without a gradient; 2. `select` picks the active ones; 3. those few get their gradient
-back (`sae.kernels.attach`) and are decoded row by row. For the first `k_anneal` of the run more are picked: 2k at first,
-then fewer, down to k. Left out: which latents are picked.
+1. pre-activations of all latents, without a gradient; 2. `select` picks the active ones; 3. those few get their
+gradient back (`sae.kernels.attach`) and are decoded row by row.
+
+In the first `k_anneal` of a run more are picked: 2k at first, then fewer, down to k, which leaves fewer latents dead
+(docs/LOG.md). Left out: which latents are picked.
 """
 
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ class Selecting(SparseCoder):
     """The largest latents, by a rule that subclasses give."""
 
     def select(self, pre: Float[Array, "batch d_sae"], k: int | float | Float[Array, ""]) -> Codes:
-        """Active latents of a training batch, about k a token and at most twice `config.k`, given its pre-activations."""
+        """Active latents of a batch with these pre-activations: about k a token, at most twice `config.k` of one."""
         raise NotImplementedError
 
     def errors(

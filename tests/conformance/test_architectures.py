@@ -13,6 +13,7 @@ from flax import nnx
 from activations.errors import ConfigError, UnknownNameError
 from sae.architectures import ARCHITECTURES, check_wiring, find
 from sae.architectures.base import Context, Means, Output, Scaling, SparseCoder, project_gradient, unit_rows
+from sae.architectures.batchtopk import BatchTopK
 from sae.architectures.penalised import Penalised
 from sae.architectures.selecting import Selecting
 from sae.artefact import SaeArtefact
@@ -33,7 +34,8 @@ Parameters = dict[str, jax.Array]
 
 def build(name: str, **changes: Any) -> SparseCoder:
     """One whose encoder is no longer tied and whose biases are not zero, as after some training."""
-    config = SaeConfig(**{"architecture": name, "d_sae": D_SAE, "k": K, "aux_k": 10, "groups": GROUPS} | changes)
+    settings = {"architecture": name, "d_sae": D_SAE, "k": K, "k_anneal": 0.0, "aux_k": 10, "groups": GROUPS}
+    config = SaeConfig(**settings | changes)
     d_out = D_OUT.get(name, D_IN)
     means = Means(jnp.ones(D_IN) / 2, jnp.linspace(0, 1, d_out) if name in D_OUT else jnp.ones(d_out) / 2)
     sae = find(name)(config, means, jax.random.key(0))
@@ -251,7 +253,8 @@ def test_inference_in_the_saved_form_is_what_training_computes(
     name: str, sae: SparseCoder, x: jax.Array, y: jax.Array
 ) -> None:
     sae = used(sae, x, y)
-    artefact = sae.to_artefact(scaling(name, 1.0) if name != "crosscoder" else Scaling(np.ones(D_IN), np.ones(D_IN)), {})
+    scales = Scaling(np.ones(D_IN), np.ones(D_IN)) if name == "crosscoder" else scaling(name, 1.0)
+    artefact = sae.to_artefact(scales, {})
     latents = np.asarray(JaxSae(artefact).encode(x))
     assert (latents >= 0).all()
     if name in SELECTING:
@@ -313,6 +316,32 @@ def test_adopting_a_saved_sae_gives_it_back(name: str, sae: SparseCoder, x: jax.
     )
 
 
+@pytest.mark.parametrize("name", SELECTING)
+def test_more_latents_are_selected_at_first(name: str, x: jax.Array, y: jax.Array) -> None:
+    sae = build(name, k_anneal=0.5)
+    l0 = [float(sae.loss(x, y, context(step=step)).l0) for step in (0, 25, 50, 99)]
+    assert l0 == pytest.approx([2 * K, 1.5 * K, K, K], abs=0.01)
+    once = build(name).loss(x, y, context())
+    late = sae.loss(x, y, context(step=50))
+    assert float(late.loss) == pytest.approx(float(once.loss), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in SELECTING if issubclass(ARCHITECTURES[name], BatchTopK)])
+def test_the_threshold_settles_where_k_pass(name: str, x: jax.Array, y: jax.Array) -> None:
+    """Also from a threshold that is far off, where a mean of the batches' cutoffs would let more pass."""
+    sae = build(name)
+    assert isinstance(sae, BatchTopK)
+    sae.observe(sae.loss(x, y, context()), context())
+    assert float(sae.threshold[...]) == pytest.approx(float(sae.loss(x, y, context()).observed["cutoff"]))
+    observe = nnx.jit(lambda sae: sae.observe(sae.loss(x, y, context()), context()))
+    for start in (1e-3, 30.0):
+        sae.threshold[...] = jnp.float32(start)
+        for _ in range(120):
+            observe(sae)
+        passing = (sae.preactivations(x) > sae.threshold[...]).sum() / BATCH
+        assert float(passing) == pytest.approx(K, abs=0.15)
+
+
 @pytest.mark.parametrize("name", PENALISED)
 def test_a_penalty_moves_towards_k(name: str, x: jax.Array) -> None:
     def moved(l0: float, **changes: Any) -> float:
@@ -338,7 +367,7 @@ def test_projected_gradients_keep_the_norm_to_first_order() -> None:
 
 
 def test_unknown_names_list_the_known() -> None:
-    with pytest.raises(UnknownNameError, match="one of standard, gated, topk, .*, got 'relu'"):
+    with pytest.raises(UnknownNameError, match=r"one of standard, gated, topk, .*, got 'relu'"):
         find("relu")
 
 

@@ -54,7 +54,10 @@ def make_store(tmp_path: Path) -> MakeStore:
         hook_points: tuple[str, ...] = (HOOK_POINT,),
     ) -> ActivationStore:
         first = fill(n_sequences * ctx, d_model, seed).reshape(n_sequences, ctx, d_model)
-        xs = {name: np.concatenate([first[..., :1], first[..., 1:] * (1 + i)], -1) for i, name in enumerate(hook_points)}
+        xs = {
+            hook_point: np.concatenate([first[..., :1], first[..., 1:] * (1 + i)], -1)
+            for i, hook_point in enumerate(hook_points)
+        }
         mask = np.random.default_rng(seed).random((n_sequences, ctx)) >= masked
         model = ModelRef(id="tiny", fingerprint="f00d", n_layers=2, d_model=d_model)
         meta = StoreMeta(
