@@ -8,6 +8,8 @@ goes on; a crash meanwhile leaves the one before.
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from activations.errors import DiskSpaceError, MismatchError
+from activations.errors import DiskSpaceError, MismatchError, StorageError
 from sae.config import TrainConfig
 from sae.step import TrainState
 
@@ -41,13 +43,15 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: object, *exception: object) -> None:
+        with suppress(Exception) if kind else _written(self.path):
+            self._manager.close()
 
     @property
     def last(self) -> int:
         """Step of the newest checkpoint that is on disk, 0 if there is none; waits for one that is being written."""
-        self._manager.wait_until_finished()
+        with _written(self.path):
+            self._manager.wait_until_finished()
         return self._manager.latest_step() or 0
 
     def restore(self, template: States) -> States:
@@ -71,8 +75,21 @@ class Checkpoints:
             _check_space(self.path, sum(leaf.nbytes for leaf in leaves))
             # Copies, since the next step takes the buffers over, and on a CPU orbax would write from those.
             copies = {name: np.array(leaf) for name, leaf in zip(names, leaves, strict=True)}
-            self._manager.save(step, args=ocp.args.StandardSave(copies))
+            with _written(self.path):
+                self._manager.save(step, args=ocp.args.StandardSave(copies))
         return done
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Turn whatever the libraries below raise when a disk is full or broken, also later, into an error of ours."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        kind = DiskSpaceError if "No space left" in reason or "RESOURCE_EXHAUSTED" in reason else StorageError
+        fix = "Make room or mend the disk, then run it again: it resumes from the checkpoint before."
+        raise kind(path, expected="a checkpoint to be written", got=reason[:200], fix=fix) from error
 
 
 def _flatten(states: States) -> tuple[list[str], list[Any], Any]:

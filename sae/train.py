@@ -52,7 +52,8 @@ from sae.wiring import Wiring, side_by_side
 
 DIVERGED = 1e3
 """a loss this large, where predicting the mean costs 1, does not come back"""
-EVAL_BATCH = 2048
+EVAL_CELLS = 2**24
+"""latents that an evaluation holds at a time"""
 
 
 class TrainedSae(NamedTuple):
@@ -217,10 +218,11 @@ def evaluate(run: Run, job: Job, state: TrainState) -> Evaluation:
     mean = np.concatenate([run.stats[name].mean for name in wiring.writes])
     evaluation = Evaluation(mean, artefact.d_sae)
     x, y = (side_by_side(run.held_out, names) for names in (wiring.reads, wiring.writes))
-    for i in range(0, len(x), EVAL_BATCH):
-        part = jnp.asarray(x[i : i + EVAL_BATCH])
+    rows = max(1, EVAL_CELLS // artefact.d_sae)
+    for i in range(0, len(x), rows):
+        part = jnp.asarray(x[i : i + rows])
         latents = sae.encode(part)
-        evaluation.add(y[i : i + EVAL_BATCH], np.asarray(sae.reconstruct(part, latents)), np.asarray(latents))
+        evaluation.add(y[i : i + rows], np.asarray(sae.reconstruct(part, latents)), np.asarray(latents))
     return evaluation
 
 

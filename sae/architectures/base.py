@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from sae.artefact import SaeArtefact, SavedArchitecture
 from sae.config import SaeConfig
+from sae.formats.folds import with_subtraction
 
 Reads = Literal["one", "pair", "several"]
 
@@ -169,14 +170,12 @@ class SparseCoder(nnx.Module):
 
         The reverse of `folded`; rows of any norm become unit rows without changing what the SAE computes.
         """
+        artefact = with_subtraction(artefact)
         rows = artefact.W_dec * scaling.outputs
         norm = np.maximum(np.linalg.norm(rows, axis=1), 1e-12)
-        b_enc = artefact.b_enc
-        if not (artefact.apply_b_dec_to_input or artefact.transcodes):
-            b_enc = b_enc + artefact.b_dec @ artefact.W_enc
         self.W_dec[...] = jnp.asarray(rows / norm[:, None])
         self.W_enc[...] = jnp.asarray(artefact.W_enc / scaling.inputs[:, None] * norm)
-        self.b_enc[...] = jnp.asarray(b_enc * norm)
+        self.b_enc[...] = jnp.asarray(artefact.b_enc * norm)
         self.b_dec[...] = jnp.asarray(artefact.b_dec * scaling.outputs)
         if artefact.threshold is not None:
             self.adopt_threshold(jnp.asarray(artefact.threshold * norm))

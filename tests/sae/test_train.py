@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import CheckpointManager
 
 from activations.errors import (
     ConfigError,
@@ -372,3 +373,24 @@ def test_checkpoints_are_kept_as_many_as_asked_for(config: TrainConfig) -> None:
     train(config.model_copy(update={"checkpoint_every": 5, "keep_checkpoints": 3}))
     kept = sorted(int(path.name) for path in (config.out / "checkpoints").iterdir() if path.is_dir())
     assert kept == [30, 35, 40]
+
+
+def test_a_disk_that_fills_up_meanwhile_is_said_and_the_run_resumes(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check beforehand is not enough: the disk fills while a checkpoint is being written."""
+    whole = config.model_copy(update={"out": tmp_path / "whole"})
+    train(whole)
+    save = CheckpointManager.save
+
+    def full(self: CheckpointManager, step: int, *args: Any, **kwargs: Any) -> bool:
+        if step == 30:
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing file: No space left on device")
+        return save(self, step, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointManager, "save", full)
+        with pytest.raises(DiskSpaceError, match=r"a checkpoint to be written, got .*No space left.*resumes"):
+            train(config)
+    assert train(config).resumed_from == 15
+    assert weights(config.out) == weights(whole.out)
