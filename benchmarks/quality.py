@@ -42,6 +42,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import numpy as np
 import torch
+from _matching import agreement, unit_rows
 from _results import device_name, record
 
 from activations.config import HarvestConfig
@@ -427,20 +428,10 @@ def match(arguments: argparse.Namespace) -> None:
     for settings, lines in groups.items():
         if len(lines) < 2:
             continue
-        rows = [unit_rows(read_any(arguments.data / line["sae"])) for line in lines]
-        best = [(a @ b.T).max(dim=1).values for a in rows for b in rows if a is not b]
-        found = {
-            "matched": round(float(torch.stack([(x >= arguments.cosine).double().mean() for x in best]).mean()), 4),
-            "mean_best_cosine": round(float(torch.stack([x.mean() for x in best]).mean()), 4),
-        }
+        rows = [unit_rows(read_any(arguments.data / line["sae"]).W_dec) for line in lines]
+        found = agreement(rows, arguments.cosine)
         seeds = [line["seed"] for line in lines]
         print(json.dumps({**json.loads(settings), "seeds": seeds, "cosine": arguments.cosine, **found}))  # noqa: T201
-
-
-def unit_rows(artefact: SaeArtefact) -> torch.Tensor:
-    """Decoder rows of norm 1, on the GPU if there is one."""
-    rows = torch.from_numpy(artefact.W_dec).to("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.nn.functional.normalize(rows, dim=1)
 
 
 def main() -> None:

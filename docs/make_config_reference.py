@@ -32,6 +32,17 @@ CLASSES: dict[str, type[Config]] = {
 EXAMPLES: dict[str, str] = {
     "harvest.yaml": "harvest",
     "train.yaml": "train",
+    "train_layers.yaml": "train",
+    "train_standard.yaml": "train",
+    "train_gated.yaml": "train",
+    "train_topk.yaml": "train",
+    "train_batchtopk.yaml": "train",
+    "train_jumprelu.yaml": "train",
+    "train_jumprelu_tanh.yaml": "train",
+    "train_matryoshka.yaml": "train",
+    "train_transcoder.yaml": "train",
+    "train_skip_transcoder.yaml": "train",
+    "train_crosscoder.yaml": "train",
     "evaluate.yaml": "evaluate",
     "index.yaml": "index",
     "vector_latent.yaml": "vector",
@@ -55,8 +66,12 @@ default:
 
 `saekit chat` takes its file as `--config FILE`, because its argument is the prompt. Values after `=` are YAML:
 `--set hook_points='[resid_post.6, resid_post.12]'`, `--set lr=null`. Dots reach into groups of keys. An unknown key is
-an error. `--dry-run` prints the resolved config and stops. `harvest`, `train`, `index` and `demo` save the resolved
-config beside their output. Relative paths start from the current directory.
+an error. `--dry-run` prints the resolved config and stops; that of `harvest` also measures, and that of `train` checks
+the store, what they would take. `harvest`, `train`, `index` and `demo` save the resolved config beside their output.
+Relative paths start from the current directory.
+
+The recipes for training say in their first lines how to harvest the store that they train on. tests/sae/test_recipes.py
+trains each of them for a few steps, on a small store.
 
 ## Files here
 

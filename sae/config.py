@@ -34,10 +34,10 @@ class SaeConfig(Config):
         default=None,
         gt=0,
         description="standard, gated, jumprelu_tanh: weight of the penalty; none: moved until L0 is k. "
-        "jumprelu: weight of (L0 / k - 1)^2; none: 1",
+        "jumprelu: weight of (L0 / target - 1)^2; none: 0.1",
     )
     bandwidth: float = Field(
-        default=0.5, gt=0, description="jumprelu: width around a threshold from which it learns, in units of latents"
+        default=2.0, gt=0, description="jumprelu: width around a threshold in which its step passes gradients on"
     )
     groups: tuple[float, ...] = Field(
         default=(1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32),

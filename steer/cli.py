@@ -81,7 +81,11 @@ def train(
     initial = [] if finetune is None else [f"finetune={json.dumps(str(finetune))}"]
     settings = TrainConfig.load(config, [*(set_ or []), *initial])
     if dry_run:
-        return _show({"config": settings.model_dump(mode="json")}, json_)
+        from sae.plan import plan
+
+        planned = plan(settings)
+        figures = planned.figures() if planned else {}
+        return _show({"config": settings.model_dump(mode="json"), **figures}, json_)
     from sae.train import train as run
 
     result = run(settings)

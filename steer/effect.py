@@ -31,14 +31,22 @@ from steer.runtime import Steer, steering
 from steer.vectors import SteeringVector
 
 READ_ROWS = 8
-Expresses = Callable[[Float[Tensor, "token d_model"]], Bool[Tensor, " token"]]
+
+
+class Concept(NamedTuple):
+    """What a vector stands for, as it is read off a text."""
+
+    hook_point: HookPoint
+    """where the unsteered model is read; where a transcoder reads, not where it writes and is steered at"""
+    shows: Callable[[Float[Tensor, "token d_model"]], Bool[Tensor, " token"]]
+    """on which tokens it shows, of what is read there"""
 
 
 class Reread(NamedTuple):
     """One continuation as the unsteered model reads it."""
 
     x: Float[Tensor, "token d_model"]
-    """residual stream on the continuation's tokens"""
+    """activations at a hook point on the continuation's tokens"""
     nll: float
     """nats that a continuation token costs, on average; 0 for an empty continuation"""
 
@@ -52,15 +60,15 @@ class DoseTrial(NamedTuple):
     nll: float
 
 
-def latent_reader(sae: TorchSae, latent: int) -> Expresses:
-    """The concept shows where the latent is active."""
-    return lambda x: sae.encode_some(x, torch.tensor([latent]))[:, 0] > 0
+def latent_reader(sae: TorchSae, latent: int, hook_point: HookPoint) -> Concept:
+    """The concept shows where the latent of an SAE that reads `hook_point` is active."""
+    return Concept(hook_point, lambda x: sae.encode_some(x, torch.tensor([latent]))[:, 0] > 0)
 
 
-def contrast_reader(vector: SteeringVector) -> Expresses:
+def contrast_reader(vector: SteeringVector) -> Concept:
     """The concept shows where the residual stream is on the positive side of the midpoint of the fit means."""
     direction, midpoint = torch.from_numpy(vector.direction), vector.source["midpoint"]
-    return lambda x: x @ direction > midpoint
+    return Concept(HookPoint.parse(vector.hook_point), lambda x: x @ direction > midpoint)
 
 
 def reread(loaded: LoadedModel, hook_point: HookPoint, prompts: Sequence[str], texts: Sequence[str]) -> list[Reread]:
@@ -78,16 +86,16 @@ def reread(loaded: LoadedModel, hook_point: HookPoint, prompts: Sequence[str], t
     return out
 
 
-def rate(reading: Reread, expresses: Expresses) -> float:
+def rate(reading: Reread, concept: Concept) -> float:
     """Share of a continuation's tokens on which the concept shows; 0 for an empty one."""
-    return float(expresses(reading.x).float().mean()) if len(reading.x) else 0.0
+    return float(concept.shows(reading.x).float().mean()) if len(reading.x) else 0.0
 
 
 def _tables(
-    readings: Sequence[Reread], expresses: Expresses, n_prompts: int
+    readings: Sequence[Reread], concept: Concept, n_prompts: int
 ) -> tuple[Float[np.ndarray, "condition prompt"], Float[np.ndarray, "condition prompt"]]:
     """Rate and cost of readings that go through the prompts once a condition."""
-    rates, nlls = [rate(reading, expresses) for reading in readings], [reading.nll for reading in readings]
+    rates, nlls = [rate(reading, concept) for reading in readings], [reading.nll for reading in readings]
     return np.array(rates).reshape(-1, n_prompts), np.array(nlls).reshape(-1, n_prompts)
 
 
@@ -111,7 +119,7 @@ def kl_per_token(
 def sweep_doses(
     loaded: LoadedModel,
     vector: SteeringVector,
-    expresses: Expresses,
+    concept: Concept,
     prompts: Sequence[str],
     doses: Sequence[float],
     *,
@@ -123,8 +131,8 @@ def sweep_doses(
     coefficients = [0.0, *(vector.coefficient_of(dose) for dose in doses)]
     deltas = torch.stack([coefficient * direction for coefficient in coefficients])
     texts = generate_conditions(loaded, point, prompts, deltas, max_new_tokens=max_new_tokens, seed=seed)
-    readings = reread(loaded, point, [*prompts] * len(deltas), [text for row in texts for text in row])
-    rates, nlls = (table.mean(axis=1) for table in _tables(readings, expresses, len(prompts)))
+    readings = reread(loaded, concept.hook_point, [*prompts] * len(deltas), [text for row in texts for text in row])
+    rates, nlls = (table.mean(axis=1) for table in _tables(readings, concept, len(prompts)))
     return [
         DoseTrial(vector.dose(coefficient), coefficient, float(rate), float(nll))
         for coefficient, rate, nll in zip(coefficients, rates, nlls, strict=True)
@@ -142,7 +150,7 @@ def choose_dose(trials: Sequence[DoseTrial], max_nll_rise: float) -> DoseTrial:
 def measure(
     loaded: LoadedModel,
     vector: SteeringVector,
-    expresses: Expresses,
+    concept: Concept,
     prompts: Sequence[str],
     coefficient: float,
     *,
@@ -167,8 +175,8 @@ def measure(
     asked = [f"{instruction}\n\n{prompt}" for prompt in prompts]
     zero = torch.zeros(1, loaded.d_model)
     texts += generate_conditions(loaded, point, asked, zero, max_new_tokens=max_new_tokens, seed=seed)
-    readings = reread(loaded, point, [*prompts] * len(texts), [text for row in texts for text in row])
-    rates, nlls = _tables(readings, expresses, n)
+    readings = reread(loaded, concept.hook_point, [*prompts] * len(texts), [text for row in texts for text in row])
+    rates, nlls = _tables(readings, concept, n)
     gain = rates[1] - rates[0]
     return {
         "coefficient": coefficient,

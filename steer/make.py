@@ -17,24 +17,24 @@ from sae.artefact import SaeArtefact
 from sae.index import check_belongs, check_store
 from sae.torch_view import TorchSae
 from steer.config import MeasureConfig, VectorConfig
-from steer.effect import Expresses, choose_dose, contrast_reader, latent_reader, measure, sweep_doses
+from steer.effect import Concept, choose_dose, contrast_reader, latent_reader, measure, sweep_doses
 from steer.library import load_library, save_library
-from steer.vectors import SteeringVector, from_contrast, from_latent, load_pairs
+from steer.vectors import SteeringVector, from_contrast, from_latent, load_pairs, places_of
 
 
 def make_vector(config: VectorConfig, loaded: LoadedModel | None = None) -> SteeringVector:
     """Make, dose and measure the vector of `config`, and add it to the library at `config.out`."""
     store = ActivationStore.open(config.store)
     loaded = loaded or load_model(config.model, device=config.device)
-    vector, expresses = _direction(config, loaded, store)
+    vector, concept = _direction(config, loaded, store)
     vector = replace(vector, name=config.name or vector.name)
     instruction = config.instruction or default_instruction(config)
-    measured = dose_and_measure(loaded, vector, expresses, config.measure, config.coefficient, instruction)
+    measured = dose_and_measure(loaded, vector, concept, config.measure, config.coefficient, instruction)
     add_to_library(config.out, measured)
     return measured
 
 
-def _direction(config: VectorConfig, loaded: LoadedModel, store: ActivationStore) -> tuple[SteeringVector, Expresses]:
+def _direction(config: VectorConfig, loaded: LoadedModel, store: ActivationStore) -> tuple[SteeringVector, Concept]:
     if config.kind == "contrast":
         check_store(store, loaded)
         hook_point = config.hook_point or store.hook_points[0]
@@ -45,9 +45,10 @@ def _direction(config: VectorConfig, loaded: LoadedModel, store: ActivationStore
         raise ConfigError("key 'latent'", expected="a latent", got="none", fix="Write --set latent=123.")
     artefact = SaeArtefact.load(config.sae)
     check_belongs(store, loaded, artefact)
-    stats = store.stats(artefact.hook_point)
-    vector = from_latent(artefact, config.latent, store.meta.model, stats.mean_norm)
-    return vector, latent_reader(TorchSae(artefact), config.latent)
+    places = places_of(artefact)
+    mean_norm = store.stats(str(places.writes)).mean_norm
+    vector = from_latent(artefact, config.latent, store.meta.model, mean_norm)
+    return vector, latent_reader(TorchSae(artefact), config.latent, places.reads)
 
 
 def default_instruction(config: VectorConfig) -> str:
@@ -60,7 +61,7 @@ def default_instruction(config: VectorConfig) -> str:
 def dose_and_measure(
     loaded: LoadedModel,
     vector: SteeringVector,
-    expresses: Expresses,
+    concept: Concept,
     config: MeasureConfig,
     coefficient: float | None,
     instruction: str,
@@ -70,12 +71,12 @@ def dose_and_measure(
     if coefficient is None:
         prompts = load_prompts("select")[: config.select_prompts]
         limits = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
-        sweep = sweep_doses(loaded, vector, expresses, prompts, config.doses, **limits)
+        sweep = sweep_doses(loaded, vector, concept, prompts, config.doses, **limits)
         coefficient = choose_dose(sweep, config.max_nll_rise).coefficient
     receipt = measure(
         loaded,
         vector,
-        expresses,
+        concept,
         load_prompts("heldout")[: config.heldout_prompts],
         coefficient,
         instruction=instruction,

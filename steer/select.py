@@ -15,13 +15,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from activations.hook_points import HookPoint
 from activations.models import LoadedModel
 from sae.artefact import SaeArtefact
 from sae.index_db import FeatureIndex, LatentRow
 from sae.torch_view import TorchSae
 from steer.effect import latent_reader, rate, reread
 from steer.generate import generate_conditions
+from steer.vectors import places_of
 
 MIN_DENSITY, MAX_DENSITY = 5e-4, 0.03
 MIN_DOCUMENTS, MIN_KINDS = 8, 6
@@ -69,19 +69,22 @@ def try_latents(
     max_new_tokens: int,
     seed: int,
 ) -> list[Trial]:
-    """Steer `prompts` with every latent and read its own gain back; best score first."""
-    point, sae = HookPoint.parse(artefact.hook_point), TorchSae(artefact)
+    """Steer `prompts` with every latent and read its own gain back; best score first.
+
+    Raises: MismatchError for an SAE of several hook points.
+    """
+    places, sae = places_of(artefact), TorchSae(artefact)
     rows = torch.from_numpy(artefact.W_dec[list(latents)])
-    deltas = coefficient * torch.cat([torch.zeros(1, artefact.d_model), rows / rows.norm(dim=1, keepdim=True)])
-    texts = generate_conditions(loaded, point, prompts, deltas, max_new_tokens=max_new_tokens, seed=seed)
-    readings = reread(loaded, point, [*prompts] * len(deltas), [text for row in texts for text in row])
+    deltas = coefficient * torch.cat([torch.zeros(1, artefact.d_out), rows / rows.norm(dim=1, keepdim=True)])
+    texts = generate_conditions(loaded, places.writes, prompts, deltas, max_new_tokens=max_new_tokens, seed=seed)
+    readings = reread(loaded, places.reads, [*prompts] * len(deltas), [text for row in texts for text in row])
     n = len(prompts)
     by_condition = [readings[i * n : (i + 1) * n] for i in range(len(deltas))]
     plain, steered = by_condition[0], by_condition[1:]
     trials = []
     for latent, after in zip(latents, steered, strict=True):
-        shows = latent_reader(sae, latent)
-        gain = np.mean([rate(a, shows) - rate(b, shows) for a, b in zip(after, plain, strict=True)])
+        concept = latent_reader(sae, latent, places.reads)
+        gain = np.mean([rate(a, concept) - rate(b, concept) for a, b in zip(after, plain, strict=True)])
         rise = np.mean([a.nll - b.nll for a, b in zip(after, plain, strict=True)])
         trials.append(Trial(latent, float(gain), float(rise)))
     return sorted(trials, key=lambda trial: -trial.score)

@@ -6,7 +6,7 @@
 The dose makes coefficients comparable between layers and models: the mean norm is taken at the hook point, over tokens
 that are neither the first of a text nor padding. Two ways to get a direction:
 
-- from a latent: the decoder row of an SAE;
+- from a latent: the decoder row of an SAE, at the hook point that the SAE writes;
 - from contrast pairs: difference in means. For pairs (prompt, positive, negative), the mean residual stream over the
   tokens of the positive continuations minus that over the negative ones (Marks & Tegmark, arXiv:2310.06824, section 3;
   Rimsky et al., arXiv:2312.06681).
@@ -18,19 +18,20 @@ import json
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from activations.errors import TextError, UnknownNameError
+from activations.errors import MismatchError, TextError, UnknownNameError
 from activations.hook_points import HookPoint
 from activations.hooks import capture, run_until
 from activations.models import LoadedModel
 from activations.store_schema import ModelRef
 from sae.artefact import SaeArtefact
+from sae.wiring import Wiring
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,15 +120,42 @@ def _parse_pair(line: str, where: str) -> ContrastPair:
     return pair
 
 
+class Places(NamedTuple):
+    """The two hook points of an SAE, which differ if it transcodes."""
+
+    reads: HookPoint
+    """where its latents are read"""
+    writes: HookPoint
+    """where its decoder rows belong"""
+
+
+def places_of(artefact: SaeArtefact) -> Places:
+    """Where an SAE is read and steered with. Raises: MismatchError if it reads or writes several hook points."""
+    wiring = Wiring.parse(artefact.hook_point)
+    for verb, names in (("reads", wiring.reads), ("writes", wiring.writes)):
+        if len(names) > 1:
+            raise MismatchError(
+                f"SAE of {wiring}",
+                expected="one hook point that it reads and one that it writes, to steer at",
+                got=f"one that {verb} {len(names)}",
+                fix="Choose an autoencoder or a transcoder.",
+            )
+    return Places(HookPoint.parse(wiring.reads[0]), HookPoint.parse(wiring.writes[0]))
+
+
 def from_latent(artefact: SaeArtefact, latent: int, model: ModelRef, mean_norm: float) -> SteeringVector:
-    """The decoder row of one latent. Raises: UnknownNameError if the SAE has no such latent."""
+    """The decoder row of one latent, at the hook point that the SAE writes.
+
+    Raises: UnknownNameError if the SAE has no such latent, MismatchError if it has several hook points.
+    """
     if not 0 <= latent < artefact.d_sae:
         raise UnknownNameError(
             f"latent {latent}", expected=f"0 to {artefact.d_sae - 1}", got=latent, fix="Choose a latent of this SAE."
         )
     row = artefact.W_dec[latent].astype(np.float32)
     source = {"kind": "latent", "latent": latent, "sae_sha256": artefact.sha256}
-    return SteeringVector(f"latent-{latent}", row / np.linalg.norm(row), artefact.hook_point, model, mean_norm, source)
+    direction, hook_point = row / np.linalg.norm(row), str(places_of(artefact).writes)
+    return SteeringVector(f"latent-{latent}", direction, hook_point, model, mean_norm, source)
 
 
 def from_contrast(loaded: LoadedModel, hook_point: str, name: str, pairs: list[ContrastPair]) -> SteeringVector:

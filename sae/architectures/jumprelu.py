@@ -2,20 +2,22 @@
 
     latents = pre * (pre > threshold),   pre = (x - b_dec) @ W_enc + b_enc
 
-The step has no useful gradient, so that thresholds get one from the pre-activations within half a bandwidth of them:
-d latents / d threshold = -threshold / bandwidth and d [pre > threshold] / d threshold = -1 / bandwidth there, 0 elsewhere.
+The step has no useful gradient, so that pre-activations within half a bandwidth of their threshold pass one on: there,
+d latents / d pre is threshold / bandwidth more than it would be, d [pre > threshold] / d pre is 1 / bandwidth, and
+thresholds get the same with a minus sign. That it reaches the pre-activations too, over a bandwidth of 2, is what keeps
+latents alive (docs/LOG.md).
 
-`JumpReLU` adds coefficient * (L0 / k - 1)^2, whose gradient moves thresholds alone. `TanhJumpReLU` adds
-coefficient * sum_j tanh(4 latents_j) / d_model, whose gradient reaches everything. Thresholds are parameters themselves, not their logarithms, whose steps are far too small,
-and start where k of d_sae normally distributed pre-activations would pass. Dead latents are revived as in the other
-architectures (AuxK), instead of by a penalty on their pre-activations.
+`JumpReLU` adds coefficient * (L0 / target - 1)^2, with a target that is moved from k until L0 is k, since
+reconstruction pulls L0 above it. `TanhJumpReLU` adds coefficient * sum_j tanh(4 latents_j) / d_model. Thresholds are
+parameters themselves, not their logarithms, whose steps are far too small, and start where k of d_sae normally
+distributed pre-activations would pass. Dead latents are revived as in the other architectures (AuxK), instead of by a
+penalty on their pre-activations.
 
 Source: Rajamanoharan et al. 2024, arXiv:2407.14435 (straight-through gradients and the quadratic form); Anthropic 2025,
-transformer-circuits.pub/2025/january-update (tanh).
+transformer-circuits.pub/2025/january-update (tanh, gradients to everything, the bandwidth).
 """
 
-from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,27 +32,33 @@ from sae.artefact import SavedArchitecture
 from sae.config import SaeConfig
 
 TANH_SLOPE = 4.0
+FARTHEST = 4.0
+"""how many times k, or what part of it, the target of L0 may become"""
 
 
 class JumpReLU(Penalised):
     """Thresholds that aim at an L0 of k."""
 
-    start: ClassVar[float] = 1.0
+    start: ClassVar[float] = 0.1
     threshold: nnx.Param[Float[Array, " d_sae"]]
+    target: nnx.BatchStat[Float[Array, ""]]
 
     def __init__(self, config: SaeConfig, means: Means, key: Key[Array, ""]):
         """As all SAEs start, with thresholds that let k normally distributed pre-activations pass."""
         super().__init__(config, means, key)
         self.threshold = nnx.Param(jnp.full(self.d_sae, jnp.maximum(ndtri(1 - config.k / self.d_sae), 0.01)))
+        self.target = nnx.BatchStat(jnp.float32(config.k))
 
     def activate(self, x: Float[Array, "batch d_in"]) -> tuple[Float[Array, "batch d_sae"], dict[str, Array]]:
-        """pre where it passes, and how far L0 is from k."""
+        """pre where it passes, and how far L0 is from the target."""
         pre, threshold, bandwidth = self.preactivations(x), self.threshold[...], self.config.bandwidth
         l0 = passes(pre, threshold, bandwidth).sum(axis=1).mean()
-        return jump(pre, threshold, bandwidth), {"sparsity": (l0 / self.config.k - 1) ** 2}
+        return jump(pre, threshold, bandwidth), {"sparsity": (l0 / self.target[...] - 1) ** 2}
 
     def observe(self, output: Output, context: Context) -> None:
-        """Nothing: the penalty names its target itself."""
+        """Move the target; the weight stays. Bounds keep an L0 that is slow to follow from driving it away."""
+        k = self.config.k
+        self.target[...] = jnp.clip(self.target[...] / self.excess(output, context), k / FARTHEST, k * FARTHEST)
 
     def saved(self) -> tuple[SavedArchitecture, np.ndarray | None, int | None]:
         """Saved as jumprelu."""
@@ -66,7 +74,7 @@ class JumpReLU(Penalised):
 class TanhJumpReLU(JumpReLU):
     """A penalty that counts latents, smoothly, as far as they are small."""
 
-    start: ClassVar[float] = 1e-3
+    start = Penalised.start
 
     def activate(self, x: Float[Array, "batch d_in"]) -> tuple[Float[Array, "batch d_sae"], dict[str, Array]]:
         """pre where it passes, and the sum of their tanh."""
@@ -78,44 +86,43 @@ class TanhJumpReLU(JumpReLU):
         super(JumpReLU, self).observe(output, context)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
+@jax.custom_vjp
 def jump(
     pre: Float[Array, "batch d_sae"], threshold: Float[Array, " d_sae"], bandwidth: float
 ) -> Float[Array, "batch d_sae"]:
-    """relu(pre) where pre > threshold, else 0; thresholds get a straight-through gradient."""
+    """relu(pre) where pre > threshold, else 0; the step passes a gradient on."""
     return jnp.where(pre > threshold, jax.nn.relu(pre), 0)
 
 
-def _jump_forward(pre: Array, threshold: Array, bandwidth: float) -> tuple[Array, tuple[Array, Array]]:
-    return jump(pre, threshold, bandwidth), (pre, threshold)
+def _jump_forward(pre: Array, threshold: Array, bandwidth: float) -> tuple[Array, tuple[Array, Array, Any]]:
+    return jump(pre, threshold, bandwidth), (pre, threshold, bandwidth)
 
 
-def _jump_backward(bandwidth: float, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    pre, threshold = saved
-    near = jnp.abs(pre - threshold) < bandwidth / 2
-    to_pre = jnp.where((pre > threshold) & (pre > 0), g, 0)
-    return to_pre, -(threshold / bandwidth) * jnp.where(near, g, 0).sum(axis=0)
+def _jump_backward(saved: tuple[Array, Array, Any], g: Array) -> tuple[Array, Array, None]:
+    pre, threshold, bandwidth = saved
+    step = jnp.where(jnp.abs(pre - threshold) < bandwidth / 2, g, 0) * threshold / bandwidth
+    return jnp.where((pre > threshold) & (pre > 0), g, 0) + step, -step.sum(axis=0), None
 
 
 jump.defvjp(_jump_forward, _jump_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
+@jax.custom_vjp
 def passes(
     pre: Float[Array, "batch d_sae"], threshold: Float[Array, " d_sae"], bandwidth: float
 ) -> Float[Array, "batch d_sae"]:
-    """1 where pre > threshold, else 0; only thresholds get a straight-through gradient."""
+    """1 where pre > threshold, else 0; the step passes a gradient on."""
     return (pre > threshold).astype(pre.dtype)
 
 
-def _passes_forward(pre: Array, threshold: Array, bandwidth: float) -> tuple[Array, tuple[Array, Array]]:
-    return passes(pre, threshold, bandwidth), (pre, threshold)
+def _passes_forward(pre: Array, threshold: Array, bandwidth: float) -> tuple[Array, tuple[Array, Array, Any]]:
+    return passes(pre, threshold, bandwidth), (pre, threshold, bandwidth)
 
 
-def _passes_backward(bandwidth: float, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    pre, threshold = saved
-    near = jnp.abs(pre - threshold) < bandwidth / 2
-    return jnp.zeros_like(pre), -jnp.where(near, g, 0).sum(axis=0) / bandwidth
+def _passes_backward(saved: tuple[Array, Array, Any], g: Array) -> tuple[Array, Array, None]:
+    pre, threshold, bandwidth = saved
+    step = jnp.where(jnp.abs(pre - threshold) < bandwidth / 2, g, 0) / bandwidth
+    return step, -step.sum(axis=0), None
 
 
 passes.defvjp(_passes_forward, _passes_backward)

@@ -3,10 +3,11 @@
     loss = ||y - y_hat||^2 / variance + coefficient * penalty + aux_coefficient * aux
 
 A penalty's right weight differs between models, layers and widths by orders of magnitude, and finding it takes a sweep.
-So `k` is what L0 should be here too: unless `sparsity_coefficient` is given, the weight starts low, and each step
-multiplies it by (L0 / k)^rate, with that ratio held between 1/e and e, until L0 settles at k. The rate is 20 over the
-steps of the run, so that weights over nine orders of magnitude are in reach, but at most 0.02, since L0 takes about a
-hundred steps to follow; runs of less than a thousand steps may end above k.
+So `k` is what L0 should be here too: unless `sparsity_coefficient` is given, each step multiplies the weight by
+(L0 / k)^rate, with that ratio held between 1/e and e, until L0 settles at k. The rate is 20 over the steps of the run,
+so that weights over nine orders of magnitude are in reach, but at most 0.02, since L0 takes about a hundred steps to
+follow. The weight starts at 1, in units in which predicting the mean costs 1 and activations vary by 1 a dimension: a
+run that starts too low learns dense latents first, and ends worse (docs/LOG.md).
 """
 
 from typing import ClassVar
@@ -24,7 +25,7 @@ GAIN, FASTEST = 20.0, 0.02
 class Penalised(SparseCoder):
     """Latents and a penalty on them, which subclasses give."""
 
-    start: ClassVar[float] = 1e-3
+    start: ClassVar[float] = 1.0
     """weight of the penalty at the first step, where none is given"""
     coefficient: nnx.BatchStat[Float[Array, ""]]
 
@@ -57,5 +58,9 @@ class Penalised(SparseCoder):
     def observe(self, output: Output, context: Context) -> None:
         """Move the weight of the penalty towards one that leaves k latents active."""
         if self.config.sparsity_coefficient is None:
-            excess = jnp.clip(jnp.log(jnp.maximum(output.l0, 1e-3) / self.config.k), -1, 1)
-            self.coefficient[...] *= jnp.exp(min(GAIN / context.n_steps, FASTEST) * excess)
+            self.coefficient[...] *= self.excess(output, context)
+
+    def excess(self, output: Output, context: Context) -> Float[Array, ""]:
+        """(L0 / k)^rate, which is above 1 while too many latents are active."""
+        ratio = jnp.clip(jnp.log(jnp.maximum(output.l0, 1e-3) / self.config.k), -1, 1)
+        return jnp.exp(min(GAIN / context.n_steps, FASTEST) * ratio)

@@ -109,7 +109,7 @@ class Stores:
 
 @pytest.fixture(scope="module")
 def tiny(tiny_llama: Path) -> LoadedModel:
-    return load_model(str(tiny_llama))
+    return load_model(str(tiny_llama), dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,7 @@ def settings(text: Path, tiny_llama: Path, tmp_path: Path) -> HarvestConfig:
         commit_sequences=2,
         max_tokens=10_000,
         store_dtype="float32",
+        compute_dtype="float32",
     )
 
 

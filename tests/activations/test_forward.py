@@ -22,7 +22,7 @@ HOOK = "resid_post.2"
 
 @pytest.fixture(scope="module")
 def tiny(tiny_llama: Path) -> LoadedModel:
-    return load_model(str(tiny_llama))
+    return load_model(str(tiny_llama), dtype="float32")
 
 
 def config(text: Path, out: Path, **changes: object) -> HarvestConfig:

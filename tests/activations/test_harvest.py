@@ -27,7 +27,7 @@ HOOKS = ("resid_pre.1", "resid_post.1", "resid_post.2")
 
 @pytest.fixture(scope="module")
 def tiny(tiny_llama: Path) -> LoadedModel:
-    return load_model(str(tiny_llama))
+    return load_model(str(tiny_llama), dtype="float32")
 
 
 @pytest.fixture
@@ -50,6 +50,7 @@ def config(text: Path, out: Path, model: Path | None = None, **changes: object) 
         "commit_sequences": 8,
         "max_tokens": 10_000,
         "store_dtype": "float32",
+        "compute_dtype": "float32",
     }
     return HarvestConfig.model_validate(values | changes)
 
@@ -135,7 +136,7 @@ def test_ctrl_c_keeps_what_was_committed(
 
 
 def test_nan_names_the_place(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
-    broken = load_model(str(tiny_llama))
+    broken = load_model(str(tiny_llama), dtype="float32")
     with torch.no_grad():
         broken.model.get_input_embeddings().weight[broken.tokenizer("and")["input_ids"][-1]] = float("nan")
     with pytest.raises(NumericsError, match=r"resid_pre.1 in document 0, position \d+.*NaN"):

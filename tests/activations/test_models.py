@@ -28,7 +28,7 @@ from activations.models import (
 
 @pytest.fixture(scope="module")
 def loaded(tiny_llama: Path) -> LoadedModel:
-    return load_model(str(tiny_llama), device="cpu")
+    return load_model(str(tiny_llama), device="cpu", dtype="float32")
 
 
 @pytest.fixture

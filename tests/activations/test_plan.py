@@ -16,7 +16,7 @@ from activations.store import ActivationStore
 
 @pytest.fixture(scope="module")
 def tiny(tiny_llama: Path) -> LoadedModel:
-    return load_model(str(tiny_llama))
+    return load_model(str(tiny_llama), dtype="float32")
 
 
 def config(folder: Path, n_documents: int, **changes: object) -> HarvestConfig:

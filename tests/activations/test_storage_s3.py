@@ -43,7 +43,7 @@ def where(bucket: Callable[[], str]) -> str:
 
 @pytest.fixture(scope="module")
 def tiny(tiny_llama: Path) -> LoadedModel:
-    return load_model(str(tiny_llama))
+    return load_model(str(tiny_llama), dtype="float32")
 
 
 def settings(out: str, text: Path, **changes: object) -> HarvestConfig:

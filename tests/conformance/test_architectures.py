@@ -14,6 +14,7 @@ from activations.errors import ConfigError, UnknownNameError
 from sae.architectures import ARCHITECTURES, check_wiring, find
 from sae.architectures.base import Context, Means, Output, Scaling, SparseCoder, project_gradient, unit_rows
 from sae.architectures.batchtopk import BatchTopK
+from sae.architectures.jumprelu import JumpReLU
 from sae.architectures.penalised import Penalised
 from sae.architectures.selecting import Selecting
 from sae.artefact import SaeArtefact
@@ -122,7 +123,7 @@ def dense_latents(name: str, p: Parameters, x: jax.Array, mask: np.ndarray | Non
 
 
 def reference_cost(name: str, p: Parameters, x: jax.Array, y: jax.Array, mask: np.ndarray | None) -> jax.Array:
-    """The loss without what revives dead latents, dense and differentiable by JAX alone, thresholds excepted."""
+    """The loss without what revives dead latents, dense and differentiable by JAX alone, steps excepted."""
     latents = dense_latents(name, p, x, mask)
     skip = (x - 0.5) @ p["W_skip"].T if name == "skip_transcoder" else 0
     full = y - latents @ p["W_dec"] - p["b_dec"] - skip
@@ -131,15 +132,15 @@ def reference_cost(name: str, p: Parameters, x: jax.Array, y: jax.Array, mask: n
         nested = [y - latents[:, :n] @ p["W_dec"][:n] - p["b_dec"] for n in (4, 12, 24, 40)]
         cost = sum((error**2).sum(1).mean() / VARIANCE for error in nested) / 4
     if name == "standard":
-        cost += 1e-3 * latents.sum(1).mean() / D_IN
+        cost += latents.sum(1).mean() / D_IN
     if name == "gated":
         gate = jax.nn.relu((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"])
         W_dec, b_dec = jax.lax.stop_gradient((p["W_dec"], p["b_dec"]))
-        cost += 1e-3 * gate.sum(1).mean() / D_IN + ((x - gate @ W_dec - b_dec) ** 2).sum(1).mean() / D_IN
+        cost += gate.sum(1).mean() / D_IN + ((x - gate @ W_dec - b_dec) ** 2).sum(1).mean() / D_IN
     if name == "jumprelu_tanh":
-        cost += 1e-3 * jnp.tanh(4 * latents).sum(1).mean() / D_IN
+        cost += jnp.tanh(4 * latents).sum(1).mean() / D_IN
     if name == "jumprelu":
-        cost += ((latents > 0).sum(1).mean() / K - 1) ** 2
+        cost += 0.1 * ((latents > 0).sum(1).mean() / K - 1) ** 2
     return cost
 
 
@@ -151,20 +152,22 @@ def reference_revival(name: str, p: Parameters, x: jax.Array, residual: jax.Arra
     return (error**2).sum() / ((residual - residual.mean(0)) ** 2).sum() if dead.any() else jnp.float32(0)
 
 
-def threshold_gradient(name: str, p: Parameters, x: jax.Array, y: jax.Array, bandwidth: float) -> np.ndarray:
-    """By its definition: pre-activations within half a bandwidth of a threshold pass its gradient on."""
-    pre = np.asarray((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"])
+def gradients_of_steps(p: Parameters, name: str, x: jax.Array, y: jax.Array, bandwidth: float) -> Parameters:
+    """By definition: pre - threshold within half a bandwidth passes on what a latent, or its count, would cost."""
+    above = (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"] - p["threshold"]
 
     def of_latents(latents: jax.Array) -> jax.Array:
         cost = ((y - latents @ p["W_dec"] - p["b_dec"]) ** 2).sum(1).mean() / VARIANCE
-        return cost + (1e-3 * jnp.tanh(4 * latents).sum(1).mean() / D_IN if name == "jumprelu_tanh" else 0)
+        return cost + (jnp.tanh(4 * latents).sum(1).mean() / D_IN if name == "jumprelu_tanh" else 0)
 
     latents = dense_latents(name, p, x, None)
-    near = np.abs(pre - p["threshold"]) < bandwidth / 2
-    through_values = (near * -p["threshold"] / bandwidth * jax.grad(of_latents)(latents)).sum(0)
-    l0 = (latents > 0).sum(1).mean()
-    through_count = 2 * (l0 / K - 1) / K * (near * -1 / bandwidth).sum(0) / BATCH
-    return np.asarray(through_values + (through_count if name == "jumprelu" else 0))
+    of_count = 0.1 * 2 * ((latents > 0).sum(1).mean() / K - 1) / K / BATCH if name == "jumprelu" else 0
+    passed = (jnp.abs(above) < bandwidth / 2) * (p["threshold"] * jax.grad(of_latents)(latents) + of_count) / bandwidth
+
+    def weighted(q: Parameters) -> jax.Array:
+        return (passed * ((x - q["b_dec"]) @ q["W_enc"] + q["b_enc"] - q["threshold"])).sum()
+
+    return jax.grad(weighted)(p)
 
 
 def test_it_starts_with_unit_rows_at_the_mean(name: str) -> None:
@@ -217,7 +220,7 @@ def test_loss_and_gradients_equal_the_dense_reference(
 
     expected, grads = jax.value_and_grad(reference)(params)
     if "threshold" in grads:
-        grads["threshold"] = threshold_gradient(name, params, x, y, sae.config.bandwidth)
+        grads = jax.tree.map(jnp.add, grads, gradients_of_steps(params, name, x, y, sae.config.bandwidth))
     out = sae.loss(x, y, context(dead_after))
     assert float(out.loss) == pytest.approx(float(expected), rel=1e-5)
     assert float(out.terms["fvu"]) == pytest.approx(float((residual**2).sum(1).mean() / VARIANCE), rel=1e-5)
@@ -352,10 +355,23 @@ def test_a_penalty_moves_towards_k(name: str, x: jax.Array) -> None:
         return float(sae.coefficient[...]) / before
 
     if name == "jumprelu":
-        assert moved(10 * K) == 1, "its target is in its loss"
+        assert moved(10 * K) == 1, "it moves its target instead"
     else:
         assert moved(10 * K) > moved(1.1 * K) > moved(K) == 1 > moved(0.5 * K)
     assert moved(10 * K, sparsity_coefficient=0.3) == 1
+
+
+def test_the_target_of_jumprelu_moves_until_l0_is_k() -> None:
+    def moved(l0: float, steps: int = 1) -> float:
+        sae = build("jumprelu")
+        assert isinstance(sae, JumpReLU)
+        assert float(sae.target[...]) == K
+        for _ in range(steps):
+            sae.observe(Output(jnp.float32(0), {}, jnp.float32(l0), jnp.zeros(D_SAE, jnp.int32), {}), context())
+        return float(sae.target[...])
+
+    assert moved(10 * K) < moved(1.1 * K) < moved(K) == K < moved(0.5 * K)
+    assert moved(10 * K, steps=200) == K / 4, "and no farther"
 
 
 def test_projected_gradients_keep_the_norm_to_first_order() -> None:

@@ -1,16 +1,19 @@
 """The demo on the real model, at a small budget: every artefact, honest figures, and steering that is causal."""
 
 import json
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from activations.models import LoadedModel
+from activations.models import LoadedModel, load_model
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from sae.index_db import FeatureIndex
+from steer import demo
 from steer.config import ChatConfig, DemoConfig, MeasureConfig
 from steer.demo import run_demo, transcript
 from steer.generate import generate
@@ -34,6 +37,14 @@ SMALL: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> DemoConfig:
     return DemoConfig(out=tmp_path_factory.mktemp("demo"), **SMALL)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_float32() -> Iterator[None]:
+    """Also where the processor would have the demo in bfloat16, so that its figures compare with those of `smollm2`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "load_model", partial(load_model, dtype="float32"))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ from sae.torch_view import TorchSae
 from sae.wiring import Wiring
 
 HOOK, CTX, WIDTH, HOLDOUT = "resid_post.1", 24, 32, 0.4
+OTHERS = ("resid_post.0", "resid_mid.1", "mlp_out.1", "resid_pre.2", "resid_post.2")
 CONTROL = "The river <|im_start|> ran past."
 
 
 @pytest.fixture(scope="module")
 def loaded(tiny_llama: Path) -> LoadedModel:
-    return load_model(str(tiny_llama))
+    return load_model(str(tiny_llama), dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def store(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Acti
     rows = [f"Text {i} has {'la ' * (5 * i % 8)}{i * 37}." if i % 5 else CONTROL for i in range(30)]
     (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
     config = HarvestConfig(
-        model=loaded.spec, text=str(folder / "text.jsonl"), hook_points=(HOOK,), out=folder / "store", ctx=CTX,
+        model=loaded.spec, text=str(folder / "text.jsonl"), hook_points=(HOOK, *OTHERS), out=folder / "store", ctx=CTX,
         commit_sequences=8, store_dtype="float32", max_tokens=10_000,
     )  # fmt: skip
     return ActivationStore.open(harvest(config, loaded).path)
@@ -99,6 +100,92 @@ def test_an_sae_that_says_zero_is_zero_ablation(store: ActivationStore, loaded: 
     scores = run(constant(loaded, np.zeros(WIDTH)), store, loaded, tmp_path)
     assert scores["ce_sae"] == pytest.approx(scores["ce_zero"], abs=1e-5)
     assert scores["ce_loss_recovered_zero"] == pytest.approx(0, abs=1e-4)
+
+
+def wired(sae: SaeArtefact, hook_point: str, **changes: Any) -> SaeArtefact:
+    """An SAE made to read and write other hook points."""
+    transcodes = {"transcodes": True, "apply_b_dec_to_input": False} if "->" in hook_point else {}
+    return replace(sae, metadata=sae.metadata | {"hook_point": hook_point}, **transcodes, **changes)
+
+
+def both_signs(loaded: LoadedModel, hook_point: str, matrix: np.ndarray) -> SaeArtefact:
+    """y = relu(x) @ matrix - relu(-x) @ matrix."""
+    d_in, d_out = matrix.shape
+    W_enc, zeros = np.hstack([np.eye(d_in), -np.eye(d_in)]).astype(np.float32), np.zeros(2 * d_in, np.float32)
+    W_dec, b_dec = np.vstack([matrix, -matrix]).astype(np.float32), np.zeros(d_out, np.float32)
+    changes = {"W_enc": W_enc, "b_enc": zeros, "W_dec": W_dec, "b_dec": b_dec, "threshold": zeros}
+    return wired(perfect(loaded), hook_point, **changes)
+
+
+@pytest.mark.parametrize(
+    ("hook_point", "matrix"),
+    [
+        ("resid_post.1->resid_pre.2", np.eye(WIDTH)),
+        ("resid_mid.1+mlp_out.1->resid_post.1", np.vstack([np.eye(WIDTH)] * 2)),
+        ("resid_post.0+resid_post.2", np.eye(2 * WIDTH)),
+        ("mlp_out.1+resid_post.1", np.eye(2 * WIDTH)),
+    ],
+)
+def test_a_perfect_transcoder_or_crosscoder_recovers_everything(
+    store: ActivationStore, loaded: LoadedModel, tmp_path: Path, hook_point: str, matrix: np.ndarray
+) -> None:
+    """Each knows what it writes from what it reads: a copy, the two terms of a sum, or itself."""
+    scores = run(both_signs(loaded, hook_point, matrix), store, loaded, tmp_path)
+    assert scores["fvu"] == pytest.approx(0, abs=1e-9)
+    assert scores["l0"] == pytest.approx(len(matrix))
+    assert scores["ce_sae"] == pytest.approx(scores["ce_clean"], abs=1e-4)
+    assert scores["ce_loss_recovered"] == pytest.approx(1, abs=1e-3)
+    assert abs(scores["ce_mean"] - scores["ce_clean"]) > 0.01, "else 0 and 1 are the same"
+
+
+@pytest.mark.parametrize("hook_point", ["resid_mid.1->mlp_out.1", "resid_post.0+resid_post.2"])
+def test_saying_the_mean_of_what_is_written_recovers_nothing(
+    store: ActivationStore, loaded: LoadedModel, tmp_path: Path, hook_point: str
+) -> None:
+    wiring = Wiring.parse(hook_point)
+    sizes = len(wiring.reads) * WIDTH, len(wiring.writes) * WIDTH
+    sae = both_signs(loaded, hook_point, np.zeros(sizes))
+    mean = np.concatenate([store.stats(name).mean for name in wiring.writes])
+    scores = run(replace(sae, b_dec=mean.astype(np.float32)), store, loaded, tmp_path)
+    assert scores["fvu"] == pytest.approx(1, abs=1e-6)
+    assert scores["ce_sae"] == pytest.approx(scores["ce_mean"], abs=1e-5)
+    assert scores["ce_loss_recovered"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_crosscoders_fvu_is_over_all_that_it_writes(
+    store: ActivationStore, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    """Perfect at one hook point, the mean at the other: what is left is the other's share of the variance."""
+    names = ("resid_post.0", "resid_post.2")
+    half = np.diag([1.0] * WIDTH + [0.0] * WIDTH)
+    mean = np.concatenate([np.zeros(WIDTH), store.stats(names[1]).mean]).astype(np.float32)
+    sae = both_signs(loaded, "+".join(names), half)
+    scores = run(replace(sae, b_dec=mean), store, loaded, tmp_path)
+    variances = []
+    for name in names:
+        x = store.activations(name, split(store, HOLDOUT))[store.mask(split(store, HOLDOUT))]
+        variances.append(((x - store.stats(name).mean) ** 2).sum())
+    assert scores["fvu"] == pytest.approx(variances[1] / sum(variances), rel=1e-5)
+
+
+def test_all_that_a_crosscoder_writes_is_replaced_at_once(
+    store: ActivationStore, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    """Neither of these hook points decides alone what leaves the model."""
+    names = ("resid_post.0", "mlp_out.1")
+    scores = run(both_signs(loaded, "+".join(names), np.eye(2 * WIDTH)), store, loaded, tmp_path)
+    total = 0.0
+    for i in range(split(store, HOLDOUT), store.n_sequences):
+        mask = torch.from_numpy(store.mask(i, i + 1)[0])
+        length = 1 + int(torch.nonzero(mask).max())
+        ids, keep = torch.from_numpy(store.tokens(i, i + 1)).long()[:, :length], mask[None, :length, None]
+        with torch.no_grad(), ExitStack() as stack:
+            for name in names:
+                zero = edit(loaded.model, loaded.family, HookPoint.parse(name), lambda x, keep=keep: x * ~keep)
+                stack.enter_context(zero)
+            losses = -loaded.model(ids).logits[0].log_softmax(-1)[range(length - 1), ids[0, 1:]]
+        total += float(losses[mask[: length - 1]].sum())
+    assert scores["ce_zero"] == pytest.approx(total / scores["ce_tokens"], rel=1e-5)
 
 
 def test_the_clean_loss_is_that_of_hugging_face_over_the_same_positions(
@@ -161,9 +248,9 @@ def test_masked_tokens_are_left_as_they_are(
     spliced_losses(store, Wiring.parse(HOOK), TorchSae(constant(loaded, 0 * mean + 7)), loaded, rows)
     ids = torch.from_numpy(np.concatenate([store.tokens(i, i + 1) for i in rows.tolist()]))
     assert (ids[~mask] == control).sum() == 3
-    for (x, y), value in zip(seen, (None, 7.0, torch.from_numpy(mean).float(), 0.0), strict=True):
+    for (x, y), value in zip(seen, (7.0, torch.from_numpy(mean).float(), 0.0), strict=True):
         assert torch.equal(x[~mask], y[~mask])
-        assert torch.equal(y[mask], x[mask] if value is None else torch.zeros_like(x[mask]) + value)
+        assert torch.equal(y[mask], torch.zeros_like(x[mask]) + value)
 
 
 def test_only_held_out_sequences_are_read(
@@ -190,9 +277,9 @@ def test_only_held_out_sequences_are_read(
     ("change", "error", "match"),
     [
         ("store", MismatchError, "a store of"),
-        ("width", MismatchError, "d_model 32, got 31"),
+        ("width", MismatchError, r"reads and writes widths \(32, 32\), got \(31, 31\)"),
         ("model", MismatchError, "another"),
-        ("hook", HookPointError, "one of resid_post.1"),
+        ("hook", HookPointError, "one of resid_post.1, resid_post.0"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(
@@ -206,7 +293,7 @@ def test_what_does_not_belong_together_is_refused(
     elif change == "model":
         sae = replace(sae, metadata=sae.metadata | {"model": {"id": "another", "fingerprint": "beef"}})
     else:
-        sae = replace(sae, metadata=sae.metadata | {"hook_point": "resid_post.2"})
+        sae = replace(sae, metadata=sae.metadata | {"hook_point": "resid_post.3"})
     with pytest.raises(error, match=match):
         run(sae, store, loaded, tmp_path)
     assert not (tmp_path / "sae" / "evaluation.json").exists()

@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -27,8 +28,17 @@ from sae.artefact import SaeArtefact
 from sae.config import IndexConfig
 from sae.index import build_index
 from sae.index_db import FILE_NAME, FeatureIndex, LatentRow, write_index
+from sae.wiring import Wiring
 
 HOOK, CTX, D_MODEL, D_SAE, DEAD = "resid_post.1", 16, 32, 24, (3, 17)
+OTHERS = ("mlp_out.2", "resid_post.2")
+KINDS = {
+    "topk": ("topk", HOOK),
+    "jumprelu": ("jumprelu", HOOK),
+    "transcoder": ("jumprelu", f"{HOOK}->mlp_out.2"),
+    "crosscoder": ("jumprelu", f"{HOOK}+resid_post.2"),
+}
+"""name -> architecture as it is saved, and what it reads and writes"""
 N_CONTEXTS, BEFORE, AFTER, BINS = 5, 3, 2, 7
 
 
@@ -44,27 +54,32 @@ class Made(NamedTuple):
     """[seq, ctx, d_sae], zero on masked tokens"""
 
 
-def random_sae(architecture: str, x: np.ndarray, loaded: LoadedModel) -> SaeArtefact:
+def random_sae(architecture: str, hook_point: str, x: np.ndarray, loaded: LoadedModel) -> SaeArtefact:
     """A random SAE, sparse on `x`, whose latents DEAD are never active."""
-    rng = np.random.default_rng(0)
-    W_enc, W_dec = (rng.standard_normal(shape).astype(np.float32) for shape in ((D_MODEL, D_SAE), (D_SAE, D_MODEL)))
+    rng, wiring = np.random.default_rng(0), Wiring.parse(hook_point)
+    shapes = (x.shape[1], D_SAE), (D_SAE, D_MODEL * len(wiring.writes))
+    W_enc, W_dec = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     b_enc, b_dec = rng.standard_normal(D_SAE).astype(np.float32), x.mean(axis=0)
+    centre = 0 if wiring.transcodes else b_dec
     b_enc[list(DEAD)] = -1e4
-    rule = {"k": 3} if architecture == "topk" else {}
+    rule: dict[str, Any] = {"k": 3} if architecture == "topk" else {}
     if architecture == "jumprelu":
-        pre = np.sort(np.maximum((x - b_dec) @ W_enc + b_enc, 0), axis=0)[int(0.85 * len(x)) : int(0.95 * len(x))]
+        pre = np.sort(np.maximum((x - centre) @ W_enc + b_enc, 0), axis=0)[int(0.85 * len(x)) : int(0.95 * len(x))]
         # In the widest gap, so that no activation lies on its threshold.
         at = np.diff(pre, axis=0).argmax(axis=0)
         threshold = (pre[at, np.arange(D_SAE)] + pre[at + 1, np.arange(D_SAE)]) / 2
         threshold[DEAD[0]] = np.inf
         rule = {"threshold": threshold}
     model = {"id": loaded.id, "fingerprint": loaded.fingerprint}
-    metadata = {"hook_point": HOOK, "model": model}
+    metadata = {"hook_point": hook_point, "model": model}
+    if wiring.transcodes:
+        rule |= {"transcodes": True, "apply_b_dec_to_input": False}
     return SaeArtefact(architecture, W_enc, b_enc, W_dec, b_dec, metadata=metadata, **rule)
 
 
 def encode(sae: SaeArtefact, x: np.ndarray) -> np.ndarray:
-    pre = np.maximum((x - sae.b_dec) @ sae.W_enc + sae.b_enc, 0)
+    centre = sae.b_dec if sae.apply_b_dec_to_input else 0
+    pre = np.maximum((x - centre) @ sae.W_enc + sae.b_enc, 0)
     if sae.threshold is not None:
         return np.where(pre > sae.threshold, pre, 0)
     return np.where(pre >= np.sort(pre, axis=-1)[..., [-sae.k]], pre, 0)
@@ -74,12 +89,12 @@ def encode(sae: SaeArtefact, x: np.ndarray) -> np.ndarray:
 def store(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     """Forty documents of one to three sequences, one with a control token inside."""
     folder = tmp_path_factory.mktemp("index")
-    rows = [{"text": f"Text {i} has {'la ' * (5 * i % 8)}{'mill sea ' * (i % 3)}{i * 37}."} for i in range(40)]
+    rows = [{"text": f"Text {i} has {'la ' * (5 * i % 8)}{'mill sea ' * (i % 3)}{i * 41}."} for i in range(40)]
     rows.append({"text": "The river <|im_start|> ran past."})
     (folder / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = HarvestConfig(
-        model=str(tiny_llama), text=str(folder / "text.jsonl"), hook_points=(HOOK,), out=folder / "store",
-        ctx=CTX, commit_sequences=8, batch_tokens=64, store_dtype="float32", max_tokens=10_000,
+        model=str(tiny_llama), text=str(folder / "text.jsonl"), hook_points=(HOOK, *OTHERS), out=folder / "store",
+        ctx=CTX, commit_sequences=8, batch_tokens=64, store_dtype="float32", compute_dtype="float32", max_tokens=10_000,
     )  # fmt: skip
     store = ActivationStore.open(harvest(config).path)
     assert store.n_sequences > store.documents().max() + 1, "some documents have several sequences"
@@ -90,12 +105,12 @@ def store(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Activat
 @pytest.fixture(scope="module")
 def loaded(tiny_llama: Path) -> LoadedModel:
     """With a final norm whose gain is not 1, as it is in a random model."""
-    loaded = load_model(str(tiny_llama))
+    loaded = load_model(str(tiny_llama), dtype="float32")
     loaded.model.model.norm.weight.copy_(torch.linspace(0.2, 3, D_MODEL))
     return loaded
 
 
-@pytest.fixture(scope="module", params=["topk", "jumprelu"])
+@pytest.fixture(scope="module", params=KINDS)
 def made(
     request: pytest.FixtureRequest,
     store: ActivationStore,
@@ -103,8 +118,9 @@ def made(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Made:
     folder = tmp_path_factory.mktemp(request.param)
-    x, mask = store.activations(HOOK), store.mask()
-    random_sae(request.param, x[mask], loaded).save(folder / "sae")
+    architecture, hook_point = KINDS[request.param]
+    x, mask = np.concatenate([store.activations(name) for name in Wiring.parse(hook_point).reads], -1), store.mask()
+    random_sae(architecture, hook_point, x[mask], loaded).save(folder / "sae")
     artefact = SaeArtefact.load(folder / "sae")
     config = IndexConfig(
         store=store.path, sae=folder / "sae", model=loaded.spec, out=folder / "index", n_contexts=N_CONTEXTS,
@@ -182,10 +198,11 @@ def test_neighbours_are_the_nearest_decoder_rows(made: Made) -> None:
 
 
 def test_logits_are_those_of_the_decoder_row_through_norm_and_unembedding(made: Made) -> None:
+    """Of a crosscoder's row, the part for its last hook point."""
     model, tokenizer = made.loaded.model, made.loaded.tokenizer
     gain, unembedding = model.model.norm.weight.numpy(), model.lm_head.weight.numpy()
     for row in made.index.rows():
-        logits = unembedding @ (made.artefact.W_dec[row.latent] * gain)
+        logits = unembedding @ (made.artefact.W_dec[row.latent, -D_MODEL:] * gain)
         logits -= logits.mean()
         order = np.argsort(logits)
         for have, expected in ((row.top_logits, order[::-1]), (row.bottom_logits, order)):
@@ -215,7 +232,11 @@ def test_rows_are_filtered_and_strongest_first(made: Made) -> None:
 
 def test_info_says_what_it_was_made_from(made: Made) -> None:
     info = made.index.info
-    assert (info["d_sae"], info["hook_point"], info["n_tokens"]) == (D_SAE, HOOK, int(made.store.mask().sum()))
+    assert (info["d_sae"], info["hook_point"], info["n_tokens"]) == (
+        D_SAE,
+        made.artefact.hook_point,
+        int(made.store.mask().sum()),
+    )
     assert (info["sae_sha256"], info["store_fingerprint"]) == (made.artefact.sha256, made.store.fingerprint)
     assert info["model"]["fingerprint"] == made.loaded.fingerprint
     assert IndexConfig.load(made.config.out / "index.yaml") == made.config
@@ -231,24 +252,25 @@ def test_a_store_of_another_model_is_refused(made: Made, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ("width", MismatchError, "d_model 32, got 31"),
+        ("width", MismatchError, "reads and writes widths {good}, got {bad}"),
         ("model", MismatchError, "another"),
-        ("hook", HookPointError, "one of resid_post.1"),
+        ("hook", HookPointError, "one of resid_post.1, mlp_out.2, resid_post.2"),
     ],
 )
 def test_an_sae_that_does_not_belong_is_refused(
     made: Made, tmp_path: Path, change: str, error: type[Exception], match: str
 ) -> None:
     sae, metadata = made.artefact, made.artefact.metadata
+    good, bad = (sae.d_model, sae.d_out), (sae.d_model - 1, sae.d_out - 1)
     if change == "width":
-        sae = replace(sae, W_enc=sae.W_enc[:31], W_dec=sae.W_dec[:, :31], b_dec=sae.b_dec[:31])
+        sae = replace(sae, W_enc=sae.W_enc[1:], W_dec=sae.W_dec[:, 1:], b_dec=sae.b_dec[1:])
     elif change == "model":
         sae = replace(sae, metadata=metadata | {"model": {"id": "another", "fingerprint": "beef"}})
     else:
-        sae = replace(sae, metadata=metadata | {"hook_point": "resid_post.2"})
+        sae = replace(sae, metadata=metadata | {"hook_point": sae.hook_point.replace(HOOK, "resid_post.3")})
     sae.save(tmp_path / "sae")
     config = made.config.model_copy(update={"sae": tmp_path / "sae", "out": tmp_path / "index"})
-    with pytest.raises(error, match=match):
+    with pytest.raises(error, match=re.escape(match.format(good=good, bad=bad))):
         build_index(config, made.loaded)
     assert not config.out.exists()
 

@@ -13,7 +13,7 @@ from steer.vectors import SteeringVector
 @pytest.fixture(scope="session")
 def tiny(tiny_llama: Path) -> LoadedModel:
     """The random Llama of 4 blocks and d_model 32. Do not change it."""
-    return load_model(str(tiny_llama))
+    return load_model(str(tiny_llama), dtype="float32")
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from sae.artefact import SaeArtefact
 from steer import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-HOOK = "resid_post.1"
-VERBS = ("harvest", "train", "evaluate", "index", "vector", "chat", "inspect", "demo")
+HOOK, OTHER = "resid_post.1", "mlp_out.2"
+VERBS = ("harvest", "train", "evaluate", "index", "vector", "chat", "convert", "inspect", "demo")
 MEASURE = [
     f"measure.{key}={value}"
     for key, value in {
@@ -95,8 +95,8 @@ def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     (folder / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
     store, run, index, library = (folder / name for name in ("store", "run", "index", "library"))
     common = {"store": store, "sae": run / "sae", "model": tiny_llama}
-    harvest = {"ctx": 32, "commit_sequences": 16, "max_tokens": 2000, "hook_points": f"[{HOOK}]"}
-    train = {"hook_point": HOOK, "train_tokens": 2048, "batch_size": 128, "eval_every": 8, "log_every": 4}
+    harvest = {"ctx": 32, "commit_sequences": 16, "max_tokens": 2000, "hook_points": f"[{HOOK}, {OTHER}]"}
+    train = {"hook_points": f"[{HOOK}]", "train_tokens": 2048, "batch_size": 128, "eval_every": 8, "log_every": 4}
     stages = {
         "harvest": sets(model=tiny_llama, text=folder / "text.jsonl", out=store, **harvest),
         "train": sets("sae.d_sae=48", "sae.k=4", store=store, out=run, **train),
@@ -111,7 +111,7 @@ def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
         for verb, arguments in stages.items():
             ran = call(capture, patch, verb, *arguments, "--json")
             results[verb] = ran.json
-    other = load_model(str(tiny_llama))
+    other = load_model(str(tiny_llama), dtype="float32")
     with torch.no_grad():
         other.model.lm_head.weight.mul_(1.5)
     other.model.save_pretrained(folder / "other-model")
@@ -158,19 +158,35 @@ def test_help_loads_no_framework() -> None:
     assert not modules & {"torch", "jax", "transformers", "flax", "zarr", "matplotlib", "sqlalchemy", "numpy"}
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "index", "vector", "chat", "demo"])
+@pytest.mark.parametrize("verb", ["evaluate", "index", "vector", "chat", "demo"])
 def test_a_dry_run_prints_the_resolved_config_and_does_nothing(
     saekit: Saekit, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "c.yaml").write_text("model: from-the-file\n" if verb != "train" else "lr: 0.125\n")
+    (tmp_path / "c.yaml").write_text("model: from-the-file\n")
     file = ["--config", "c.yaml"] if verb == "chat" else ["c.yaml"]
-    config = saekit(
-        verb, *file, *sets(seed=3) if verb in ("train", "chat", "demo") else (), "--dry-run", "--json"
-    ).json["config"]
-    assert config["lr" if verb == "train" else "model"] == (0.125 if verb == "train" else "from-the-file")
-    assert config.get("seed", 3) == 3
+    config = saekit(verb, *file, *sets(seed=3) if verb in ("chat", "demo") else (), "--dry-run", "--json").json[
+        "config"
+    ]
+    assert (config["model"], config.get("seed", 3)) == ("from-the-file", 3)
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+
+
+def test_a_dry_training_also_checks_the_store_and_says_what_it_takes(
+    saekit: Saekit, made: Made, tmp_path: Path
+) -> None:
+    (tmp_path / "c.yaml").write_text("lr: 0.125\nsae: {d_sae: 48, k: 4}\n")
+    limits = {"store": made.store, "out": tmp_path / "o", "train_tokens": 1000, "batch_size": 128, "seed": 3}
+    shown = saekit(
+        "train", tmp_path / "c.yaml", *sets(**limits, hook_points=f"[{HOOK}, {OTHER}]"), "--dry-run", "--json"
+    ).json
+    assert (shown["config"]["lr"], shown["config"]["seed"]) == (0.125, 3)
+    assert (shown["n_steps"], shown["tokens"]) == (7, 896)
+    assert list(shown["saes"]) == [HOOK, OTHER]
+    assert shown["saes"][HOOK]["lr"] == 0.125
+    assert not (tmp_path / "o").exists()
+    refused = saekit("train", *sets("sae.d_sae=4", "sae.k=4", **limits, hook_points=f"[{HOOK}]"), "--dry-run")
+    assert (refused.code, "sae.k" in refused.err) == (1, True)
 
 
 def test_a_dry_harvest_also_says_what_room_it_needs(saekit: Saekit, made: Made, tmp_path: Path) -> None:
@@ -210,8 +226,11 @@ def test_the_pipeline_runs_through_the_verbs(made: Made, saekit: Saekit) -> None
     store = ActivationStore.open(made.store)
     assert results["harvest"]["n_tokens"] == store.state.tokens > 1000
     assert results["harvest"]["tok_s"] > 0
-    assert "fvu" in json.dumps(results["train"])
-    assert len(json.dumps(results["train"])) < 2000, "figures, not weights"
+    trained = results["train"]
+    assert (trained["steps"], trained["resumed_from"], list(trained["saes"])) == (16, 0, [HOOK])
+    assert Path(trained["saes"][HOOK]["path"]) == made.sae
+    assert 0 < trained["saes"][HOOK]["fvu"] < 2
+    assert len(json.dumps(trained)) < 2000, "figures, not weights"
     assert 0 < results["evaluate"]["fvu"] < 2
     assert results["index"]["path"] == str(made.index)
     assert results["vector"]["name"] == "latent-5"
@@ -223,6 +242,55 @@ def test_the_pipeline_runs_through_the_verbs(made: Made, saekit: Saekit) -> None
         assert saekit("inspect", getattr(made, name), "--json").json["artefact"] == kind
         assert saekit("inspect", getattr(made, name)).code == 0
     assert saekit("inspect", made.index, "--latent", 5, "--json").json["latent"] == 5
+
+
+def train(made: Made, out: Path, *pairs: str, **changes: object) -> list[Any]:
+    limits = {"train_tokens": 1024, "batch_size": 128, "store": made.store, "out": out}
+    return ["train", *sets("sae.d_sae=48", "sae.k=4", *pairs, **limits | changes)]
+
+
+def test_several_hook_points_are_trained_in_one_run(made: Made, saekit: Saekit, tmp_path: Path) -> None:
+    trained = saekit(*train(made, tmp_path / "run", hook_points=f"[{HOOK}, {OTHER}]"), "--json").json
+    assert list(trained["saes"]) == [HOOK, OTHER]
+    for name, sae in trained["saes"].items():
+        assert Path(sae["path"]) == tmp_path / "run" / "sae" / name
+        assert saekit("inspect", sae["path"], "--json").json["hook_point"] == name
+        scores = saekit(*belongs(made, tmp_path, "evaluate", sae=sae["path"], ce_sequences=2), "--json").json
+        assert scores["fvu"] == pytest.approx(sae["fvu"], rel=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["transcoder", "skip_transcoder", "crosscoder"])
+def test_what_has_two_hook_points_runs_through_the_verbs(
+    made: Made, saekit: Saekit, tmp_path: Path, architecture: str
+) -> None:
+    is_crosscoder, run = architecture == "crosscoder", tmp_path / "run"
+    hook_point = f"{HOOK}{'+' if is_crosscoder else '->'}{OTHER}"
+    arguments = train(made, run, f"sae.architecture={architecture}", hook_points=f"[{hook_point}]")
+    trained = saekit(*arguments, "--json").json
+    assert list(trained["saes"]) == [hook_point]
+    scores = saekit(*belongs(made, tmp_path, "evaluate", sae=run / "sae", ce_sequences=2), "--json").json
+    assert 0 < scores["fvu"] < 2
+    assert scores["fvu"] == pytest.approx(trained["saes"][hook_point]["fvu"], rel=1e-3)
+    index = saekit(*belongs(made, tmp_path / "i", "index", sae=run / "sae"), "--json").json["path"]
+    assert saekit("inspect", index, "--json").json["hook_point"] == hook_point
+    steered = saekit(*belongs(made, tmp_path, "vector", sae=run / "sae", latent=3), *sets(*MEASURE), "--json")
+    if is_crosscoder:
+        assert (steered.code, steered.out) == (1, "")
+        assert f"SAE of {hook_point}: expected one hook point" in steered.err
+    else:
+        vectors = saekit("inspect", tmp_path / "out", "--json").json["vectors"]
+        assert vectors["latent-3"]["hook_point"] == OTHER
+
+
+def test_finetune_goes_on_from_an_sae_of_another_format(made: Made, saekit: Saekit, tmp_path: Path) -> None:
+    assert saekit("convert", made.sae, tmp_path / "gemma", "--to", "gemma_scope_2").code == 0
+    arguments = train(made, tmp_path / "run", hook_points=f"[{HOOK}]", lr=1e-9, train_tokens=256)
+    trained = saekit(*arguments, "--finetune", tmp_path / "gemma", "--json").json["saes"][HOOK]
+    before, after = SaeArtefact.load(made.sae), SaeArtefact.load(trained["path"])
+    np.testing.assert_allclose(after.W_dec, before.W_dec, atol=1e-5)
+    assert after.metadata["config"]["finetune"] == str(tmp_path / "gemma")
+    wrong = saekit(*train(made, tmp_path / "o", "sae.d_sae=24", hook_points=f"[{HOOK}]"), "--finetune", made.sae)
+    assert (wrong.code, "(32, 24, 32)" in wrong.err) == (1, True)
 
 
 def test_plain_output_is_for_people(made: Made, saekit: Saekit) -> None:
@@ -251,6 +319,7 @@ def test_a_conversation_goes_on_until_the_end_of_input(
 
 
 Mistake = Callable[[Made, Path], list[Any]]
+WIDTHS = "reads and writes widths (32, 32), got (40, 40)"
 
 
 def belongs(made: Made, tmp: Path, verb: str, **changes: object) -> list[Any]:
@@ -346,6 +415,20 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "hook point not harvested": (
         lambda m, t: ["train", *sets(store=m.store, out=t / "o", hook_points="[resid_post.2]")], HOOK,
     ),
+    "arrow to nowhere": (lambda m, t: train(m, t / "o", hook_points="[resid_post.1->]"), "SITE.LAYER"),
+    "two arrows": (lambda m, t: train(m, t / "o", hook_points="[a->b->c]"), "at most one arrow"),
+    "crosscoder of one hook point": (
+        lambda m, t: train(m, t / "o", "sae.architecture=crosscoder", hook_points=f"[{HOOK}]"), "several hook points",
+    ),
+    "autoencoder of two hook points": (
+        lambda m, t: train(m, t / "o", hook_points=f"[{HOOK}+{OTHER}]"), "one hook point",
+    ),
+    "one hook point twice": (lambda m, t: train(m, t / "o", hook_points=f"[{HOOK}, {HOOK}]"), "each one once"),
+    "no SAE to start from": (
+        lambda m, t: train(m, t / "o", hook_points=f"[{HOOK}]", finetune=t / "no"), "nothing",
+    ),
+    "no SAE to convert": (lambda m, t: ["convert", t / "no", t / "new"], "nothing"),
+    "unknown format": (lambda m, t: ["convert", m.sae, t / "new", "--to", "pickle"], "sparsify"),
     "evaluation on another model": (lambda m, t: belongs(m, t, "evaluate", model=m.other_model), "a store of"),
     "index of another model": (lambda m, t: belongs(m, t, "index", model=m.other_model), "a store of"),
     "vector of another model": (lambda m, t: belongs(m, t, "vector", model=m.other_model, latent=1), "a store of"),
@@ -356,18 +439,17 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         lambda m, t: ["chat", "Hi", *sets(model=m.other_model, library=m.library)], "a vector of other-model",
     ),
     "store of other settings": (
-        lambda m, t: harvest(m, t, out=m.store, ctx=16, commit_sequences=16), "ctx of the store",
+        lambda m, t: harvest(m, t, out=m.store, ctx=16, commit_sequences=16, hook_points=f"[{HOOK}, {OTHER}]"),
+        "ctx of the store",
     ),
-    "SAE of another width to evaluate": (lambda m, t: belongs(m, t, "evaluate", sae=m.wide_sae), "d_model 32, got 40"),
-    "SAE of another width to index": (lambda m, t: belongs(m, t, "index", sae=m.wide_sae), "d_model 32, got 40"),
-    "SAE of another width for a vector": (
-        lambda m, t: belongs(m, t, "vector", sae=m.wide_sae, latent=1), "d_model 32, got 40",
-    ),
+    "SAE of another width to evaluate": (lambda m, t: belongs(m, t, "evaluate", sae=m.wide_sae), WIDTHS),
+    "SAE of another width to index": (lambda m, t: belongs(m, t, "index", sae=m.wide_sae), WIDTHS),
+    "SAE of another width for a vector": (lambda m, t: belongs(m, t, "vector", sae=m.wide_sae, latent=1), WIDTHS),
     "more latents a token than latents": (
-        lambda m, t: ["train", *sets("sae.d_sae=8", "sae.k=8", store=m.store, hook_points=f"[{HOOK}]", out=t / "o")], "sae.k",
+        lambda m, t: train(m, t / "o", "sae.d_sae=8", "sae.k=8", hook_points=f"[{HOOK}]"), "sae.k",
     ),
     "unknown architecture": (
-        lambda m, t: ["train", *sets("sae.architecture=relu", store=m.store, hook_points=f"[{HOOK}]", out=t / "o")], "topk",
+        lambda m, t: train(m, t / "o", "sae.architecture=relu", hook_points=f"[{HOOK}]"), "topk",
     ),
     "too little disk": (
         lambda m, t: harvest(m, t, max_tokens=10**14, text=text(t, '{"text": "' + "on and on " * 40_000 + '"}')),

@@ -14,6 +14,7 @@ from sae.artefact import SaeArtefact
 from sae.torch_view import TorchSae
 from steer import effect
 from steer.effect import (
+    Concept,
     DoseTrial,
     choose_dose,
     contrast_reader,
@@ -98,7 +99,7 @@ def test_a_latents_rate_is_the_share_of_tokens_it_is_active_on(tiny: LoadedModel
     for reading in reread(tiny, POINT, PROMPTS, TEXTS):
         for latent in range(24):
             expected = float((sae.encode(reading.x)[:, latent] > 0).float().mean())
-            rates.append(rate(reading, latent_reader(sae, latent)))
+            rates.append(rate(reading, latent_reader(sae, latent, POINT)))
             assert rates[-1] == pytest.approx(expected)
     assert len(set(rates)) > 3
 
@@ -233,6 +234,26 @@ def test_the_same_seed_gives_the_same_receipt(receipt: Any, tiny: LoadedModel) -
     vector, got, _ = receipt
     limits = {"instruction": "Write joyfully.", "n_random": 4, "max_new_tokens": 8}
     assert measure(tiny, vector, contrast_reader(vector), PROMPTS, 6.0, seed=5, **limits) == got
+
+
+def test_a_concept_is_read_where_it_is_not_steered(tiny: LoadedModel, vector: SteeringVector) -> None:
+    """The vector is added at resid_post.1, and the concept is read at mlp_out.0, as with a transcoder."""
+    elsewhere, seen = HookPoint("mlp_out", 0), []
+
+    def shows(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return x[:, 0] > 0
+
+    limits: dict[str, Any] = {"max_new_tokens": 4, "seed": 2}
+    got = measure(tiny, vector, Concept(elsewhere, shows), PROMPTS, 6.0, instruction="x", n_random=1, **limits)
+    trials = sweep_doses(tiny, vector, Concept(elsewhere, shows), PROMPTS, (0.5,), **limits)
+    texts = [example["steered"] for example in got["examples"]]
+    readings = reread(tiny, elsewhere, PROMPTS, texts)
+    assert got["rate_steered"] == pytest.approx(np.mean([float((r.x[:, 0] > 0).float().mean()) for r in readings]))
+    assert len(trials) == 2
+    assert len(seen) == 3 * 4 + 3 * 2
+    for x, reading in zip(seen[3:6], readings, strict=True):
+        torch.testing.assert_close(x, reading.x)
 
 
 def test_a_coefficient_of_zero_measures_no_effect(tiny: LoadedModel, vector: SteeringVector) -> None:

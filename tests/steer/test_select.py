@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from activations.errors import MismatchError
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel
 from sae.artefact import SaeArtefact
@@ -93,12 +94,15 @@ def test_the_score_is_the_gain_less_what_is_lost_beyond_a_nat() -> None:
     assert Trial(0, 0.5, 1.75).score == pytest.approx(-0.25)
 
 
-def test_trials_are_measured_on_the_texts_of_each_latent_and_sorted(tiny: LoadedModel) -> None:
+@pytest.mark.parametrize("hook_point", ["resid_post.1", "resid_post.1->mlp_out.2"])
+def test_trials_are_measured_on_the_texts_of_each_latent_and_sorted(tiny: LoadedModel, hook_point: str) -> None:
+    """A transcoder steers where it writes and is read where it reads."""
     rng = np.random.default_rng(3)
     W_dec = 5 * rng.standard_normal((24, 32)).astype(np.float32)
     artefact = SaeArtefact(
         "jumprelu", W_dec.T.copy(), np.zeros(24, np.float32), W_dec, np.zeros(32, np.float32),
-        threshold=np.full(24, 20, np.float32), metadata={"hook_point": "resid_post.1"},
+        threshold=np.full(24, 20, np.float32), metadata={"hook_point": hook_point},
+        transcodes="->" in hook_point, apply_b_dec_to_input="->" not in hook_point,
     )  # fmt: skip
     tried, prompts, limits = [7, 2, 11, 5], ["The river ran", "A cat"], {"max_new_tokens": 6, "seed": 1}
     trials = try_latents(tiny, artefact, tried, prompts, 6.0, **limits)
@@ -107,13 +111,24 @@ def test_trials_are_measured_on_the_texts_of_each_latent_and_sorted(tiny: Loaded
 
     unit = torch.from_numpy(W_dec[tried] / np.linalg.norm(W_dec[tried], axis=1, keepdims=True))
     deltas, point = torch.cat([torch.zeros(1, 32), 6.0 * unit]), HookPoint("resid_post", 1)
-    texts = generate_conditions(tiny, point, prompts, deltas, **limits)
+    written = HookPoint.parse(hook_point.rpartition(">")[2])
+    texts = generate_conditions(tiny, written, prompts, deltas, **limits)
     plain, sae = reread(tiny, point, prompts, texts[0]), TorchSae(artefact)
     by_latent = {t.latent: t for t in trials}
     for latent, row_ in zip(tried, texts[1:], strict=True):
-        after, shows = reread(tiny, point, prompts, row_), latent_reader(sae, latent)
+        after, shows = reread(tiny, point, prompts, row_), latent_reader(sae, latent, point)
         gain = np.mean([rate(a, shows) for a in after]) - np.mean([rate(b, shows) for b in plain])
         rise = np.mean([a.nll for a in after]) - np.mean([b.nll for b in plain])
         assert by_latent[latent].gain == pytest.approx(gain, abs=0.05)
         assert by_latent[latent].nll_rise == pytest.approx(rise, abs=1e-3)
-    assert max(t.gain for t in trials) > 0, "adding a latent's own direction makes it active"
+    if written == point:
+        assert max(t.gain for t in trials) > 0, "adding a latent's own direction makes it active"
+
+
+def test_a_crosscoder_is_refused(tiny: LoadedModel) -> None:
+    zeros = np.zeros((64, 24), np.float32)
+    artefact = SaeArtefact(
+        "standard", zeros, zeros[0], zeros.T.copy(), zeros[:, 0], metadata={"hook_point": "resid_post.1+resid_post.2"}
+    )
+    with pytest.raises(MismatchError, match="one hook point"):
+        try_latents(tiny, artefact, [1], ["The river ran"], 6.0, max_new_tokens=2, seed=1)

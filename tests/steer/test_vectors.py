@@ -1,13 +1,16 @@
 """Directions: from latents, from contrast pairs, and what is refused."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from activations.errors import TextError, UnknownNameError
+from activations.errors import MismatchError, TextError, UnknownNameError
+from activations.hook_points import HookPoint
 from activations.models import LoadedModel
 from activations.store_schema import ModelRef
 from sae.artefact import SaeArtefact
@@ -19,6 +22,7 @@ from steer.vectors import (
     from_contrast,
     from_latent,
     load_pairs,
+    places_of,
 )
 
 PAIRS = [
@@ -43,6 +47,32 @@ def test_a_latents_vector_is_its_unit_decoder_row() -> None:
     vector = from_latent(sae, 5, MODEL, mean_norm=10.0)
     np.testing.assert_allclose(vector.direction, sae.W_dec[5] / np.linalg.norm(sae.W_dec[5]), rtol=1e-6)
     assert (vector.hook_point, vector.source["latent"]) == ("resid_post.1", 5)
+
+
+def wired(hook_point: str) -> SaeArtefact:
+    sae = artefact()
+    transcodes = {"transcodes": True, "apply_b_dec_to_input": False} if "->" in hook_point else {}
+    return replace(sae, metadata={"hook_point": hook_point}, **transcodes)
+
+
+def test_a_transcoders_latent_belongs_where_it_writes() -> None:
+    sae = wired("resid_mid.1->mlp_out.1")
+    assert places_of(sae) == (HookPoint("resid_mid", 1), HookPoint("mlp_out", 1))
+    assert from_latent(sae, 5, MODEL, mean_norm=10.0).hook_point == "mlp_out.1"
+    assert places_of(artefact()) == (HookPoint("resid_post", 1),) * 2
+
+
+@pytest.mark.parametrize(
+    ("hook_point", "says"),
+    [
+        ("resid_post.1+resid_post.2", "one that reads 2"),
+        ("resid_post.1+resid_post.2->resid_post.3", "one that reads 2"),
+        ("resid_post.0->mlp_out.1+mlp_out.2+mlp_out.3", "one that writes 3"),
+    ],
+)
+def test_an_sae_of_several_hook_points_does_not_steer(hook_point: str, says: str) -> None:
+    with pytest.raises(MismatchError, match=f"{re.escape(hook_point)}: expected one hook point .*{says}"):
+        from_latent(wired(hook_point), 5, MODEL, mean_norm=10.0)
 
 
 @pytest.mark.parametrize("latent", [-1, 8])
