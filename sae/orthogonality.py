@@ -38,7 +38,7 @@ def alikeness(
 def closest(rows: Float[Array, "n d_out"]) -> Float[Array, ""]:
     """Mean over unit rows of the squared largest cosine with another.
 
-    >>> float(closest(jnp.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])).round(4))
+    >>> round(float(closest(jnp.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]))), 4)
     0.5467
     """
     cosines = rows @ rows.T - 2 * jnp.eye(len(rows))

@@ -17,7 +17,7 @@ Source: Rajamanoharan et al. 2024, arXiv:2407.14435 (straight-through gradients 
 transformer-circuits.pub/2025/january-update (tanh, gradients to everything, the bandwidth).
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,6 @@ FARTHEST = 4.0
 class JumpReLU(Penalised):
     """Thresholds that aim at an L0 of k."""
 
-    start: ClassVar[float] = 0.1
     threshold: nnx.Param[Float[Array, " d_sae"]]
     target: nnx.BatchStat[Float[Array, ""]]
 
@@ -73,8 +72,6 @@ class JumpReLU(Penalised):
 
 class TanhJumpReLU(JumpReLU):
     """A penalty that counts latents, smoothly, as far as they are small."""
-
-    start = Penalised.start
 
     def activate(self, x: Float[Array, "batch d_in"]) -> tuple[Float[Array, "batch d_sae"], dict[str, Array]]:
         """pre where it passes, and the sum of their tanh."""

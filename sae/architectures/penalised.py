@@ -6,11 +6,9 @@ A penalty's right weight differs between models, layers and widths by orders of 
 So `k` is what L0 should be here too: unless `sparsity_coefficient` is given, each step multiplies the weight by
 (L0 / k)^rate, with that ratio held between 1/e and e, until L0 settles at k. The rate is 20 over the steps of the run,
 so that weights over nine orders of magnitude are in reach, but at most 0.02, since L0 takes about a hundred steps to
-follow. The weight starts at 1, in units in which predicting the mean costs 1 and activations vary by 1 a dimension: a
-run that starts too low learns dense latents first, and ends worse (docs/LOG.md).
+follow. The weight starts at 0.1, in units in which predicting the mean costs 1 and activations vary by 1 a dimension. A
+short run that starts far lower learns dense latents first, and one that starts higher loses some early (docs/LOG.md).
 """
-
-from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -19,21 +17,19 @@ from jaxtyping import Array, Bool, Float, Key
 from sae.architectures.base import Context, Means, Output, SparseCoder
 from sae.config import SaeConfig
 
-GAIN, FASTEST = 20.0, 0.02
+START, GAIN, FASTEST = 0.1, 20.0, 0.02
 
 
 class Penalised(SparseCoder):
     """Latents and a penalty on them, which subclasses give."""
 
-    start: ClassVar[float] = 1.0
-    """weight of the penalty at the first step, where none is given"""
     coefficient: nnx.BatchStat[Float[Array, ""]]
 
     def __init__(self, config: SaeConfig, means: Means, key: Key[Array, ""]):
         """As all SAEs start, with the weight of the penalty as a running statistic."""
         super().__init__(config, means, key)
         given = config.sparsity_coefficient
-        self.coefficient = nnx.BatchStat(jnp.float32(self.start if given is None else given))
+        self.coefficient = nnx.BatchStat(jnp.float32(START if given is None else given))
 
     def activate(self, x: Float[Array, "batch d_in"]) -> tuple[Float[Array, "batch d_sae"], dict[str, Array]]:
         """Latents of a batch, and the terms of its loss by name; `sparsity` is weighted by the coefficient."""

@@ -132,13 +132,13 @@ def reference_cost(name: str, p: Parameters, x: jax.Array, y: jax.Array, mask: n
         nested = [y - latents[:, :n] @ p["W_dec"][:n] - p["b_dec"] for n in (4, 12, 24, 40)]
         cost = sum((error**2).sum(1).mean() / VARIANCE for error in nested) / 4
     if name == "standard":
-        cost += latents.sum(1).mean() / D_IN
+        cost += 0.1 * latents.sum(1).mean() / D_IN
     if name == "gated":
         gate = jax.nn.relu((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"])
         W_dec, b_dec = jax.lax.stop_gradient((p["W_dec"], p["b_dec"]))
-        cost += gate.sum(1).mean() / D_IN + ((x - gate @ W_dec - b_dec) ** 2).sum(1).mean() / D_IN
+        cost += 0.1 * gate.sum(1).mean() / D_IN + ((x - gate @ W_dec - b_dec) ** 2).sum(1).mean() / D_IN
     if name == "jumprelu_tanh":
-        cost += jnp.tanh(4 * latents).sum(1).mean() / D_IN
+        cost += 0.1 * jnp.tanh(4 * latents).sum(1).mean() / D_IN
     if name == "jumprelu":
         cost += 0.1 * ((latents > 0).sum(1).mean() / K - 1) ** 2
     return cost
@@ -158,7 +158,7 @@ def gradients_of_steps(p: Parameters, name: str, x: jax.Array, y: jax.Array, ban
 
     def of_latents(latents: jax.Array) -> jax.Array:
         cost = ((y - latents @ p["W_dec"] - p["b_dec"]) ** 2).sum(1).mean() / VARIANCE
-        return cost + (jnp.tanh(4 * latents).sum(1).mean() / D_IN if name == "jumprelu_tanh" else 0)
+        return cost + (0.1 * jnp.tanh(4 * latents).sum(1).mean() / D_IN if name == "jumprelu_tanh" else 0)
 
     latents = dense_latents(name, p, x, None)
     of_count = 0.1 * 2 * ((latents > 0).sum(1).mean() / K - 1) / K / BATCH if name == "jumprelu" else 0
