@@ -85,13 +85,13 @@ class TanhJumpReLU(JumpReLU):
 
 @jax.custom_vjp
 def jump(
-    pre: Float[Array, "batch d_sae"], threshold: Float[Array, " d_sae"], bandwidth: float
+    pre: Float[Array, "batch d_sae"], threshold: Float[Array, " d_sae"], bandwidth: float | Float[Array, ""]
 ) -> Float[Array, "batch d_sae"]:
     """relu(pre) where pre > threshold, else 0; the step passes a gradient on."""
     return jnp.where(pre > threshold, jax.nn.relu(pre), 0)
 
 
-def _jump_forward(pre: Array, threshold: Array, bandwidth: float) -> tuple[Array, tuple[Array, Array, Any]]:
+def _jump_forward(pre: Array, threshold: Array, bandwidth: Any) -> tuple[Array, tuple[Array, Array, Any]]:
     return jump(pre, threshold, bandwidth), (pre, threshold, bandwidth)
 
 
@@ -106,13 +106,13 @@ jump.defvjp(_jump_forward, _jump_backward)
 
 @jax.custom_vjp
 def passes(
-    pre: Float[Array, "batch d_sae"], threshold: Float[Array, " d_sae"], bandwidth: float
+    pre: Float[Array, "batch d_sae"], threshold: Float[Array, " d_sae"], bandwidth: float | Float[Array, ""]
 ) -> Float[Array, "batch d_sae"]:
     """1 where pre > threshold, else 0; the step passes a gradient on."""
     return (pre > threshold).astype(pre.dtype)
 
 
-def _passes_forward(pre: Array, threshold: Array, bandwidth: float) -> tuple[Array, tuple[Array, Array, Any]]:
+def _passes_forward(pre: Array, threshold: Array, bandwidth: Any) -> tuple[Array, tuple[Array, Array, Any]]:
     return passes(pre, threshold, bandwidth), (pre, threshold, bandwidth)
 
 

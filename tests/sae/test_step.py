@@ -22,7 +22,7 @@ def stats() -> HookStats:
 
 
 def config_with(**changes: Any) -> TrainConfig:
-    sae = SaeConfig(architecture="batchtopk", d_sae=24, k=3)
+    sae = SaeConfig(architecture="batchtopk", d_sae=24, k=3, k_anneal=0)
     return TrainConfig(**{"sae": sae, "batch_size": BATCH, "train_tokens": 100 * BATCH} | changes)
 
 
