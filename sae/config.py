@@ -112,6 +112,11 @@ class TrainConfig(Config):
         default="auto",
         description="what matrix products are computed in; weights stay float32. auto: bfloat16 on a GPU or TPU",
     )
+    kernels: Literal["auto", "xla", "triton"] = Field(
+        default="auto",
+        description="how sparse products and selections are computed. auto: triton on an NVIDIA GPU where jax-triton "
+        "is installed, else xla, which runs everywhere",
+    )
     memory_mb: int = Field(
         default=512, gt=0, description="megabytes of activations, of all hook points, that are shuffled together"
     )

@@ -1,8 +1,8 @@
 """One training step as a pure, jitted function of (state, batch).
 
-1. scale inputs and targets; 2. losses and gradients, with matrix products in bfloat16 where that is faster; 3. project
-the decoder's gradient, hold frozen weights, clip, Adam; 4. decoder rows back to norm 1; 5. count how long each latent
-has been idle. SAEs of equal shapes share one compiled step. Left out: data, evaluation and all that has side effects.
+1. scale inputs and targets; 2. losses and gradients, with matrix products in bfloat16 where that is faster; 3. clip,
+and a step of Adam for what is not frozen, with decoder rows held at norm 1; 4. count how long each latent has been
+idle. SAEs of equal shapes share one compiled step. Left out: data, evaluation and all that has side effects.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from activations.errors import NumericsError
 from activations.store_schema import HookStats
+from sae import kernels
 from sae.architectures import find
-from sae.architectures.base import Context, Means, Scaling, SparseCoder, project_gradient, unit_rows
+from sae.architectures.base import Context, Means, Rows, Scaling, SparseCoder
 from sae.config import SaeConfig, TrainConfig
 from sae.metrics import DENSE
 from sae.orthogonality import alikeness
@@ -29,15 +30,24 @@ from sae.wiring import Wiring
 FROZEN = {"none": (), "encoder": ("W_enc",), "decoder": ("W_dec",)}
 
 
+class Moments(NamedTuple):
+    """Running means of Adam, as trees of the weights."""
+
+    mean: Any
+    """of gradients"""
+    square: Any
+    """of squared gradients"""
+
+
 class TrainState(NamedTuple):
     """Everything that a step changes and a checkpoint keeps."""
 
     params: Any
-    """weights, as an nnx state"""
+    """weights, as an nnx state, but W_enc with a row for each latent, as its gradient comes: transposing costs a pass"""
     statistics: Any
     """other variables of the SAE, such as a running threshold"""
-    optimizer: Any
-    """Adam's moments and step count"""
+    moments: Moments
+    """Adam's, of each weight"""
     idle: Int[Array, " d_sae"]
     """tokens since each latent was last active"""
     step: Int[Array, ""]
@@ -127,25 +137,31 @@ def create(config: TrainConfig, plan: Plan) -> SparseCoder:
 def start(config: TrainConfig, plan: Plan, sae: SparseCoder) -> TrainState:
     """The state before the first step of `sae`."""
     _, params, statistics = nnx.split(sae, nnx.Param, ...)
-    optimizer = _optimizer(config, plan).init(params)
-    return TrainState(params, statistics, optimizer, jnp.zeros(sae.d_sae, jnp.int32), jnp.int32(0))
+    params = _transposed(params)
+    moments = Moments(*(jax.tree.map(jnp.zeros_like, params) for _ in Moments._fields))
+    return TrainState(params, statistics, moments, jnp.zeros(sae.d_sae, jnp.int32), jnp.int32(0))
 
 
 def assemble(config: SaeConfig, state: TrainState) -> SparseCoder:
     """The SAE with the weights of `state`."""
-    d_in, d_out = state.params["W_enc"][...].shape[0], state.params["W_dec"][...].shape[1]
+    d_in, d_out = state.params["W_enc"][...].shape[1], state.params["W_dec"][...].shape[1]
     means = Means(jnp.zeros(d_in), jnp.zeros(d_out))
     blank = nnx.eval_shape(lambda: find(config.architecture)(config, means, jax.random.key(0)))
-    return nnx.merge(nnx.graphdef(blank), state.params, state.statistics)
+    return nnx.merge(nnx.graphdef(blank), _transposed(state.params), state.statistics)
+
+
+def _transposed(params: Any) -> Any:
+    """The same weights with W_enc transposed."""
+    return nnx.State(params | {"W_enc": params["W_enc"].replace(params["W_enc"][...].T)})
 
 
 def make_step(config: TrainConfig, plan: Plan) -> Step:
     """Compile the training step; it consumes the state it is given."""
-    optimizer, settings = _optimizer(config, plan), config.sae
+    settings, rate = config.sae, schedule(config, plan)
 
-    def loss(params: Any, state: TrainState, x: Array, y: Array) -> tuple[Array, Any]:
+    def loss(params: Any, oldest: Rows, state: TrainState, x: Array, y: Array) -> tuple[Array, Any]:
         sae = assemble(settings, state._replace(params=params))
-        out = sae.loss(x, y, _context(state, y.shape[1]))
+        out = sae.loss(x, y, _context(state, y.shape[1])._replace(oldest=oldest))
         if settings.orthogonality:
             alike = alikeness(params["W_dec"][...], state.step, settings, config.seed)
             out = out._replace(loss=out.loss + settings.orthogonality * alike, terms=out.terms | {"alike": alike})
@@ -156,30 +172,49 @@ def make_step(config: TrainConfig, plan: Plan) -> Step:
 
     def step(state: TrainState, inputs: Array, targets: Array, scaling: Scaling) -> tuple[TrainState, StepMetrics]:
         x, y = inputs * scaling.inputs, targets * scaling.outputs
-        with matmul(config):
-            (_, out), grads = jax.value_and_grad(loss, has_aux=True)(state.params, state, x, y)
-        grads["W_dec"][...] = project_gradient(state.params["W_dec"][...], grads["W_dec"][...])
-        for name in FROZEN[settings.frozen]:
-            grads[name][...] = jnp.zeros_like(grads[name][...])
-        updates, moments = optimizer.update(grads, state.optimizer, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        if "W_dec" not in FROZEN[settings.frozen]:
-            params["W_dec"][...] = unit_rows(params["W_dec"][...])
+        sae = assemble(settings, state)
+        latents = sae.oldest(state.idle)
+        with matmul(config), kernels.using(config.kernels):
+            both = jax.value_and_grad(loss, (0, 1), has_aux=True)
+            (_, out), (grads, to_oldest) = both(state.params, sae.rows(latents), state, x, y)
+        for name, rows in to_oldest._asdict().items():  # a few rows, where one sum would be as large as the weights
+            grads[name][...] = grads[name][...].at[latents].add(rows, unique_indices=True)
+        with kernels.using(config.kernels):
+            params, moments, norm = descend(config, state, grads, rate(state.step))
         sae = assemble(settings, state._replace(params=params))
         sae.observe(out, _context(state, y.shape[1]))
         idle = count_idle(state.idle, out.active, len(x))
-        _, params, statistics = nnx.split(sae, nnx.Param, ...)
+        _, _, statistics = nnx.split(sae, nnx.Param, ...)
         dead, dense = (idle >= plan.dead_after).mean(), (out.active > DENSE * len(x)).mean()
-        metrics = StepMetrics(out.loss, out.terms, out.l0, dead, dense, optax.tree.norm(grads))
+        metrics = StepMetrics(out.loss, out.terms, out.l0, dead, dense, norm)
         return TrainState(params, statistics, moments, idle, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
+def descend(
+    config: TrainConfig, state: TrainState, grads: Any, rate: Float[Array, ""]
+) -> tuple[Any, Moments, Float[Array, ""]]:
+    """Clip the gradient and take a step; the next weights and moments, and the gradient's norm before clipping."""
+    learnt = {name: name == "W_dec" for name in state.params if name not in FROZEN[config.sae.frozen]}
+    squares = [kernels.squared_norm(state.params[n][...], grads[n][...], unit) for n, unit in learnt.items()]
+    norm = jnp.sqrt(jnp.stack(squares).sum())
+    scale = jnp.where(norm < config.grad_clip, 1, config.grad_clip / norm)
+    rates = kernels.Rates(scale, rate, config.beta1, config.beta2, state.step + 1)
+    before = state.params, state.moments.mean, state.moments.square
+    after = [dict(tree) for tree in before]
+    for name, unit in learnt.items():
+        W, mean, square = (tree[name][...] for tree in before)
+        for tree, value in zip(after, kernels.descend(W, grads[name][...], mean, square, rates, unit), strict=True):
+            tree[name] = tree[name].replace(value)
+    params, *moments = (nnx.State(tree) for tree in after)
+    return params, Moments(*moments), norm
+
+
 def matmul(config: TrainConfig) -> AbstractContextManager[None]:
     """A context in which matrix products are computed in `config.matmul`, always summed in float32."""
     low = config.matmul == "bfloat16" or (config.matmul == "auto" and jax.default_backend() != "cpu")
-    return jax.default_matmul_precision("BF16_BF16_F32" if low else "float32")
+    return jax.default_matmul_precision(kernels.LOW if low else "float32")
 
 
 def count_idle(idle: Int[Array, " d_sae"], active: Int[Array, " d_sae"], n_tokens: int) -> Int[Array, " d_sae"]:
@@ -190,9 +225,3 @@ def count_idle(idle: Int[Array, " d_sae"], active: Int[Array, " d_sae"], n_token
     """
     longest = 2**30  # far from overflow, and longer than any run needs to tell
     return jnp.where(active > 0, 0, jnp.minimum(idle + n_tokens, longest))
-
-
-def _optimizer(config: TrainConfig, plan: Plan) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(config.grad_clip), optax.adam(schedule(config, plan), config.beta1, config.beta2)
-    )

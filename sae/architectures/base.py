@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, Key
 from sae.artefact import SaeArtefact, SavedArchitecture
 from sae.config import SaeConfig
 from sae.formats.folds import with_subtraction
+from sae.kernels import unit_rows
 
 Reads = Literal["one", "pair", "several"]
 
@@ -41,6 +42,14 @@ class Means(NamedTuple):
     outputs: Float[np.ndarray | Array, " d_out"]
 
 
+class Rows(NamedTuple):
+    """Weights of some latents."""
+
+    W_enc: Float[Array, "n d_in"]
+    b_enc: Float[Array, " n"]
+    W_dec: Float[Array, "n d_out"]
+
+
 class Context(NamedTuple):
     """What a training step knows besides its batch."""
 
@@ -54,6 +63,8 @@ class Context(NamedTuple):
     """steps taken before this one"""
     n_steps: int
     """steps of the whole run"""
+    oldest: Rows | None = None
+    """weights of `SparseCoder.oldest`, where their gradients are wanted apart from the others"""
 
 
 class Output(NamedTuple):
@@ -113,6 +124,14 @@ class SparseCoder(nnx.Module):
     def observe(self, output: Output, context: Context) -> None:
         """Update running statistics after a training step; most architectures have none."""
 
+    def oldest(self, idle: Int[Array, " d_sae"]) -> Int[Array, " aux_k"]:
+        """The aux_k latents that have been idle longest."""
+        return lax.top_k(idle, min(self.config.aux_k, len(idle)))[1]
+
+    def rows(self, latents: Int[Array, " n"]) -> Rows:
+        """Their weights."""
+        return Rows(self.W_enc[...].T[latents], self.b_enc[...][latents], self.W_dec[...][latents])
+
     def revival(
         self, x: Float[Array, "batch d_in"], residual: Float[Array, "batch d_out"], context: Context
     ) -> Float[Array, ""]:
@@ -123,13 +142,13 @@ class SparseCoder(nnx.Module):
         the aux_k dead latents anew for each token; here a queue does, since a second top-k costs as much as the first.
         """
         residual = lax.stop_gradient(residual)
-        tokens, chosen = lax.top_k(context.idle, min(self.config.aux_k, len(context.idle)))
-        dead = tokens >= context.dead_after
+        latents = self.oldest(context.idle)
+        dead = context.idle[latents] >= context.dead_after
+        rows = self.rows(latents) if context.oldest is None else context.oldest
 
         def unexplained() -> Array:
-            W_enc, W_dec = self.W_enc[...].T[chosen], self.W_dec[...][chosen]
-            pre = (x - lax.stop_gradient(self.centre)) @ W_enc.T + self.b_enc[...][chosen]
-            error = residual - jnp.where(dead, jax.nn.relu(pre), 0) @ W_dec
+            pre = (x - lax.stop_gradient(self.centre)) @ rows.W_enc.T + rows.b_enc
+            error = residual - jnp.where(dead, jax.nn.relu(pre), 0) @ rows.W_dec
             centred = residual - residual.mean(axis=0)
             return (error**2).sum() / jnp.maximum((centred**2).sum(), 1e-12)
 
@@ -182,16 +201,6 @@ class SparseCoder(nnx.Module):
 
     def adopt_threshold(self, threshold: Float[Array, " d_sae"]) -> None:
         """Start from these thresholds; most architectures have none."""
-
-
-def unit_rows(W: Float[Array, "d_sae d_out"]) -> Float[Array, "d_sae d_out"]:
-    """Scale each row to norm 1."""
-    return W / jnp.maximum(jnp.linalg.norm(W, axis=1, keepdims=True), 1e-12)
-
-
-def project_gradient(W_dec: Float[Array, "d_sae d_out"], g: Float[Array, "d_sae d_out"]) -> Float[Array, "d_sae d_out"]:
-    """Remove from each row of `g` the part along the same, unit, row of W_dec, which would only change its norm."""
-    return g - (g * W_dec).sum(axis=1, keepdims=True) * W_dec
 
 
 def _row_norms(W_dec: np.ndarray, scale: np.ndarray) -> np.ndarray:

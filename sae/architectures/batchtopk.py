@@ -8,18 +8,16 @@ running mean of the cutoffs, as in the paper, would let more than k pass, since 
 more than 2k. So the threshold is moved by what it lets pass itself: each step multiplies it by (passing / k)^0.1.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float, Key
 
 from sae.architectures.base import Context, Means, Output
-from sae.architectures.selecting import SPARE, Selecting
+from sae.architectures.selecting import Selecting
 from sae.artefact import SavedArchitecture
 from sae.config import SaeConfig
-from sae.kernels import Codes, kth_largest
+from sae.kernels import Codes, keep_above, kth_largest, largest
 
 RATE = 0.1
 
@@ -34,16 +32,15 @@ class BatchTopK(Selecting):
         super().__init__(config, means, key)
         self.threshold = nnx.BatchStat(jnp.float32(0))
 
-    def select(self, pre: Float[Array, "batch d_sae"], k: int | float | Float[Array, ""]) -> Codes:
-        """The k * batch largest, at most 2k of them in a row."""
-        values, indices = lax.top_k(jax.nn.relu(pre), min(SPARE * self.config.k, pre.shape[1]))
-        cutoff = kth_largest(values, k * len(values))
-        return Codes(jnp.where(values >= cutoff, values, 0), indices)
-
-    def watch(self, pre: Float[Array, "batch d_sae"], codes: Codes) -> dict[str, Array]:
-        """The batch's cutoff, and how many pre-activations a token pass the threshold."""
+    def select(
+        self, x: Float[Array, "batch d_in"], k: int | float | Float[Array, ""]
+    ) -> tuple[Codes, dict[str, Array]]:
+        """The k * batch largest, at most 2k of a token; their cutoff, and how many a token pass the threshold."""
+        weights = self.W_enc[...], self.b_enc[...]
+        candidates, passing = largest(x - self.centre, *weights, self.slots, self.slots, self.threshold[...])
+        codes = keep_above(candidates, kth_largest(candidates.values, k * len(x)), self.d_sae)
         cutoff = jnp.where(codes.values > 0, codes.values, jnp.inf).min()
-        return {"cutoff": cutoff, "passing": (pre > self.threshold[...]).sum(axis=1).mean()}
+        return codes, {"cutoff": cutoff, "passing": passing.mean()}
 
     def observe(self, output: Output, context: Context) -> None:
         """Move the threshold to where k pass; it starts at the first batch's cutoff."""

@@ -1,14 +1,13 @@
 """Sparse autoencoders that keep the k largest latents, so that sparsity needs no penalty and no tuning.
 
-1. pre-activations of all latents, without a gradient; 2. `select` picks the active ones; 3. those few get their
-gradient back (`sae.kernels.attach`) and are decoded row by row.
+1. `select` picks the active latents, without a gradient; 2. those few get their gradient back (`sae.kernels.attach`)
+and are decoded row by row.
 
 In the first `k_anneal` of a run more are picked: 2k at first, then fewer, down to k, which leaves fewer latents dead
 (docs/LOG.md). Left out: which latents are picked.
 """
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from sae.architectures.base import Context, Output, SparseCoder
@@ -21,8 +20,10 @@ SPARE = 2
 class Selecting(SparseCoder):
     """The largest latents, by a rule that subclasses give."""
 
-    def select(self, pre: Float[Array, "batch d_sae"], k: int | float | Float[Array, ""]) -> Codes:
-        """Active latents of a batch with these pre-activations: about k a token, at most twice `config.k` of one."""
+    def select(
+        self, x: Float[Array, "batch d_in"], k: int | float | Float[Array, ""]
+    ) -> tuple[Codes, dict[str, Array]]:
+        """Active latents of a batch, about k a token and at most twice `config.k` of one; and what `observe` needs."""
         raise NotImplementedError
 
     def errors(
@@ -32,14 +33,9 @@ class Selecting(SparseCoder):
         residual = y - self.b_dec[...] - decode(codes, self.W_dec[...])
         return (residual**2).sum(axis=1).mean(), residual
 
-    def watch(self, pre: Float[Array, "batch d_sae"], codes: Codes) -> dict[str, Array]:
-        """What `observe` needs of a batch; most architectures need nothing."""
-        return {}
-
     def loss(self, x: Float[Array, "batch d_in"], y: Float[Array, "batch d_out"], context: Context) -> Output:
         """Reconstruction of the selected latents, and the revival of dead ones."""
-        pre = lax.stop_gradient(self.preactivations(x))
-        chosen = self.select(pre, self.budget(context))
+        chosen, observed = self.select(x, self.budget(context))
         codes = attach(chosen, x, self.W_enc[...], self.b_enc[...], self.centre)
         cost, residual = self.errors(codes, x, y)
         fvu = (residual**2).sum(axis=1).mean() / context.variance
@@ -49,8 +45,13 @@ class Selecting(SparseCoder):
             terms={"fvu": fvu, "aux": aux},
             l0=(chosen.values > 0).sum(axis=1).mean(),
             active=count_active(chosen, self.d_sae),
-            observed=self.watch(pre, chosen),
+            observed=observed,
         )
+
+    @property
+    def slots(self) -> int:
+        """Most latents that a token may take."""
+        return min(SPARE * self.config.k, self.d_sae)
 
     def budget(self, context: Context) -> float | Float[Array, ""]:
         """Latents a token at this step: k, or more while it is annealed."""

@@ -4,25 +4,23 @@ latents = TopK_k(relu((x - b_dec) @ W_enc + b_enc)). L0 is k wherever k pre-acti
 Source: Makhzani & Frey 2013, arXiv:1312.5663; Gao et al. 2024, arXiv:2406.04093.
 """
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float
 
-from sae.architectures.selecting import SPARE, Selecting
+from sae.architectures.selecting import Selecting
 from sae.artefact import SavedArchitecture
-from sae.kernels import Codes
+from sae.kernels import Codes, largest
 
 
 class TopK(Selecting):
     """The k largest latents of each token."""
 
-    def select(self, pre: Float[Array, "batch d_sae"], k: int | float | Float[Array, ""]) -> Codes:
-        """The k largest of each row; where fewer are positive, zeros fill up."""
-        width = self.config.k * SPARE if self.config.k_anneal else self.config.k
-        values, indices = lax.top_k(jax.nn.relu(pre), min(width, pre.shape[1]))
-        return Codes(jnp.where(jnp.arange(values.shape[1]) < k, values, 0), indices)
+    def select(
+        self, x: Float[Array, "batch d_in"], k: int | float | Float[Array, ""]
+    ) -> tuple[Codes, dict[str, Array]]:
+        """The k largest of each token; where fewer are positive, zeros fill up."""
+        slots = self.slots if self.config.k_anneal else self.config.k
+        return largest(x - self.centre, self.W_enc[...], self.b_enc[...], k, slots)[0], {}
 
     def saved(self) -> tuple[SavedArchitecture, np.ndarray | None, int | None]:
         """Saved as topk."""

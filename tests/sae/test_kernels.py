@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae import kernels
-from sae.kernels import Codes, attach, decode, densify, kth_largest, sum_rows
+from sae.kernels import Codes, attach, decode, densify, kth_largest, products, sum_rows
 
 BATCH, WIDTH, D_SAE, D_MODEL = 7, 4, 11, 5
 
@@ -80,16 +79,17 @@ def test_cpu_and_accelerator_variants_agree(codes: Codes) -> None:
     weights = weights * (codes.values > 0)
     active = (codes.values > 0).sum(axis=1)
     start = jnp.zeros((D_SAE, D_MODEL))
-    close(kernels._decode_rows(*codes, W_dec), kernels._decode_dense(*codes, W_dec))
-    close(kernels._dot_rows(codes.indices, W_dec, g), kernels._dot_dense(codes.indices, W_dec, g))
+    close(products._decode_rows(*codes, W_dec), products._decode_dense(*codes, W_dec))
+    close(products._dot_rows(codes.indices, W_dec, g), products._dot_dense(codes.indices, W_dec, g))
     arguments = start, codes.indices, active, weights, g
-    close(kernels._sum_rows_one_by_one(*arguments), kernels._sum_rows_dense(*arguments))
+    close(products._sum_rows_one_by_one(*arguments), products._sum_rows_dense(*arguments))
 
 
 def test_sum_rows_adds_repeats_across_tokens() -> None:
     codes = Codes(jnp.ones((3, 1)), jnp.array([[2], [0], [2]]))
-    total = sum_rows(codes, jnp.array([[1.0], [10.0], [100.0]]), jnp.ones((3, 2)), 4)
-    assert total.tolist() == [[10, 10], [0, 0], [101, 101], [0, 0]]
+    sums, totals = sum_rows(codes, jnp.array([[1.0], [10.0], [100.0]]), jnp.ones((3, 2)), 4)
+    assert sums.tolist() == [[10, 10], [0, 0], [101, 101], [0, 0]]
+    assert totals.tolist() == [10, 0, 101, 0]
 
 
 KTH_LARGEST = {k: jax.jit(partial(kth_largest, k=k)) for k in (1, 5, 40)}
@@ -108,5 +108,5 @@ def test_totals_of_an_accelerator_equal_those_of_a_cpu(codes: Codes) -> None:
     for weights in (codes.values, (codes.values > 0).astype(jnp.int32)):
         expected = np.zeros(D_SAE, weights.dtype)
         np.add.at(expected, np.asarray(codes.indices), np.asarray(weights))
-        for of_totals in (kernels._total_rows, kernels._total_dense):
+        for of_totals in (products._total_rows, products._total_dense):
             close(of_totals(D_SAE, codes.indices, weights), jnp.asarray(expected))

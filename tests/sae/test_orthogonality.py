@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae.architectures.base import unit_rows
 from sae.config import SaeConfig
+from sae.kernels import unit_rows
 from sae.orthogonality import alikeness, closest
 
 D_SAE, D = 24, 6

@@ -98,7 +98,7 @@ def test_clipping_bounds_the_first_moment(stats: HookStats) -> None:
     config = config_with(grad_clip=1e-3)
     plan = plan_of(config, stats)
     state, metrics = make_step(config, plan)(begin(config, plan), batch(0), batch(0), plan.scaling)
-    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    moments = [leaf for leaf in jax.tree.leaves(state.moments) if leaf.ndim]
     first = sum(float((m**2).sum()) for m in moments[: len(moments) // 2]) ** 0.5
     assert float(metrics.grad_norm) > 1e-3
     assert first == pytest.approx(0.1 * 1e-3, rel=1e-3)

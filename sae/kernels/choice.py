@@ -1,0 +1,59 @@
+"""Which of the ways to compute sparse products and selections a step takes.
+
+`xla` runs everywhere: row by row on a CPU, in dense products on accelerators. `triton` takes the programs of
+sae/kernels/triton_programs.py, on an NVIDIA GPU where jax-triton is installed. The choice is made while a step is
+traced.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from activations.errors import ConfigError
+
+Kernels = Literal["auto", "xla", "triton"]
+LOW = "BF16_BF16_F32"
+
+_triton: ContextVar[bool] = ContextVar("triton", default=False)
+
+
+@contextmanager
+def using(kernels: Kernels) -> Iterator[None]:
+    """Take these kernels in what is traced inside.
+
+    Raises: ConfigError if triton is asked for where it can't run.
+    """
+    missing = why_not_triton()
+    if kernels == "triton" and missing:
+        fix = "Set kernels to auto, or install saekit[gpu] on a machine with an NVIDIA GPU."
+        raise ConfigError("kernels", expected="triton where it can run", got=missing, fix=fix)
+    token = _triton.set(kernels != "xla" and missing is None)
+    try:
+        yield
+    finally:
+        _triton.reset(token)
+
+
+def why_not_triton() -> str | None:
+    """What keeps Triton's programs from running here, or None."""
+    if jax.default_backend() != "gpu":
+        return f"no GPU, but {jax.default_backend()}"
+    if importlib.util.find_spec("jax_triton") is None:
+        return "a GPU without jax-triton"
+    return None
+
+
+def triton_is_chosen() -> bool:
+    """Whether what is traced now takes Triton's programs."""
+    return _triton.get()
+
+
+def operand(matrix: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The matrix as products read it: in bfloat16 where these are low (`sae.step.matmul`)."""
+    return matrix.astype(jnp.bfloat16) if jax.config.jax_default_matmul_precision == LOW else matrix

@@ -1,0 +1,66 @@
+"""Choosing the active latents: the largest of each token, and of a whole batch."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from sae.kernels import gpu
+from sae.kernels.choice import operand, triton_is_chosen
+from sae.kernels.codes import Codes
+
+_UNSTABLE = {"is_stable": False} if "is_stable" in inspect.signature(lax.top_k).parameters else {}
+"""ties in any order: jax 0.11 then selects on a GPU, instead of sorting, which takes 15 times as long"""
+
+
+def largest(
+    x: Float[Array, "batch d_in"],
+    W: Float[Array, "d_in d_sae"],
+    b: Float[Array, " d_sae"],
+    k: int | float | Float[Array, ""],
+    slots: int,
+    threshold: float | Float[Array, ""] = 0.0,
+) -> tuple[Codes, Int[Array, " batch"]]:
+    """The ceil(k) largest of relu(x @ W + b) in each row, and how many of x @ W + b are above the threshold.
+
+    `slots`, at least k, is how many a row has room for. No gradient passes. Where products are in bfloat16 and Triton
+    computes them, x @ W is rounded to bfloat16 (a relative error of at most 2^-9) before the largest are chosen.
+    """
+    x, W, b = lax.stop_gradient((x, W, b))
+    if triton_is_chosen():
+        return gpu.keep_largest(_product(x, W), b, jnp.ceil(jnp.float32(k)).astype(jnp.int32), slots, threshold)
+    pre = x @ W + b
+    values, indices = lax.top_k(jax.nn.relu(pre), slots, **({} if jax.default_backend() == "cpu" else _UNSTABLE))
+    return Codes(jnp.where(jnp.arange(slots) < k, values, 0), indices), (pre > threshold).sum(axis=1)
+
+
+def _product(x: Array, W: Array) -> Array:
+    x, W = operand(x), operand(W)
+    return jnp.matmul(x, W, preferred_element_type=x.dtype)
+
+
+def keep_above(codes: Codes, cutoff: Float[Array, ""], d_sae: int) -> Codes:
+    """The codes that reach the cutoff, largest first if they were."""
+    if triton_is_chosen():
+        return gpu.keep_above(codes, cutoff, d_sae)
+    return Codes(jnp.where(codes.values >= cutoff, codes.values, 0), codes.indices)
+
+
+def kth_largest(values: Float[Array, "..."], k: int | float | Float[Array, ""]) -> Float[Array, ""]:
+    """The k-th largest of non-negative values, exactly, without a sort.
+
+    Non-negative floats order like their bits, so their digits are found one by one, the highest first, by counting.
+
+    >>> float(kth_largest(jnp.array([[0.5, 3.0], [0.0, 2.0]]), 2))
+    2.0
+    """
+    bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32).ravel()
+    digit = 1 if jax.default_backend() == "cpu" else 4  # bits: more counts a pass, where a pass costs its launch
+    found = jnp.uint32(0)
+    for shift in range(32 - digit, -1, -digit):
+        cuts = found + (jnp.arange(1, 2**digit, dtype=jnp.uint32) << shift)
+        enough = jnp.stack([(bits >= cut).sum() for cut in cuts]) >= k
+        found += enough.sum().astype(jnp.uint32) << shift
+    return lax.bitcast_convert_type(found, jnp.float32)

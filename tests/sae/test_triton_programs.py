@@ -1,0 +1,165 @@
+"""Triton's programs, run by its interpreter on a CPU (tests/conftest.py), equal plain PyTorch.
+
+On a GPU, benchmarks/train_step.py --check compares whole training runs.
+"""
+
+import importlib.util
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import sae.kernels
+
+pytest.importorskip("triton", reason="Triton is published for Linux only")
+
+
+def interpreted() -> ModuleType:
+    """The programs; without jaxtyping's import hook, which hides their source from the interpreter."""
+    path = Path(sae.kernels.__file__).parent / "triton_programs.py"
+    spec = importlib.util.spec_from_file_location("interpreted_triton_programs", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+triton_programs = interpreted()
+
+BATCH, D_SAE, D, SLOTS, PADDED = 5, 300, 40, 12, 16
+
+PRODUCTS = {
+    "normal": lambda: torch.randn(BATCH, D_SAE),
+    "bfloat16": lambda: torch.randn(BATCH, D_SAE).to(torch.bfloat16),
+    "ties": lambda: torch.randint(-2, 3, (BATCH, D_SAE)).float(),
+    "all equal": lambda: torch.ones(BATCH, D_SAE),
+    "few above 0": lambda: torch.where(torch.rand(BATCH, D_SAE) < 0.01, 1.0, -1.0),
+    "none above 0": lambda: -torch.rand(BATCH, D_SAE) - 2,
+    "in one class": lambda: torch.where(torch.arange(D_SAE) % 32 == 3, 2.0 + torch.rand(BATCH, D_SAE), 0.1),
+    "subnormal and huge": lambda: torch.exp(40 * torch.randn(BATCH, D_SAE)) * 1e-20,
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Memory that no program has written to yet."""
+    return torch.full(shape, -7, dtype=dtype)
+
+
+def keep_largest(products: torch.Tensor, b: torch.Tensor, k: int, rows: int) -> tuple[torch.Tensor, ...]:
+    values, indices = blank(BATCH, SLOTS), blank(BATCH, SLOTS, dtype=torch.int32)
+    passing, classes = blank(BATCH, dtype=torch.int32), blank(BATCH, PADDED, dtype=torch.int32)
+    triton_programs.keep_largest[(math.ceil(BATCH / rows),)](
+        products, b, torch.tensor([k], dtype=torch.int32), torch.tensor([0.5]), values, indices, passing, classes,
+        BATCH=BATCH, D_SAE=D_SAE, SLOTS=SLOTS, PADDED=PADDED, CHUNK=32, DEPTH=16, ROWS=rows,
+    )  # fmt: skip
+    return values, indices, passing
+
+
+def densify(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(BATCH, D_SAE + 1).scatter_(1, indices.long(), values)[:, :D_SAE]
+
+
+@pytest.fixture
+def codes() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values, indices and how many are in use: row i has 3 i of SLOTS."""
+    used = torch.arange(SLOTS) < 3 * torch.arange(BATCH)[:, None]
+    indices = torch.stack([torch.randperm(D_SAE)[:SLOTS] for _ in range(BATCH)])
+    indices[:, 0] = 7  # a latent that is active on many tokens
+    values = torch.where(used, torch.rand(BATCH, SLOTS) + 0.1, 0)
+    return values, torch.where(used, indices, D_SAE).int(), used.sum(dim=1).int()
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+@pytest.mark.parametrize(("k", "rows"), [(1, 1), (7, 2), (12, 4)])
+def test_the_k_largest_are_kept(case: str, k: int, rows: int) -> None:
+    products, b = PRODUCTS[case](), torch.randint(0, 2, (D_SAE,)).float() * (case == "normal")
+    values, indices, passing = keep_largest(products, b, k, rows)
+    pre = products.float() + b
+    expected = torch.relu(pre).sort(dim=1, descending=True).values[:, :k]
+    torch.testing.assert_close(values.sort(dim=1, descending=True).values[:, :k], expected, rtol=0, atol=0)
+    assert torch.equal(passing, (pre > 0.5).sum(dim=1).int())
+    in_use = values > 0
+    assert (in_use.sum(dim=1) == (expected > 0).sum(dim=1)).all()
+    assert (in_use.long().diff(dim=1) <= 0).all(), "unused slots come last"
+    assert (indices[~in_use] == D_SAE).all()
+    for row in range(BATCH):
+        latents = indices[row][in_use[row]].long()
+        assert len(latents.unique()) == len(latents)
+        assert torch.equal(pre[row][latents], values[row][in_use[row]])
+
+
+def test_nan_is_kept_rather_than_lost() -> None:
+    products = torch.randn(BATCH, D_SAE)
+    products[2, 100] = torch.nan
+    values, _, _ = keep_largest(products, torch.zeros(D_SAE), 3, 2)
+    assert values.isnan().sum(dim=1).tolist() == [0, 0, 1, 0, 0]
+
+
+def test_keep_above_moves_what_reaches_the_cutoff_forward(codes: tuple[torch.Tensor, ...]) -> None:
+    values, indices, _ = codes
+    cutoff = values[4, 5]
+    kept, where = blank(BATCH, SLOTS), blank(BATCH, SLOTS, dtype=torch.int32)
+    triton_programs.keep_above[(3,)](
+        values, indices, cutoff.reshape(1), kept, where, BATCH=BATCH, D_SAE=D_SAE, SLOTS=SLOTS, PADDED=PADDED, ROWS=2
+    )
+    expected = densify(torch.where(values >= cutoff, values, 0), indices)
+    assert torch.equal(densify(kept, where), expected)
+    assert 0 < (kept > 0).sum() < (values > 0).sum()
+    assert ((kept > 0).long().diff(dim=1) <= 0).all()
+
+
+def test_sum_of_active_rows(codes: tuple[torch.Tensor, ...]) -> None:
+    values, indices, in_use = codes
+    W, out = torch.randn(D_SAE, D), blank(BATCH, D)
+    triton_programs.sum_active_rows[(BATCH, 2)](values, indices, in_use, W, out, D=D, SLOTS=SLOTS, COLUMNS=32)
+    torch.testing.assert_close(out, densify(values, indices) @ W)
+
+
+def test_dot_with_active_rows(codes: tuple[torch.Tensor, ...]) -> None:
+    values, indices, in_use = codes
+    W, g, out = torch.randn(D_SAE, D), torch.randn(BATCH, D), blank(BATCH, SLOTS)
+    triton_programs.dot_active_rows[(BATCH, 3)](indices, in_use, W, g, out, D=D, SLOTS=SLOTS, ROWS=4, COLUMNS=16)
+    expected = (g @ W.T).gather(1, indices.clamp(max=D_SAE - 1).long())
+    torch.testing.assert_close(out, torch.where(values > 0, expected, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_sums_by_latent(codes: tuple[torch.Tensor, ...]) -> None:
+    _, indices, _ = codes
+    weights, rows = torch.randn(BATCH, SLOTS), torch.randn(BATCH, D)
+    latents, counts = indices.ravel(), torch.zeros(D_SAE, dtype=torch.int32)
+    triton_programs.count_slots[(4,)](latents, counts, N=len(latents), D_SAE=D_SAE, BLOCK=16)
+    assert torch.equal(counts, latents.bincount(minlength=D_SAE + 1)[:D_SAE].int())
+    first = torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
+    order = latents.sort(stable=True).indices.int()
+    out, totals = blank(D_SAE, D), blank(D_SAE)
+    triton_programs.sum_by_latent[(D_SAE, 2)](
+        first, order, weights, rows, out, totals, D=D, SLOTS=SLOTS, ROWS=2, COLUMNS=32
+    )
+    dense = densify(weights, indices)
+    torch.testing.assert_close(out, dense.T @ rows)
+    torch.testing.assert_close(totals, dense.sum(dim=0))
+
+
+@pytest.mark.parametrize("on_sphere", [False, True])
+def test_descend_takes_a_step_of_adam(on_sphere: bool) -> None:
+    W, g, mean, square = (torch.randn(D_SAE, D) for _ in range(4))
+    W, square = torch.nn.functional.normalize(W, dim=1), square.abs()
+    scale, beta1, beta2, rate, correction = 0.5, 0.9, 0.99, 0.01, 3.0
+    projected = scale * (g - (g * W).sum(dim=1, keepdim=True) * W if on_sphere else g)
+    next_mean, next_square = beta1 * mean + 0.1 * projected, beta2 * square + 0.01 * projected**2
+    expected = W - rate * next_mean / ((correction * next_square).sqrt() + 1e-8)
+    expected = torch.nn.functional.normalize(expected, dim=1) if on_sphere else expected
+    scalars = torch.tensor([scale, beta1, beta2, rate, correction])
+    triton_programs.descend[(D_SAE,)](
+        W, g, mean, square, scalars, W, mean, square, D=D, PADDED=64, ON_SPHERE=on_sphere
+    )
+    for got, wanted in ((W, expected), (mean, next_mean), (square, next_square)):
+        torch.testing.assert_close(got, wanted)
