@@ -175,6 +175,11 @@ class Trainer:
             self.state, _ = self._step(self.state, batch, batch, self._plan.scaling)
         jax.block_until_ready(self.state)
 
+    @property
+    def dead_latents(self) -> int:
+        """Latents that are dead now."""
+        return int((self.state.idle >= self._plan.dead_after).sum())
+
     def losses(self, n: int) -> list[float]:
         """Losses of n steps."""
         found = []
@@ -197,6 +202,7 @@ def time_ours(settings: Settings, given: dict[str, Any], check: int, memory: boo
         data = make_data(settings)
         trainer = Trainer(settings, config, data, at=LONG // 2)
         line = {**figures(settings, measure(trainer.run, settings)), **about(config)}
+        line["dead_latents"] = trainer.dead_latents
         if memory:
             line["peak_bytes"] = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         del trainer

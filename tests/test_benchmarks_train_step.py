@@ -92,6 +92,7 @@ def test_so_many_latents_are_dead_all_the_time_and_no_others(bench: ModuleType, 
         trainer.state = state
         assert metrics.dead_fraction == 0.25
         assert metrics.terms["aux"] > 0
+    assert trainer.dead_latents == 16
     idle = np.asarray(state.idle)
     assert (idle[:16] == bench.LONGEST_IDLE).all()
     assert (idle[16:] == 0).any()
@@ -113,6 +114,7 @@ def test_check_trains_twice_from_the_same_start_and_tells_how_far_apart_they_end
     bench: ModuleType, run: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (line,) = run("--check", "60", "--dead", "0.25")
+    assert line["dead_latents"] == 16
     assert line["loss"] == line["loss_plain"] < 0.9
     assert line["loss_difference"] == 0
 

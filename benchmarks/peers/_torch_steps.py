@@ -17,19 +17,21 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Step = Callable[[torch.Tensor], None]
 
 
-def answer(make: Callable[[Settings, dict[str, Any]], tuple[Step, dict[str, Any]]]) -> None:
+def answer(make: Callable[[Settings, dict[str, Any]], tuple[Step, Callable[[], dict[str, Any]]]]) -> None:
     """Time what `make` returns, and print the line.
 
     Args:
-      make: takes the settings and what is asked for besides; returns a step and what the line says of it.
+      make: takes the settings and what is asked for besides; returns a step, and what tells of it once it was
+        timed: `dtype`, `kernels`, `optimizer`, `dead_latents` and `versions`.
     """
     out, sys.stdout = sys.stdout, sys.stderr  # the peers print
     asked = json.loads(sys.argv[1])
     settings = Settings(**asked.pop("settings"))
     torch.manual_seed(settings.seed)
     batches = itertools.cycle(activations(settings))
-    step, about = make(settings, asked)
+    step, tell = make(settings, asked)
     timing = measure(lambda n: run(step, batches, n), settings)
+    about = tell()
     if DEVICE.type == "cuda":
         about["peak_bytes"] = torch.cuda.max_memory_allocated()
     about["tf32"] = DEVICE.type == "cuda" and torch.get_float32_matmul_precision() != "highest"

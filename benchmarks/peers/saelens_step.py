@@ -7,6 +7,7 @@ and the count of dead latents; between steps, what its `fit` does without loggin
 the forward pass in bfloat16; else all is float32, in which PyTorch leaves TF32 off.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import sae_lens
@@ -26,7 +27,7 @@ LONG = 10**6
 NEVER = 1e9
 
 
-def make(settings: Settings, asked: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
+def make(settings: Settings, asked: dict[str, Any]) -> tuple[Step, Callable[[], dict[str, Any]]]:
     """Its trainer's step."""
     make_sae, make_config = KINDS[settings.arch]
     sae = make_sae(make_config(d_in=settings.d_model, d_sae=settings.d_sae, k=settings.k, device=str(DEVICE)))
@@ -47,9 +48,16 @@ def make(settings: Settings, asked: dict[str, Any]) -> tuple[Step, dict[str, Any
         trainer.step(batch)
         trainer.n_training_steps += 1
 
-    versions = {"sae_lens": sae_lens.__version__, "torch": torch.__version__}
-    dtype = "bfloat16" if asked["autocast"] else "float32"
-    return step, {"dtype": dtype, "kernels": "torch", "optimizer": "adam", "versions": versions}
+    def tell() -> dict[str, Any]:
+        return {
+            "dtype": "bfloat16" if asked["autocast"] else "float32",
+            "kernels": "torch",
+            "optimizer": "adam",
+            "dead_latents": int(trainer.dead_neurons.sum()),
+            "versions": {"sae_lens": sae_lens.__version__, "torch": torch.__version__},
+        }
+
+    return step, tell
 
 
 if __name__ == "__main__":

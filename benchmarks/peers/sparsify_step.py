@@ -10,6 +10,7 @@ installed, else PyTorch's; its default, signum, is cheaper. AuxK, which is off b
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ AUXK = 1 / 32
 """weight of AuxK, from the paper"""
 
 
-def make(settings: Settings, asked: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
+def make(settings: Settings, asked: dict[str, Any]) -> tuple[Step, Callable[[], dict[str, Any]]]:
     """A step of its Trainer."""
     torch.set_float32_matmul_precision("high")  # as its Trainer does
     config = sparsify.SaeConfig(num_latents=settings.d_sae, k=settings.k)
@@ -64,10 +65,16 @@ def make(settings: Settings, asked: dict[str, Any]) -> tuple[Step, dict[str, Any
         idle[: settings.n_dead] = NEVER  # a latent that is chosen counts as fired, though its value be 0
         did_fire.zero_()
 
-    versions = {"sparsify": sparsify.__version__, "torch": torch.__version__}
-    kernels = decoder_impl.__name__.removesuffix("_decode")
-    dtype = "bfloat16" if DEVICE.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return step, {"dtype": dtype, "kernels": kernels, "optimizer": name, "versions": versions}
+    def tell() -> dict[str, Any]:
+        return {
+            "dtype": "bfloat16" if DEVICE.type == "cuda" and torch.cuda.is_bf16_supported() else "float32",
+            "kernels": decoder_impl.__name__.removesuffix("_decode"),
+            "optimizer": name,
+            "dead_latents": int((idle > trainer.dead_feature_threshold).sum()),
+            "versions": {"sparsify": sparsify.__version__, "torch": torch.__version__},
+        }
+
+    return step, tell
 
 
 def optimizer(sae: sparsify.SparseCoder) -> tuple[torch.optim.Optimizer, str]:
