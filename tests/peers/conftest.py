@@ -5,6 +5,7 @@ A folder of SAEs has a subfolder each, with `layers.12`, the saved SAE, and `ref
 """
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -43,10 +44,14 @@ class Peer:
 
     def run(self, *arguments: str | Path) -> list[dict[str, Any]]:
         """Run the peer's script; returns the JSON lines that it prints."""
-        self._prepare()
         script = HERE / f"check_{self.name.replace('-', '_')}.py"
-        output = self._call("comparing", self._python, script, *arguments)
+        output = self._call("comparing", self.python(), script, *arguments)
         return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+    def python(self) -> Path:
+        """Its interpreter, once all packages are there."""
+        self._prepare()
+        return self._python
 
     @property
     def _python(self) -> Path:
@@ -108,6 +113,21 @@ def _outputs(sae: SaeArtefact, x: np.ndarray) -> dict[str, np.ndarray]:
 def make_peer() -> type[Peer]:
     """The environment of a peer: its name, the packages to add without their dependencies, and an import to try."""
     return Peer
+
+
+@pytest.fixture(scope="session")
+def step_lines() -> Callable[..., list[dict[str, Any]]]:
+    """What benchmarks/train_step.py prints with tiny sizes, by a Python that has a peer."""
+
+    def lines(variable: str, python: Path, *words: str) -> list[dict[str, Any]]:
+        tiny = ["--d-model", "16", "--d-sae", "64", "--k", "4", "--batch", "32", "--steps", "2", "--repeats", "3"]
+        command = [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), *tiny, *words]
+        environment = {**os.environ, variable: str(python), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return lines
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sae.artefact import KINDS, SaeArtefact
 
 PACKAGES = (
@@ -66,3 +68,14 @@ def test_either_reads_what_the_other_writes(
     assert read.keys() == MADE
     for name, sae in read.items():
         assert sae.hook_point == ("resid_mid.12->mlp_out.12" if "transcoder" in name else "resid_post.12")
+
+
+@pytest.mark.parametrize("arch", ["topk", "batchtopk"])
+def test_a_step_of_its_trainer_is_timed_beside_ours(make_peer: Any, step_lines: Any, arch: str) -> None:
+    python = make_peer("saelens", PACKAGES, "import sae_lens").python()
+    *theirs, ours = step_lines("SAELENS_PYTHON", python, "--arch", arch, "--peer", "saelens", "--dead", "0.25")
+    assert [(line["dtype"], line["autocast"]) for line in theirs] == [("float32", False), ("bfloat16", True)]
+    for line in theirs:
+        assert (line["who"], line["arch"], line["dead_latents"], len(line["all_ms"])) == ("saelens", arch, 16, 3)
+        assert line["versions"]["sae_lens"] == "6.54.12"
+    assert ours["ratio_to_fastest_peer"] == pytest.approx(ours["tok_s"] / max(x["tok_s"] for x in theirs), abs=1e-3)
