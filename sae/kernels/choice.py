@@ -56,4 +56,5 @@ def triton_is_chosen() -> bool:
 
 def operand(matrix: Float[Array, "..."]) -> Float[Array, "..."]:
     """The matrix as products read it: in bfloat16 where these are low (`sae.step.matmul`)."""
-    return matrix.astype(jnp.bfloat16) if jax.config.jax_default_matmul_precision == LOW else matrix
+    low = jax.config.jax_default_matmul_precision == LOW  # type: ignore[attr-defined]
+    return matrix.astype(jnp.bfloat16) if low else matrix

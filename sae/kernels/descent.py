@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sae.kernels import gpu
 from sae.kernels.choice import triton_is_chosen
@@ -21,7 +21,7 @@ class Rates(NamedTuple):
     """learning rate"""
     beta1: float
     beta2: float
-    count: Float[Array, ""]
+    steps: Int[Array, ""]
     """steps taken, this one included"""
 
 
@@ -38,13 +38,13 @@ def descend(
         g'     = scale (g - (g . W) W on the sphere, else g)
         mean   = beta1 mean + (1 - beta1) g'
         square = beta2 square + (1 - beta2) g'^2
-        W      = W - rate (mean / (1 - beta1^count)) / (sqrt(square / (1 - beta2^count)) + 1e-8), rows back to norm 1
+        W      = W - rate (mean / (1 - beta1^steps)) / (sqrt(square / (1 - beta2^steps)) + 1e-8), rows back to norm 1
 
     Source: Kingma & Ba 2015, arXiv:1412.6980. Removing the part of the gradient along a unit row, which would only
     change its norm: Bricken et al. 2023, transformer-circuits.pub/2023/monosemantic-features.
     """
-    scale, rate, beta1, beta2, count = rates
-    rate, correction = rate / (1 - beta1**count), 1 / (1 - beta2**count)
+    scale, rate, beta1, beta2, steps = rates
+    rate, correction = rate / (1 - beta1**steps), 1 / (1 - beta2**steps)
     if triton_is_chosen() and W.ndim == 2 and W.shape[1] <= _WIDEST:
         scalars = jnp.stack([jnp.float32(value) for value in (scale, beta1, beta2, rate, correction)])
         return gpu.descend(W, g, mean, square, scalars, on_sphere)

@@ -158,8 +158,6 @@ def test_descend_takes_a_step_of_adam(on_sphere: bool) -> None:
     expected = W - rate * next_mean / ((correction * next_square).sqrt() + 1e-8)
     expected = torch.nn.functional.normalize(expected, dim=1) if on_sphere else expected
     scalars = torch.tensor([scale, beta1, beta2, rate, correction])
-    triton_programs.descend[(D_SAE,)](
-        W, g, mean, square, scalars, W, mean, square, D=D, PADDED=64, ON_SPHERE=on_sphere
-    )
+    triton_programs.descend[(D_SAE,)](W, g, mean, square, scalars, W, mean, square, D=D, PADDED=64, ON_SPHERE=on_sphere)
     for got, wanted in ((W, expected), (mean, next_mean), (square, next_square)):
         torch.testing.assert_close(got, wanted)
