@@ -43,7 +43,7 @@ class TrainState(NamedTuple):
     """Everything that a step changes and a checkpoint keeps."""
 
     params: Any
-    """weights, as an nnx state, but W_enc with a row for each latent, as its gradient comes: a transpose costs a pass"""
+    """weights, as an nnx state, but W_enc with a row a latent, as its gradient comes, since transposing costs a pass"""
     statistics: Any
     """other variables of the SAE, such as a running threshold"""
     moments: Moments
