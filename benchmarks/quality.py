@@ -227,7 +227,7 @@ def train_saekit(data: Data, run: Run, out: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     return {
         "sae": str(trained.path),
-        "lr": config.lr or automatic_lr(run.width),
+        "lr": config.lr or automatic_lr(run.width, config.train_tokens // run.batch),
         "train_s": seconds,
         "tok_s": trained.metrics["train_tok_s"],
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "torch")},

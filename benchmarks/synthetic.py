@@ -252,9 +252,10 @@ class Bench:
         artefact = train(config).saes[HOOK_POINT].artefact
         seconds = time.perf_counter() - start
         active, figures = self._measure(artefact, tokens)
+        lr = config.lr or automatic_lr(artefact.d_sae, tokens // config.batch_size)
         line = {
             "set": self.name, "arch": arch, "seed": seed, "tokens": tokens, "batch": config.batch_size,
-            "lr": round(config.lr or automatic_lr(artefact.d_sae), 5), "d_model": D_MODEL, "d_sae": artefact.d_sae,
+            "lr": round(lr, 5), "d_model": D_MODEL, "d_sae": artefact.d_sae,
             "features": N_FEATURES, "k": config.sae.k, "settings": settings, **figures, "train_s": round(seconds, 1),
         }  # fmt: skip
         return line, artefact.W_dec[active.any(axis=0)]

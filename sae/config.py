@@ -87,7 +87,9 @@ class TrainConfig(Config):
     )
     train_tokens: int = Field(default=1_000_000, gt=0, description="tokens to train on, counted again in each epoch")
     batch_size: int = Field(default=1024, gt=0, description="tokens a step")
-    lr: float | None = Field(default=None, gt=0, description="peak learning rate; none: from the number of latents")
+    lr: float | None = Field(
+        default=None, gt=0, description="peak learning rate; none: from the numbers of latents and steps"
+    )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of Adam's mean of gradients, a step")
     beta2: float = Field(default=0.999, gt=0, lt=1, description="decay of Adam's mean of squared gradients, a step")
     warmup_fraction: float = Field(default=0.05, ge=0, le=1, description="share of the steps in which lr rises from 0")

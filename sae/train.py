@@ -42,6 +42,7 @@ from sae.config import TrainConfig
 from sae.data import Activations, DataOrder, TokenOrder, held_out, holdout, statistics
 from sae.formats import read_any
 from sae.jax_view import JaxSae
+from sae.kernels import using, why_not_triton
 from sae.live import LiveOrder, check_length
 from sae.log import Row, run_log
 from sae.metrics import Evaluation, density_histogram
@@ -116,6 +117,7 @@ def train(config: TrainConfig) -> TrainResult:
     InterruptedRunError after Ctrl-C, with a checkpoint kept.
     """
     run = prepare(config)
+    _say_what_is_missing(config)
     config.out.mkdir(parents=True, exist_ok=True)
     with Checkpoints(config, run.store.fingerprint) as checkpoints:
         config.save(config.out / "config.yaml")
@@ -131,8 +133,15 @@ def train(config: TrainConfig) -> TrainResult:
     return TrainResult(saes, run.n_steps, resumed_from)
 
 
+def _say_what_is_missing(config: TrainConfig) -> None:
+    if config.kernels == "auto" and jax.default_backend() == "gpu" and (missing := why_not_triton()):
+        sys.stderr.write(f"  slower kernels: {missing}\n")
+
+
 def prepare(config: TrainConfig) -> Run:
-    """Check a config against its store, without writing anything."""
+    """Check a config against its store and this machine, without writing anything."""
+    with using(config.kernels):  # raises where these can't run
+        pass
     store = ActivationStore.open(config.store)
     if store.meta.ring:
         store = _begun(store)

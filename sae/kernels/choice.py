@@ -19,6 +19,8 @@ from activations.errors import ConfigError
 
 Kernels = Literal["auto", "xla", "triton"]
 LOW = "BF16_BF16_F32"
+OLDEST = 8.0
+"""compute capability from which Triton has bfloat16"""
 
 _triton: ContextVar[bool] = ContextVar("triton", default=False)
 
@@ -31,7 +33,7 @@ def using(kernels: Kernels) -> Iterator[None]:
     """
     missing = why_not_triton()
     if kernels == "triton" and missing:
-        fix = "Set kernels to auto, or install saekit[gpu] on a machine with an NVIDIA GPU."
+        fix = "Set kernels to auto, which takes what is there."
         raise ConfigError("kernels", expected="triton where it can run", got=missing, fix=fix)
     token = _triton.set(kernels != "xla" and missing is None)
     try:
@@ -44,8 +46,13 @@ def why_not_triton() -> str | None:
     """What keeps Triton's programs from running here, or None."""
     if jax.default_backend() != "gpu":
         return f"no GPU, but {jax.default_backend()}"
+    device = jax.devices()[0]
+    if "cuda" not in device.client.platform_version.lower():
+        return "a GPU that is not NVIDIA's"
+    if float(device.compute_capability) < OLDEST:
+        return f"a GPU of compute capability {device.compute_capability}, below {OLDEST}"
     if importlib.util.find_spec("jax_triton") is None:
-        return "a GPU without jax-triton"
+        return "a GPU without jax-triton (pip install saekit[gpu])"
     return None
 
 

@@ -48,8 +48,9 @@ def test_plan_scales_to_unit_variance_a_dimension(stats: HookStats) -> None:
 
 def test_lr_is_automatic_unless_given(stats: HookStats) -> None:
     assert plan_of(config_with(lr=0.1), stats).lr == 0.1
-    assert plan_of(config_with(), stats).lr == automatic_lr(24)
-    assert automatic_lr(4 * 2304) == pytest.approx(automatic_lr(2304) / 2)
+    assert plan_of(config_with(), stats).lr == automatic_lr(24, 100)
+    assert automatic_lr(4 * 2304, 1200) == pytest.approx(automatic_lr(2304, 1) / 2)
+    assert automatic_lr(2304, 32 * 1200) == pytest.approx(automatic_lr(2304, 1) / 2)
 
 
 def test_schedule_rises_holds_and_falls_to_zero(stats: HookStats) -> None:
