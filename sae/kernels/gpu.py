@@ -44,8 +44,8 @@ def keep_largest(
     chunk = max(CHUNK, 2 * padded)
     values, indices, passing, _ = _call(
         "keep_largest", products, b, k, jnp.float32(threshold),
-        out=[_shape(batch, slots), _shape(batch, slots, dtype=jnp.int32), _shape(batch, dtype=jnp.int32),
-             _shape(batch, padded, dtype=jnp.int32)],
+        out=(_shape(batch, slots), _shape(batch, slots, dtype=jnp.int32), _shape(batch, dtype=jnp.int32),
+             _shape(batch, padded, dtype=jnp.int32)),
         grid=(batch,), BATCH=batch, D_SAE=d_sae, SLOTS=slots, PADDED=padded, CHUNK=chunk,
         DEPTH=_power_of_2(-(-d_sae // chunk)), ROWS=1, num_warps=4,
     )  # fmt: skip
@@ -56,7 +56,7 @@ def keep_above(codes: Codes, cutoff: Float[Array, ""], d_sae: int) -> Codes:
     """The codes that reach the cutoff, moved forward."""
     batch, slots = codes.values.shape
     return Codes(*_call(
-        "keep_above", *codes, cutoff, out=[_shape(batch, slots), _shape(batch, slots, dtype=jnp.int32)],
+        "keep_above", *codes, cutoff, out=(_shape(batch, slots), _shape(batch, slots, dtype=jnp.int32)),
         grid=(-(-batch // 4),), BATCH=batch, D_SAE=d_sae, SLOTS=slots, PADDED=_power_of_2(slots), ROWS=4, num_warps=4,
     ))  # fmt: skip
 
@@ -101,7 +101,7 @@ def sum_by_latent(
     first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(count_active(codes, d_sae), dtype=jnp.int32)])
     columns = min(1024, _power_of_2(d))
     return _call(
-        "sum_by_latent", first, order, weights, rows, out=[_shape(d_sae, d), _shape(d_sae)],
+        "sum_by_latent", first, order, weights, rows, out=(_shape(d_sae, d), _shape(d_sae)),
         grid=(d_sae, -(-d // columns)), D=d, SLOTS=slots, ROWS=4, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
 
@@ -117,7 +117,7 @@ def descend(
     """The next W, mean and square, in the place of the old ones."""
     n, d = W.shape
     return _call(
-        "descend", W, g, mean, square, scalars, out=[_shape(n, d)] * 3, grid=(n,),
+        "descend", W, g, mean, square, scalars, out=(_shape(n, d),) * 3, grid=(n,),
         input_output_aliases={0: 0, 2: 1, 3: 2}, D=d, PADDED=_power_of_2(d), ON_SPHERE=on_sphere, num_warps=8,
     )  # fmt: skip
 

@@ -1,0 +1,119 @@
+"""A training step through Triton's programs equals the plain one: here with the programs interpreted on a CPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from sae import kernels
+from sae.architectures.base import Means, Scaling
+from sae.config import SaeConfig, TrainConfig
+from sae.kernels import choice, gpu
+from sae.step import Plan, StepMetrics, TrainState, create, make_step, start
+from tests.sae.kernels.test_triton_programs import triton_programs
+
+BATCH, D, D_SAE, K, N_STEPS = 12, 20, 48, 4, 4
+SCHEDULING = {"num_warps"}
+
+
+def interpret(
+    program: str,
+    *inputs: jax.Array,
+    out: Any,
+    grid: Any,
+    zeroed_outputs: tuple[int, ...] = (),
+    input_output_aliases: dict[int, int] | None = None,
+    **sizes: Any,
+) -> Any:
+    """As `sae.kernels.gpu._call`, by the interpreter; outputs hold rubbish where jax-triton leaves them as they are."""
+    shapes, tree = jax.tree.flatten(out)
+    aliases = {to: of for of, to in (input_output_aliases or {}).items()}
+    constants = {name: value for name, value in sizes.items() if name not in SCHEDULING}
+
+    def run(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        given = [torch.from_numpy(np.array(array, dtype=_exact(array.dtype))) for array in arrays]
+        made = []
+        for i, shape in enumerate(shapes):
+            rubbish = np.full(shape.shape, 0 if i in zeroed_outputs else -99, shape.dtype)
+            made.append(given[aliases[i]] if i in aliases else torch.from_numpy(rubbish))
+        getattr(triton_programs, program)[grid](*given, *made, **constants)
+        return tuple(tensor.numpy() for tensor in made)
+
+    results = jax.pure_callback(run, tuple(shapes), *inputs)
+    return jax.tree.unflatten(tree, results)
+
+
+def _exact(dtype: np.dtype) -> np.dtype:
+    """NumPy and PyTorch share no bfloat16, and float32 holds its values."""
+    return np.dtype(np.float32) if dtype == jnp.bfloat16 else dtype
+
+
+@pytest.fixture
+def take_triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From when it is called, steps are traced through Triton's programs."""
+
+    def take() -> None:
+        monkeypatch.setattr(gpu, "_call", interpret)
+        monkeypatch.setattr(choice, "why_not_triton", lambda: None)
+
+    return take
+
+
+def steps(architecture: str, **settings: Any) -> tuple[TrainState, list[StepMetrics]]:
+    sae = SaeConfig(architecture=architecture, d_sae=D_SAE, k=K, aux_k=6, groups=(0.25, 0.75), **settings)
+    config = TrainConfig(sae=sae, batch_size=BATCH, train_tokens=BATCH * N_STEPS, lr=0.01, grad_clip=0.2)
+    one, zero = np.ones(D, np.float32), np.zeros(D, np.float32)
+    plan = Plan(N_STEPS, 0.01, Scaling(one, one), Means(zero, zero), dead_after=2 * BATCH)
+    state, step, metrics = start(config, plan, create(config, plan)), make_step(config, plan), []
+    for i in range(N_STEPS):
+        x = jax.random.normal(jax.random.key(i), (BATCH, D))
+        state, found = step(state, x, x @ jnp.eye(D)[::-1] if "coder" in architecture else x, plan.scaling)
+        metrics.append(found)
+    return state, metrics
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("topk", {}),
+        ("topk", {"k_anneal": 0.0, "frozen": "decoder"}),
+        ("batchtopk", {}),
+        ("matryoshka", {}),
+        ("skip_transcoder", {}),
+        ("jumprelu", {}),
+    ],
+)
+def test_steps_equal_the_plain_ones(
+    take_triton: Callable[[], None], architecture: str, settings: dict[str, Any]
+) -> None:
+    plain, expected = steps(architecture, **settings)
+    take_triton()
+    state, metrics = steps(architecture, **settings)
+    for got, wanted in zip(metrics, expected, strict=True):
+        assert float(got.loss) == pytest.approx(float(wanted.loss), rel=1e-5)
+        assert float(got.l0) == pytest.approx(float(wanted.l0))
+        assert float(got.grad_norm) == pytest.approx(float(wanted.grad_norm), rel=1e-4)
+    assert float(metrics[-1].dead_fraction) > 0, "so that AuxK has worked"
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), state, plain)
+
+
+def test_products_are_rounded_only_where_products_are_low(take_triton: Callable[[], None]) -> None:
+    take_triton()
+    x, W, b = (
+        jax.random.normal(jax.random.key(0), (BATCH, D)),
+        jax.random.normal(jax.random.key(1), (D, D_SAE)),
+        jnp.zeros(D_SAE),
+    )
+    exact = jnp.sort(x @ W, axis=1)[:, ::-1][:, :K]
+
+    def error(precision: str) -> float:
+        with jax.default_matmul_precision(precision), kernels.using("auto"):
+            codes, _ = kernels.largest(x, W, b, K, K)
+        return float(jnp.abs(jnp.sort(codes.values, axis=1)[:, ::-1] / exact - 1).max())
+
+    assert error("float32") < 1e-5
+    assert 1e-4 < error(kernels.LOW) < 0.05
