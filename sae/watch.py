@@ -34,7 +34,7 @@ from rich.table import Table
 from rich.text import Text
 
 from activations.progress import Advance, progress
-from sae.log import Row
+from sae.log import Row, name_of
 from sae.metrics import DENSE
 
 DRAWINGS_A_SECOND = 2
@@ -68,7 +68,7 @@ def live_view(title: str, hook_points: Sequence[str], n_steps: int, first_step: 
 
     Args:
       title: one word for it, such as "train".
-      hook_points: what rows name as their `hook_point`, in the order of the lines.
+      hook_points: whose rows there will be, as `sae.log.name_of` has it, in the order of the lines.
       n_steps: steps of the whole run.
       first_step: steps that were done before.
       batch_size: tokens a step.
@@ -130,7 +130,7 @@ class Screen:
     def row(self, row: Row) -> None:
         """Take a row in; values of the last evaluation stay until the next one."""
         first = next(iter(self._latest))
-        name = row.get("hook_point", first)
+        name = name_of(row) or first
         if name not in self._latest:
             return
         before = self._latest[name]

@@ -34,9 +34,16 @@ class BatchTopK(Selecting):
         super().__init__(config, means, key)
         self.threshold = nnx.BatchStat(jnp.float32(0))
 
-    def select(self, pre: Float[Array, "batch d_sae"], k: int | float | Float[Array, ""]) -> Codes:
+    def select(
+        self,
+        pre: Float[Array, "batch d_sae"],
+        k: int | float | Float[Array, ""],
+        most: Float[Array, ""] | None = None,
+    ) -> Codes:
         """The k * batch largest, at most 2k of them in a row."""
         values, indices = lax.top_k(jax.nn.relu(pre), min(SPARE * self.config.k, pre.shape[1]))
+        if most is not None:
+            values = jnp.where(jnp.arange(values.shape[1]) < most, values, 0)
         cutoff = kth_largest(values, k * len(values))
         return Codes(jnp.where(values >= cutoff, values, 0), indices)
 
@@ -48,7 +55,7 @@ class BatchTopK(Selecting):
     def observe(self, output: Output, context: Context) -> None:
         """Move the threshold to where k pass; it starts at the first batch's cutoff."""
         old, cutoff = self.threshold[...], output.observed["cutoff"]
-        excess = jnp.clip(output.observed["passing"] / self.config.k, 0.1, 10)
+        excess = jnp.clip(output.observed["passing"] / self.aim(context), 0.1, 10)
         moved = jnp.where(old == 0, cutoff, old * excess**RATE)
         self.threshold[...] = jnp.where(jnp.isfinite(cutoff), moved, old)
 

@@ -21,8 +21,17 @@ SPARE = 2
 class Selecting(SparseCoder):
     """The largest latents, by a rule that subclasses give."""
 
-    def select(self, pre: Float[Array, "batch d_sae"], k: int | float | Float[Array, ""]) -> Codes:
-        """Active latents of a batch with these pre-activations: about k a token, at most twice `config.k` of one."""
+    def select(
+        self,
+        pre: Float[Array, "batch d_sae"],
+        k: int | float | Float[Array, ""],
+        most: Float[Array, ""] | None = None,
+    ) -> Codes:
+        """Active latents of a batch with these pre-activations: about k a token, at most twice `config.k` of one.
+
+        Args:
+          most: in a sweep of k, how many of one at most, since `config.k` is then the largest k of all.
+        """
         raise NotImplementedError
 
     def errors(
@@ -39,7 +48,8 @@ class Selecting(SparseCoder):
     def loss(self, x: Float[Array, "batch d_in"], y: Float[Array, "batch d_out"], context: Context) -> Output:
         """Reconstruction of the selected latents, and the revival of dead ones."""
         pre = lax.stop_gradient(self.preactivations(x))
-        chosen = self.select(pre, self.budget(context))
+        most = None if context.k is None else SPARE * context.k
+        chosen = self.select(pre, self.budget(context), most)
         codes = attach(chosen, x, self.W_enc[...], self.b_enc[...], self.centre)
         cost, residual = self.errors(codes, x, y)
         fvu = (residual**2).sum(axis=1).mean() / context.variance
@@ -54,7 +64,7 @@ class Selecting(SparseCoder):
 
     def budget(self, context: Context) -> float | Float[Array, ""]:
         """Latents a token at this step: k, or more while it is annealed."""
-        k, annealed = self.config.k, self.config.k_anneal * context.n_steps
+        k, annealed = self.aim(context), self.config.k_anneal * context.n_steps
         if not annealed:
-            return float(k)
+            return float(k) if isinstance(k, int) else k
         return k * (1 + (SPARE - 1) * jnp.maximum(1 - context.step / annealed, 0))

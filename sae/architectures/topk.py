@@ -18,7 +18,12 @@ from sae.kernels import Codes
 class TopK(Selecting):
     """The k largest latents of each token."""
 
-    def select(self, pre: Float[Array, "batch d_sae"], k: int | float | Float[Array, ""]) -> Codes:
+    def select(
+        self,
+        pre: Float[Array, "batch d_sae"],
+        k: int | float | Float[Array, ""],
+        most: Float[Array, ""] | None = None,
+    ) -> Codes:
         """The k largest of each row; where fewer are positive, zeros fill up."""
         width = self.config.k * SPARE if self.config.k_anneal else self.config.k
         values, indices = lax.top_k(jax.nn.relu(pre), min(width, pre.shape[1]))
