@@ -12,6 +12,7 @@ get no gradient. Left out: sweeps of anything that changes what is computed, suc
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -111,18 +112,12 @@ def make_sweep_step(config: TrainConfig, plan: Plan, own: Own) -> Step:
     def all_steps(
         states: TrainState, inputs: Array, targets: Array, scaling: Scaling, own: Own
     ) -> tuple[TrainState, StepMetrics]:
-        def one(state_and_own: tuple[TrainState, Own]) -> tuple[TrainState, StepMetrics]:
-            state, own = state_and_own
-            # The count is the same for all; taken from one, whatever depends on it is decided once and not for each.
-            return step(state._replace(step=states.step[0]), inputs, targets, scaling, own)
+        done = states.step[0]  # the same for all, and then what depends on it is decided once
 
-        def one_by_one(states: TrainState, own: Own) -> tuple[TrainState, StepMetrics]:
-            return lax.map(one, (states, own))
+        def one(its: tuple[TrainState, Own]) -> tuple[TrainState, StepMetrics]:
+            return step(its[0]._replace(step=done), inputs, targets, scaling, its[1])
 
-        def at_once(states: TrainState, own: Own) -> tuple[TrainState, StepMetrics]:
-            return jax.vmap(one)((states, own))
-
-        return lax.platform_dependent(states, own, cpu=one_by_one, default=at_once)
+        return lax.platform_dependent((states, own), cpu=partial(lax.map, one), default=jax.vmap(one))
 
     compiled = jax.jit(all_steps, donate_argnums=0)
     return lambda states, inputs, targets, scaling: compiled(states, inputs, targets, scaling, own)
