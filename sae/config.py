@@ -86,7 +86,7 @@ class SweepConfig(Config):
 
     @field_validator("k", "lr", "seed", "d_sae")
     @classmethod
-    def _once(cls, values: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    def _once(cls, values: tuple[int | float, ...] | None) -> tuple[int | float, ...] | None:
         if values is not None and len(set(values)) < len(values):
             raise PydanticCustomError("repeats", "each value once")
         return values

@@ -119,8 +119,7 @@ def make_sweep_step(config: TrainConfig, plan: Plan, own: Own) -> Step:
 
         return lax.platform_dependent((states, own), cpu=partial(lax.map, one), default=jax.vmap(one))
 
-    compiled = jax.jit(all_steps, donate_argnums=0)
-    return lambda states, inputs, targets, scaling: compiled(states, inputs, targets, scaling, own)
+    return partial(jax.jit(all_steps, donate_argnums=0), own=own)
 
 
 def stack(states: Sequence[TrainState]) -> TrainState:
