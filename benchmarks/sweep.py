@@ -55,6 +55,8 @@ def measure(config: TrainConfig, ns: list[int], d_model: int, steps: int) -> lis
     plan = plan_of(config, d_model)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(config.batch_size, d_model)), jnp.float32)
     one = milliseconds(make_step(config, plan), start(config, plan, create(config, plan)), x, plan, steps)
+    device = jax.devices()[0]
+    name = device_name("cpu") if device.platform == "cpu" else device.device_kind.replace(" ", "-")
     lines = []
     for n in ns:
         swept = config.model_copy(update={"sweep": SweepConfig(lr=tuple(LR * (1 + SPREAD * i) for i in range(n)))})
@@ -64,7 +66,7 @@ def measure(config: TrainConfig, ns: list[int], d_model: int, steps: int) -> lis
         ms = milliseconds(make_sweep_step(widest(swept), plans[0], owned(own, plans)), state, x, plan, steps)
         lines.append(
             {
-                "device": device_name("cpu" if jax.default_backend() == "cpu" else "cuda"),
+                "device": name,
                 "arch": config.sae.architecture,
                 "n": n,
                 "d_model": d_model,

@@ -293,11 +293,12 @@ def _loop(run: Run, checkpoints: Checkpoints) -> tuple[States, float]:
     config, n_steps, first = run.config, run.n_steps, checkpoints.last
     states, said = checkpoints.restore(_first_states(run)), set[str]()
     step, speed = _step(run), Speed(config.batch_size)
+    heading = "SAE" if is_sweep(config) else "hook point"
     lrs = {name: schedule(config, job.plan) for name, job in run.jobs.items()}
     with (
         run_log(config, first) as log,
         _ctrl_c() as stopped,
-        live_view("train", list(run.jobs), n_steps, first, config.batch_size) as view,
+        live_view("train", list(run.jobs), n_steps, first, config.batch_size, heading) as view,
     ):
         for i in range(first + 1, n_steps + 1):
             _wait(run, checkpoints, states, i - 1, stopped)

@@ -63,7 +63,14 @@ class View(Protocol):
 
 
 @contextmanager
-def live_view(title: str, hook_points: Sequence[str], n_steps: int, first_step: int, batch_size: int) -> Iterator[View]:
+def live_view(
+    title: str,
+    hook_points: Sequence[str],
+    n_steps: int,
+    first_step: int,
+    batch_size: int,
+    heading: str = "hook point",
+) -> Iterator[View]:
     """Show a run while it goes on.
 
     Args:
@@ -72,13 +79,14 @@ def live_view(title: str, hook_points: Sequence[str], n_steps: int, first_step: 
       n_steps: steps of the whole run.
       first_step: steps that were done before.
       batch_size: tokens a step.
+      heading: what stands above them.
     """
     console = Console(stderr=True)
     if not console.is_interactive:
         with progress(title, (n_steps - first_step) * batch_size, "tok") as advance:
             yield _Line(advance, first_step, batch_size)
         return
-    screen = Screen(title, hook_points, n_steps, first_step, batch_size)
+    screen = Screen(title, hook_points, n_steps, first_step, batch_size, heading=heading)
     # Standard output that goes elsewhere must not land in the picture.
     redirect = sys.stdout.isatty()
     with Live(screen, console=console, refresh_per_second=DRAWINGS_A_SECOND, redirect_stdout=redirect):
@@ -113,9 +121,11 @@ class Screen:
         first_step: int,
         batch_size: int,
         clock: Callable[[], float] = time.perf_counter,
+        heading: str = "hook point",
     ):
         """As `live_view`; `clock` tells seconds."""
         self._title, self._n_steps, self._batch_size, self._clock = title, n_steps, batch_size, clock
+        self._heading = heading
         self._latest: dict[str, Row] = {name: {} for name in hook_points}
         self._curve: dict[int, float] = {}
         self._low_decade = COMMON_DECADE
@@ -206,14 +216,14 @@ class Screen:
 
     def _table(self, width: int, shown: int) -> list[Text]:
         names = list(self._latest)
-        longest = min(max(len(name) for name in (*names, "hook point")), max(width // 4, 13))
+        longest = min(max(len(name) for name in (*names, self._heading)), max(width // 4, 13))
         columns, left = [], width - 2 - longest
         for column in COLUMNS:
             left -= column.width + 2
             if left >= 0:
                 columns.append(column)
         titles = "".join(f"  {column.title:>{column.width}}" for column in columns)
-        lines = [_cut(f"  {'hook point':<{longest}}{titles}", style="dim")]
+        lines = [_cut(f"  {self._heading:<{longest}}{titles}", style="dim")]
         for name in names[:shown]:
             line = _cut(f"  {_shortened(name, longest):<{longest}}")
             for column in columns:

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float, Key
 
 from sae.architectures.base import Context, Means, Output
-from sae.architectures.selecting import SPARE, Selecting
+from sae.architectures.selecting import SPARE, Selecting, largest
 from sae.artefact import SavedArchitecture
 from sae.config import SaeConfig
 from sae.kernels import Codes, kth_largest
@@ -41,7 +40,7 @@ class BatchTopK(Selecting):
         most: Float[Array, ""] | None = None,
     ) -> Codes:
         """The k * batch largest, at most 2k of them in a row."""
-        values, indices = lax.top_k(jax.nn.relu(pre), min(SPARE * self.config.k, pre.shape[1]))
+        values, indices = largest(jax.nn.relu(pre), min(SPARE * self.config.k, pre.shape[1]))
         if most is not None:
             values = jnp.where(jnp.arange(values.shape[1]) < most, values, 0)
         cutoff = kth_largest(values, k * len(values))

@@ -9,13 +9,34 @@ In the first `k_anneal` of a run more are picked: 2k at first, then fewer, down 
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Float, Int
 
 from sae.architectures.base import Context, Output, SparseCoder
 from sae.kernels import Codes, attach, count_active, decode
 
 SPARE = 2
 """how many times k a token may take at most"""
+
+
+def largest(values: Float[Array, "batch d_sae"], n: int) -> tuple[Float[Array, "batch n"], Int[Array, "batch n"]]:
+    """The n largest of each row and their places, from the largest on.
+
+    Under `jax.vmap`, as in a sweep on an accelerator, a stack of batches is one long batch to it: XLA's fast top-k for
+    a GPU takes two axes and no more.
+    """
+
+    @custom_vmap
+    def top(values: Array) -> tuple[Array, Array]:
+        found, where = lax.top_k(values, n)
+        return found, where
+
+    @top.def_vmap
+    def _(size: int, _: list[bool], values: Array) -> tuple[tuple[Array, Array], tuple[bool, bool]]:
+        found, where = lax.top_k(values.reshape(-1, values.shape[-1]), n)
+        return (found.reshape(size, -1, n), where.reshape(size, -1, n)), (True, True)
+
+    return top(values)
 
 
 class Selecting(SparseCoder):

@@ -7,10 +7,9 @@ Source: Makhzani & Frey 2013, arXiv:1312.5663; Gao et al. 2024, arXiv:2406.04093
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float
 
-from sae.architectures.selecting import SPARE, Selecting
+from sae.architectures.selecting import SPARE, Selecting, largest
 from sae.artefact import SavedArchitecture
 from sae.kernels import Codes
 
@@ -26,7 +25,7 @@ class TopK(Selecting):
     ) -> Codes:
         """The k largest of each row; where fewer are positive, zeros fill up."""
         width = self.config.k * SPARE if self.config.k_anneal else self.config.k
-        values, indices = lax.top_k(jax.nn.relu(pre), min(width, pre.shape[1]))
+        values, indices = largest(jax.nn.relu(pre), min(width, pre.shape[1]))
         return Codes(jnp.where(jnp.arange(values.shape[1]) < k, values, 0), indices)
 
     def saved(self) -> tuple[SavedArchitecture, np.ndarray | None, int | None]:
