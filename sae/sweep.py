@@ -69,15 +69,12 @@ def check(config: TrainConfig) -> None:
     if sweep.seed and config.finetune:
         got, fix = "a sweep of seeds", "Drop one of them."
         raise ConfigError("sweep.seed", expected="no finetune, which leaves nothing random", got=got, fix=fix)
-    if sweep.d_sae and not find(name).widens:
-        expected, fix = f"one width for {name}, which splits it into groups", "Run once for each width."
-        raise ConfigError("sweep.d_sae", expected=expected, got=list(sweep.d_sae), fix=fix)
-    if sweep.d_sae and config.sae.orthogonality:
-        expected, fix = (
-            "one width with sae.orthogonality, which deals out all latents",
-            "Run once for each width.",
-        )
-        raise ConfigError("sweep.d_sae", expected=expected, got=list(sweep.d_sae), fix=fix)
+    where, got, fix = "sweep.d_sae", sweep.d_sae, "Run once for each width."
+    if got and not find(name).widens:
+        raise ConfigError(where, expected=f"one width for {name}, which splits it into groups", got=list(got), fix=fix)
+    if got and config.sae.orthogonality:
+        expected = "one width with sae.orthogonality, which deals out all latents"
+        raise ConfigError(where, expected=expected, got=list(got), fix=fix)
 
 
 def widest(config: TrainConfig) -> TrainConfig:

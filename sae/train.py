@@ -288,13 +288,19 @@ def _step(run: Run) -> Step:
     return make_sweep_step(widest(run.config), plan, owned([job.config for job in jobs], [job.plan for job in jobs]))
 
 
+def _plans(run: Run) -> dict[str, Plan]:
+    """The plan that the step of each SAE has: all hook points share those of the first."""
+    first = list(next(iter(run.stacks.values())).values())
+    return {name: job.plan for jobs in run.stacks.values() for name, job in zip(jobs, first, strict=True)}
+
+
 def _loop(run: Run, checkpoints: Checkpoints) -> tuple[States, float]:
     """Steps from the newest checkpoint to the last; returns the states and the tokens a second."""
     config, n_steps, first = run.config, run.n_steps, checkpoints.last
     states, said = checkpoints.restore(_first_states(run)), set[str]()
     step, speed = _step(run), Speed(config.batch_size)
     heading = "SAE" if is_sweep(config) else "hook point"
-    lrs = {name: schedule(config, job.plan) for name, job in run.jobs.items()}
+    lrs = {name: schedule(config, plan) for name, plan in _plans(run).items()}
     with (
         run_log(config, first) as log,
         _ctrl_c() as stopped,
