@@ -8,7 +8,7 @@ tests/test_docs.py fails while the file differs from what this script generates.
 import json
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -43,6 +43,7 @@ EXAMPLES: dict[str, str] = {
     "train_transcoder.yaml": "train",
     "train_skip_transcoder.yaml": "train",
     "train_crosscoder.yaml": "train",
+    "train_sweep.yaml": "train",
     "evaluate.yaml": "evaluate",
     "index.yaml": "index",
     "vector_latent.yaml": "vector",
@@ -132,6 +133,8 @@ def _type_name(annotation: Any) -> str:
     if annotation in PLAIN_TYPES:
         return PLAIN_TYPES[annotation]
     parts = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return _type_name(parts[0])
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{part}`" for part in parts)
     if get_origin(annotation) is tuple:

@@ -24,7 +24,7 @@ from sae.step import TrainState
 # A run may be resumed with other values of these: they change where and when it reports, not what it computes.
 FREE = ("store", "out", "eval_every", "eval_tokens", "log_every", "checkpoint_every", "keep_checkpoints", "log")
 States = dict[str, TrainState]
-"""state of each SAE of a run, by its hook point"""
+"""state of each SAE of a run, or of all of a sweep as one, by its hook point"""
 
 
 class Checkpoints:
@@ -99,6 +99,7 @@ def _flatten(states: States) -> tuple[list[str], list[Any], Any]:
 
 def _identity(config: TrainConfig, store_fingerprint: str) -> dict[str, Any]:
     content = config.model_dump(mode="json", exclude=set(FREE))
+    content["sweep"] = config.sweep.model_dump(mode="json", exclude_none=True) or None
     sae = {f"sae.{key}": value for key, value in content.pop("sae").items()}
     return content | sae | {"store": store_fingerprint}
 

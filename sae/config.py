@@ -1,13 +1,15 @@
 """What `saekit train` reads, learns and writes.
 
-`SaeConfig` is the sparse autoencoder and `TrainConfig` the run; the resolved config is saved beside the run's output.
+`SaeConfig` is the sparse autoencoder, `SweepConfig` what is tried at once, and `TrainConfig` the run; the resolved
+config is saved beside the run's output.
 Left out: names of architectures, which `sae.architectures` checks, so that a config can be read without JAX.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from activations.config import Config, StorePath
 
@@ -60,6 +62,34 @@ class SaeConfig(Config):
         2304
         """
         return self.d_sae if self.d_sae is not None else round(self.expansion * d_in)
+
+
+class SweepConfig(Config):
+    """Values that one run tries at once: an SAE for each combination of those given."""
+
+    k: tuple[Annotated[int, Field(gt=0)], ...] | None = Field(
+        default=None, min_length=1, description="values of sae.k to try together; none: sae.k"
+    )
+    lr: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        default=None, min_length=1, description="peak learning rates to try together; none: lr"
+    )
+    seed: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="seeds of the initial weights to try together, on the one data order that seed gives; none: seed",
+    )
+    d_sae: tuple[Annotated[int, Field(gt=0)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="values of sae.d_sae to try together, each at the cost of the largest; none: sae.d_sae",
+    )
+
+    @field_validator("k", "lr", "seed", "d_sae")
+    @classmethod
+    def _once(cls, values: tuple[int | float, ...] | None) -> tuple[int | float, ...] | None:
+        if values is not None and len(set(values)) < len(values):
+            raise PydanticCustomError("repeats", "each value once")
+        return values
 
 
 class LogConfig(Config):
@@ -123,7 +153,15 @@ class TrainConfig(Config):
         default=512, gt=0, description="megabytes of activations, of all hook points, that are shuffled together"
     )
     seed: int = Field(default=0, ge=0, description="seed of the initial weights and of the data order")
+    sweep: SweepConfig = Field(
+        default_factory=SweepConfig, description="SAEs that are trained together, one for each combination"
+    )
     log: LogConfig = Field(default_factory=LogConfig, description="Weights & Biases")
+
+    @property
+    def weights_seed(self) -> int:
+        """Seed of the initial weights; of one SAE, so not for a config that sweeps several."""
+        return self.sweep.seed[0] if self.sweep.seed else self.seed
 
 
 class EvaluateConfig(Config):

@@ -1,6 +1,6 @@
 """Where a run's numbers go: train.jsonl beside the output, and Weights & Biases if asked.
 
-train.jsonl holds one JSON object a hook point and logged step. A resumed run first drops the rows after its checkpoint,
+train.jsonl holds one JSON object an SAE and logged step. A resumed run first drops the rows after its checkpoint,
 so the file ends up as if the run had never stopped, and goes on in the same Weights & Biases run. Weights & Biases is a
 courtesy: when it fails, the run says so and goes on. It is given numbers and the config, and no code, patches or
 console output. Left out: what the numbers mean (`sae.metrics`), showing them (`sae.watch`).
@@ -24,14 +24,16 @@ Row = Mapping[str, Any]
 Write = Callable[[Row], None]
 
 OF_THE_RUN = ("tokens", "lr", "tok_s", "eta_s")
-"""numbers that are the same for every hook point of a step"""
+"""numbers that are the same for every SAE of a step; the learning rate only without a sweep"""
+OF_AN_SAE = ("step", "hook_point", "sae")
+"""what a row is of"""
 START_S, FINISH_S = 20, 60
 """seconds that Weights & Biases may take to start, and to upload what is left at the end"""
 
 
 @contextmanager
 def run_log(config: TrainConfig, resumed_from: int) -> Iterator[Write]:
-    """Yield a function that logs one row, which has a `step` and a `hook_point`.
+    """Yield a function that logs one row, which has a `step`, a `hook_point` and, in a sweep, an `sae`.
 
     A number that is not finite is written as null.
 
@@ -48,6 +50,11 @@ def run_log(config: TrainConfig, resumed_from: int) -> Iterator[Write]:
             publish(row)
 
         yield write
+
+
+def name_of(row: Row) -> str | None:
+    """Whose row it is: in a sweep the SAE's name, else its hook point."""
+    return row.get("sae", row.get("hook_point"))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -146,19 +153,22 @@ def _run_id(path: Path, goes_on: bool) -> str:
 
 
 def _publish(run: Any, row: Row, config: TrainConfig) -> bool:
-    run.log(_metrics(row, len(config.hook_points) > 1), step=row["step"])
+    run.log(_metrics(row, len(config.hook_points) > 1 or "sae" in row), step=row["step"])
     return True
 
 
 def _metrics(row: Row, several: bool) -> dict[str, Any]:
-    """What Weights & Biases is given of a row; with several hook points names say which.
+    """What Weights & Biases is given of a row; with several SAEs names say whose.
 
     >>> _metrics({"step": 10, "hook_point": "resid_post.3", "tokens": 20, "fvu": 0.5}, several=True)
     {'tokens': 20, 'resid_post.3/fvu': 0.5}
+    >>> _metrics({"step": 10, "hook_point": "resid_post.3", "sae": "lr=0.1", "lr": 0.05, "tokens": 20}, several=True)
+    {'lr=0.1/lr': 0.05, 'tokens': 20}
     """
-    prefix = f"{row['hook_point']}/" if several else ""
-    named = {name: value for name, value in row.items() if name not in ("step", "hook_point") and value is not None}
-    return {name if name in OF_THE_RUN else prefix + name: _value(value) for name, value in named.items()}
+    prefix = f"{name_of(row)}/" if several else ""
+    common = [name for name in OF_THE_RUN if name != "lr" or "sae" not in row]
+    named = {name: value for name, value in row.items() if name not in OF_AN_SAE and value is not None}
+    return {name if name in common else prefix + name: _value(value) for name, value in named.items()}
 
 
 def _value(value: Any) -> Any:

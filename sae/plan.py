@@ -12,7 +12,6 @@ import jax
 from activations.store import ActivationStore
 from sae.config import TrainConfig
 from sae.data import TokenOrder
-from sae.step import create, start
 from sae.train import Job, prepare
 
 
@@ -37,9 +36,10 @@ class TrainPlan(NamedTuple):
     epochs: float
     """passes over the store's training tokens"""
     memory_mb: float
-    """megabytes that all SAEs hold during a step: their states, the gradient of one, and one copy of its latents"""
+    """megabytes that all SAEs hold during a step: their states, and the gradient and one copy of the latents of those
+    that take it at once, which is one, or on an accelerator all of a sweep at a hook point"""
     saes: dict[str, SaePlan]
-    """by the hook points that they are trained for"""
+    """by the hook points that they are trained for; in a sweep by their directories in sae/"""
 
     def figures(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
@@ -55,15 +55,21 @@ def plan(config: TrainConfig) -> TrainPlan | None:
         return None
     run = prepare(config)
     assert isinstance(run.order, TokenOrder)
-    saes = {name: _sae(config, job) for name, job in run.jobs.items()}
-    states = sum(sae.state_mb for sae in saes.values())
-    widest = max(sae.state_mb / 3 + config.batch_size * sae.d_sae * 4 / 2**20 for sae in saes.values())
+    saes = {name: _sae(job) for name, job in run.jobs.items()}
+    held = [_held(config.batch_size, [saes[name] for name in jobs]) for jobs in run.stacks.values()]
+    memory_mb = sum(states for states, _ in held) + max(step for _, step in held)
     tokens = run.n_steps * config.batch_size
-    return TrainPlan(run.n_steps, tokens, tokens / run.order.n_tokens, states + widest, saes)
+    return TrainPlan(run.n_steps, tokens, tokens / run.order.n_tokens, memory_mb, saes)
 
 
-def _sae(config: TrainConfig, job: Job) -> SaePlan:
-    state = jax.eval_shape(lambda: start(config, job.plan, create(config, job.plan)))
-    n_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+def _sae(job: Job) -> SaePlan:
+    n_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(job.like))
     d_in, d_out = len(job.plan.scaling.inputs), len(job.plan.scaling.outputs)
-    return SaePlan(d_in, config.sae.width(d_in), d_out, job.plan.lr, n_bytes / 2**20)
+    return SaePlan(d_in, job.config.sae.width(d_in), d_out, float(job.plan.lr), n_bytes / 2**20)
+
+
+def _held(batch_size: int, saes: list[SaePlan]) -> tuple[float, float]:
+    """Megabytes of the states of SAEs that take a step at once, and of what the step adds; as wide as the widest."""
+    states = len(saes) * max(sae.state_mb for sae in saes)
+    latents = len(saes) * max(sae.d_sae for sae in saes) * batch_size * 4 / 2**20
+    return states, states / 3 + latents

@@ -7,7 +7,7 @@ idle. SAEs of equal shapes share one compiled step. Left out: data, evaluation a
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from activations.errors import NumericsError
 from activations.store_schema import HookStats
@@ -54,6 +54,17 @@ class TrainState(NamedTuple):
     """steps taken"""
 
 
+class Own(NamedTuple):
+    """What one SAE of a sweep has of its own; none: all of them have what the config and the plan say."""
+
+    k: Float[Array, ""] | None = None
+    """active latents a token; at most that of the config"""
+    lr: Float[Array, ""] | None = None
+    """peak learning rate"""
+    d_sae: Int[Array, ""] | None = None
+    """number of latents, which come first; the others are never active and count nowhere"""
+
+
 class StepMetrics(NamedTuple):
     """Scalars of one step, before its update."""
 
@@ -66,6 +77,10 @@ class StepMetrics(NamedTuple):
     grad_norm: Float[Array, ""]
 
 
+ALONE = Own()
+"""of an SAE that is trained alone"""
+NEVER_IDLE = -1
+"""idle tokens of what is no latent, so that it is never dead"""
 Step = Callable[[TrainState, Any, Any, Scaling], tuple[TrainState, StepMetrics]]
 """(state, raw inputs, raw targets, their scaling) -> (next state, metrics)"""
 
@@ -75,7 +90,7 @@ class Plan:
     """Numbers that a run derives from its config and its store, for one SAE."""
 
     n_steps: int
-    lr: float
+    lr: float | Float[Array, ""]
     """peak learning rate"""
     scaling: Scaling
     """what raw activations are multiplied by, so that they vary by 1 a dimension at each hook point"""
@@ -134,7 +149,7 @@ def schedule(config: TrainConfig, plan: Plan) -> Callable[[Any], Any]:
 
 def create(config: TrainConfig, plan: Plan) -> SparseCoder:
     """The SAE before the first step, from random weights."""
-    return find(config.sae.architecture)(config.sae, plan.means, jax.random.key(config.seed))
+    return find(config.sae.architecture)(config.sae, plan.means, jax.random.key(config.weights_seed))
 
 
 def start(config: TrainConfig, plan: Plan, sae: SparseCoder) -> TrainState:
@@ -160,39 +175,53 @@ def _transposed(params: Any) -> Any:
 
 def make_step(config: TrainConfig, plan: Plan) -> Step:
     """Compile the training step; it consumes the state it is given."""
-    settings, rate = config.sae, schedule(config, plan)
+    return jax.jit(step_of(config, plan), donate_argnums=0)
 
-    def loss(params: Any, oldest: Rows, state: TrainState, x: Array, y: Array) -> tuple[Array, Any]:
+
+def step_of(config: TrainConfig, plan: Plan) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """The training step, to be compiled; its fifth argument, which may be left out, is what an SAE has of its own."""
+    settings = config.sae
+
+    def loss(params: Any, oldest: Rows, state: TrainState, x: Array, y: Array, k: Array | None) -> tuple[Array, Any]:
         sae = assemble(settings, state._replace(params=params))
-        out = sae.loss(x, y, _context(state, y.shape[1])._replace(oldest=oldest))
+        out = sae.loss(x, y, _context(state, y.shape[1], k)._replace(oldest=oldest))
         if settings.orthogonality:
             alike = alikeness(params["W_dec"][...], state.step, settings, config.seed)
             out = out._replace(loss=out.loss + settings.orthogonality * alike, terms=out.terms | {"alike": alike})
         return out.loss, out
 
-    def _context(state: TrainState, d_out: int) -> Context:
-        return Context(float(d_out), state.idle, plan.dead_after, state.step, plan.n_steps)
+    def _context(state: TrainState, d_out: int, k: Array | None) -> Context:
+        return Context(float(d_out), state.idle, plan.dead_after, state.step, plan.n_steps, k)
 
-    def step(state: TrainState, inputs: Array, targets: Array, scaling: Scaling) -> tuple[TrainState, StepMetrics]:
+    def step(
+        state: TrainState, inputs: Array, targets: Array, scaling: Scaling, own: Own = ALONE
+    ) -> tuple[TrainState, StepMetrics]:
         x, y = inputs * scaling.inputs, targets * scaling.outputs
         sae = assemble(settings, state)
         latents = sae.oldest(state.idle)
         with matmul(config), kernels.using(config.kernels):
             both = jax.value_and_grad(loss, (0, 1), has_aux=True)
-            (_, out), (grads, to_oldest) = both(state.params, sae.rows(latents), state, x, y)
+            (_, out), (grads, to_oldest) = both(state.params, sae.rows(latents), state, x, y, own.k)
         for name, rows in to_oldest._asdict().items():  # a few rows, where one sum would be as large as the weights
             grads[name][...] = grads[name][...].at[latents].add(rows, unique_indices=True)
+        rate = schedule(config, plan if own.lr is None else replace(plan, lr=own.lr))(state.step)
         with kernels.using(config.kernels):
-            params, moments, norm = descend(config, state, grads, rate(state.step))
+            params, moments, norm = descend(config, state, grads, rate)
         sae = assemble(settings, state._replace(params=params))
-        sae.observe(out, _context(state, y.shape[1]))
+        sae.observe(out, _context(state, y.shape[1], own.k))
         idle = count_idle(state.idle, out.active, len(x))
+        if own.d_sae is not None:
+            idle = jnp.where(jnp.arange(len(idle)) < own.d_sae, idle, NEVER_IDLE)
         _, _, statistics = nnx.split(sae, nnx.Param, ...)
-        dead, dense = (idle >= plan.dead_after).mean(), (out.active > DENSE * len(x)).mean()
+        dead, dense = (_share(which, own.d_sae) for which in (idle >= plan.dead_after, out.active > DENSE * len(x)))
         metrics = StepMetrics(out.loss, out.terms, out.l0, dead, dense, norm)
         return TrainState(params, statistics, moments, idle, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return step
+
+
+def _share(which: Bool[Array, " d_sae"], of: Int[Array, ""] | None) -> Float[Array, ""]:
+    return which.mean() if of is None else which.sum() / of
 
 
 def descend(

@@ -1,4 +1,4 @@
-"""Train SAEs on an activation store, one for each hook point that is asked for, in one pass over its tokens.
+"""Train SAEs on an activation store, one for each hook point and point of a sweep, in one pass over its tokens.
 
 1. Check the config against the store, before anything is written. 2. Resume from the newest checkpoint, if there is
 one. 3. For each step: read batch i, take a step of each SAE; now and then log, evaluate on held-out tokens, keep a
@@ -6,7 +6,8 @@ checkpoint. 4. Save each SAE with its provenance and metrics under OUT/sae.
 
 A ring (`sae.live`) is trained on while it is harvested: the loop waits where it is ahead, and each checkpoint lets the
 ring release what lies before it. Batch i and the step are pure functions, so a resumed run gives the same bits as one
-that was never stopped. Left out: sweeps of other settings than the hook point, several devices.
+that was never stopped. The SAEs of a sweep (`sae.sweep`) are one state and one step; one that diverges does not stop
+the others, and is not saved once its weights are no numbers. Left out: several devices.
 """
 
 import math
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +50,8 @@ from sae.log import Row, run_log
 from sae.metrics import Evaluation, density_histogram
 from sae.provenance import provenance
 from sae.step import Plan, Step, StepMetrics, TrainState, assemble, create, make_step, schedule, start
+from sae.sweep import check as check_sweep
+from sae.sweep import is_sweep, make_sweep_step, owned, points, stack, unstack, widest
 from sae.watch import live_view
 from sae.wiring import Wiring, side_by_side
 
@@ -71,7 +75,7 @@ class TrainResult(NamedTuple):
     """What a run leaves."""
 
     saes: dict[str, TrainedSae]
-    """by the hook points that it was trained for"""
+    """by the hook points that it was trained for; in a sweep by its directory in sae/, without those that diverged"""
     n_steps: int
     """steps of the whole run"""
     resumed_from: int
@@ -85,6 +89,13 @@ class Job:
     wiring: Wiring
     plan: Plan
     path: Path
+    config: TrainConfig
+    """the run's, but for what the SAE has of its own in a sweep"""
+
+    @cached_property
+    def like(self) -> TrainState:
+        """Shapes of its state."""
+        return jax.eval_shape(lambda: start(self.config, self.plan, create(self.config, self.plan)))
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,7 @@ class Run:
     order: DataOrder
     stats: dict[str, HookStats]
     jobs: dict[str, Job]
+    """by name, which rows of the log and the result go by"""
     held_out: Activations
     initial: SaeArtefact | None
 
@@ -103,6 +115,21 @@ class Run:
     def n_steps(self) -> int:
         """Steps of the whole run."""
         return next(iter(self.jobs.values())).plan.n_steps
+
+    @cached_property
+    def stacks(self) -> dict[str, dict[str, Job]]:
+        """Names and jobs of what shares a state: one SAE, or all of a sweep that are wired alike; by their wiring."""
+        stacks: dict[str, dict[str, Job]] = {}
+        for name, job in self.jobs.items():
+            stacks.setdefault(str(job.wiring), {})[name] = job
+        return stacks
+
+    def state(self, name: str, states: States) -> TrainState:
+        """The state of one SAE."""
+        job, wiring = self.jobs[name], str(self.jobs[name].wiring)
+        if not is_sweep(self.config):
+            return states[wiring]
+        return unstack(states[wiring], list(self.stacks[wiring]).index(name), job.like)
 
     def is_saved(self) -> bool:
         """Whether all its SAEs are there."""
@@ -126,9 +153,10 @@ def train(config: TrainConfig) -> TrainResult:
             with _device_memory(config):
                 states, tok_s = _loop(run, checkpoints)
                 for name, job in run.jobs.items():
-                    _save(run, job, states[name], tok_s)
+                    if resumed_from < run.n_steps or not job.path.exists():
+                        _save(run, job, run.state(name, states), tok_s)
         run.order.finish()
-    saved = {name: SaeArtefact.load(job.path) for name, job in run.jobs.items()}
+    saved = {name: SaeArtefact.load(job.path) for name, job in run.jobs.items() if job.path.exists()}
     saes = {name: TrainedSae(sae, run.jobs[name].path, sae.metadata["metrics"]) for name, sae in saved.items()}
     return TrainResult(saes, run.n_steps, resumed_from)
 
@@ -152,7 +180,7 @@ def prepare(config: TrainConfig) -> Run:
     wirings = _wirings(config)
     names = tuple(dict.fromkeys(name for wiring in wirings for name in wiring.hook_points))
     stats = {name: statistics(store, name) for name in names}
-    jobs = {str(wiring): _job(config, wiring, stats, len(wirings) == 1) for wiring in wirings}
+    jobs = _jobs(config, wirings, stats)
     initial = read_any(config.finetune) if config.finetune else None
     for job in jobs.values():
         _check(config, job, initial)
@@ -171,16 +199,24 @@ def _wirings(config: TrainConfig) -> list[Wiring]:
     return wirings
 
 
-def _job(config: TrainConfig, wiring: Wiring, stats: dict[str, HookStats], is_only: bool) -> Job:
-    path = config.out / "sae"
-    return Job(wiring, Plan.make(config, wiring, stats), path if is_only else path / wiring.file_name)
+def _jobs(config: TrainConfig, wirings: list[Wiring], stats: dict[str, HookStats]) -> dict[str, Job]:
+    check_sweep(config)
+    jobs = {}
+    for wiring in wirings:
+        for point, own in points(config).items():
+            folders = [wiring.file_name] * (len(wirings) > 1) + [point] * bool(point)
+            parts = [str(wiring)] * (len(wirings) > 1 or not point) + [point] * bool(point)
+            path = config.out.joinpath("sae", *folders)
+            jobs["/".join(parts)] = Job(wiring, Plan.make(own, wiring, stats), path, own)
+    return jobs
 
 
 def _check(config: TrainConfig, job: Job, initial: SaeArtefact | None) -> None:
     d_in, d_out = len(job.plan.scaling.inputs), len(job.plan.scaling.outputs)
-    d_sae = config.sae.width(d_in)
-    if config.sae.k >= d_sae:
-        raise ConfigError("sae.k", expected=f"less than d_sae={d_sae}", got=config.sae.k, fix="Lower k or raise d_sae.")
+    k, d_sae = job.config.sae.k, job.config.sae.width(d_in)
+    if k >= d_sae:
+        where = "sweep.k" if config.sweep.k else "sae.k"
+        raise ConfigError(where, expected=f"less than d_sae={d_sae}", got=k, fix="Lower k or raise d_sae.")
     if initial is not None:
         wanted, got = (d_in, d_sae, d_out), (initial.d_model, initial.d_sae, initial.d_out)
         if wanted != got or initial.transcodes != job.wiring.transcodes:
@@ -191,7 +227,7 @@ def _check(config: TrainConfig, job: Job, initial: SaeArtefact | None) -> None:
                 got=f"{kind[initial.transcodes]} of {got}",
                 fix="Set sae.d_sae and hook_points to fit it.",
             )
-    jax.eval_shape(lambda: create(config, job.plan).b_dec[...])  # whatever an architecture has against its settings
+    _ = job.like  # whatever an architecture has against its settings
 
 
 def _order(config: TrainConfig, store: ActivationStore, names: tuple[str, ...], stop: int) -> DataOrder:
@@ -214,7 +250,9 @@ def _begun(store: ActivationStore) -> ActivationStore:
 
 
 def _save(run: Run, job: Job, state: TrainState, tok_s: float) -> None:
-    config, n_tokens = run.config, run.n_steps * run.config.batch_size
+    config, n_tokens = job.config, run.n_steps * run.config.batch_size
+    if is_sweep(run.config) and not _is_finite(state):
+        return
     metrics = {**evaluate(run, job, state).summary(), "train_tok_s": tok_s, "train_tokens": n_tokens}
     sae, about = assemble(config.sae, state), provenance(config, job.wiring, run.store, run.stats, metrics)
     sae.to_artefact(job.plan.scaling, about).save(job.path)
@@ -222,7 +260,7 @@ def _save(run: Run, job: Job, state: TrainState, tok_s: float) -> None:
 
 def evaluate(run: Run, job: Job, state: TrainState) -> Evaluation:
     """Measure the SAE on held-out tokens, as it will be used: in its saved form, each token alone."""
-    artefact = assemble(run.config.sae, state).to_artefact(job.plan.scaling, {})
+    artefact = assemble(job.config.sae, state).to_artefact(job.plan.scaling, {})
     sae, wiring = JaxSae(artefact), job.wiring
     mean = np.concatenate([run.stats[name].mean for name in wiring.writes])
     evaluation = Evaluation(mean, artefact.d_sae)
@@ -237,24 +275,45 @@ def evaluate(run: Run, job: Job, state: TrainState) -> Evaluation:
 
 def _first_states(run: Run) -> States:
     states = {}
-    for name, job in run.jobs.items():
-        sae = create(run.config, job.plan)
-        if run.initial is not None:
-            sae.adopt(run.initial, job.plan.scaling)
-        states[name] = start(run.config, job.plan, sae)
+    for wiring, jobs in run.stacks.items():
+        first = [_first_state(run, job) for job in jobs.values()]
+        states[wiring] = stack(first) if is_sweep(run.config) else first[0]
     return states
+
+
+def _first_state(run: Run, job: Job) -> TrainState:
+    sae = create(job.config, job.plan)
+    if run.initial is not None:
+        sae.adopt(run.initial, job.plan.scaling)
+    return start(job.config, job.plan, sae)
+
+
+def _step(run: Run) -> Step:
+    """The compiled step: of one SAE, or of all of a sweep that are wired alike."""
+    jobs = list(next(iter(run.stacks.values())).values())
+    plan = jobs[0].plan
+    if not is_sweep(run.config):
+        return make_step(run.config, plan)
+    return make_sweep_step(widest(run.config), plan, owned([job.config for job in jobs], [job.plan for job in jobs]))
+
+
+def _plans(run: Run) -> dict[str, Plan]:
+    """The plan that the step of each SAE has: all hook points share those of the first."""
+    first = list(next(iter(run.stacks.values())).values())
+    return {name: job.plan for jobs in run.stacks.values() for name, job in zip(jobs, first, strict=True)}
 
 
 def _loop(run: Run, checkpoints: Checkpoints) -> tuple[States, float]:
     """Steps from the newest checkpoint to the last; returns the states and the tokens a second."""
     config, n_steps, first = run.config, run.n_steps, checkpoints.last
-    states = checkpoints.restore(_first_states(run))
-    plan = next(iter(run.jobs.values())).plan
-    step, lr, speed = make_step(config, plan), schedule(config, plan), Speed(config.batch_size)
+    states, said = checkpoints.restore(_first_states(run)), set[str]()
+    step, speed = _step(run), Speed(config.batch_size)
+    heading = "SAE" if is_sweep(config) else "hook point"
+    lrs = {name: schedule(config, plan) for name, plan in _plans(run).items()}
     with (
         run_log(config, first) as log,
         _ctrl_c() as stopped,
-        live_view("train", list(run.jobs), n_steps, first, config.batch_size) as view,
+        live_view("train", list(run.jobs), n_steps, first, config.batch_size, heading) as view,
     ):
         for i in range(first + 1, n_steps + 1):
             _wait(run, checkpoints, states, i - 1, stopped)
@@ -264,16 +323,20 @@ def _loop(run: Run, checkpoints: Checkpoints) -> tuple[States, float]:
             last, stop = i == n_steps, stopped.is_set()
             measure, keep = last or i % config.eval_every == 0, last or stop or i % config.checkpoint_every == 0
             if measure or keep or i % config.log_every == 0:
-                at = {"step": i, "tokens": i * config.batch_size, "lr": float(lr(i - 1))}
                 pace = {"tok_s": speed.tok_s, "eta_s": speed.eta_s(n_steps - i)}
+                measured = _by_sae(run, metrics)
+                bad = {name for name, scalars in measured.items() if not _is_good(scalars)}
                 for name, job in run.jobs.items():
-                    row: Row = {**at, "hook_point": name, **_scalars(metrics[name]), **pace}
-                    _check_numerics(row, checkpoints)
-                    if measure:
-                        row = {**row, **_held_out(evaluate(run, job, states[name]))}
+                    at = {"step": i, "tokens": i * config.batch_size, "lr": float(lrs[name](i - 1))}
+                    row: Row = {**at, **_names(run, name, job), **measured[name], **pace}
+                    if name in bad and (not is_sweep(config) or len(bad) == len(measured)):
+                        raise _diverged(name, row, checkpoints)
+                    if measure and name not in bad:
+                        row = {**row, **_held_out(evaluate(run, job, run.state(name, states)))}
                     if measure or i % config.log_every == 0:
                         log(row)
                         view.row(row)
+                said = _say_diverged(bad, said, i)
             if keep:
                 run.order.release(checkpoints.save(i, states))
             if stop and not last:
@@ -285,7 +348,8 @@ def _loop(run: Run, checkpoints: Checkpoints) -> tuple[States, float]:
 def _step_all(run: Run, step: Step, states: States, batch: Activations) -> dict[str, StepMetrics]:
     """One step of each SAE, on the same tokens."""
     metrics = {}
-    for name, job in run.jobs.items():
+    for name, jobs in run.stacks.items():
+        job = next(iter(jobs.values()))
         inputs = jnp.asarray(side_by_side(batch, job.wiring.reads))
         targets = jnp.asarray(side_by_side(batch, job.wiring.writes)) if job.wiring.transcodes else inputs
         states[name], metrics[name] = step(states[name], inputs, targets, job.plan.scaling)
@@ -331,9 +395,20 @@ class Speed:
         return steps * self._batch_size / self.tok_s if self.tok_s else 0.0
 
 
-def _scalars(metrics: StepMetrics) -> dict[str, float]:
-    plain = {name: value for name, value in metrics._asdict().items() if name != "terms"}
-    return {name: float(value) for name, value in {**plain, **metrics.terms}.items()}
+def _by_sae(run: Run, metrics: dict[str, StepMetrics]) -> dict[str, dict[str, float]]:
+    """Numbers of a step by SAE."""
+    scalars = {}
+    for wiring, jobs in run.stacks.items():
+        plain = {name: value for name, value in metrics[wiring]._asdict().items() if name != "terms"}
+        values = {name: np.ravel(value).tolist() for name, value in {**plain, **metrics[wiring].terms}.items()}
+        for i, name in enumerate(jobs):
+            scalars[name] = {key: value[i] for key, value in values.items()}
+    return scalars
+
+
+def _names(run: Run, name: str, job: Job) -> Row:
+    """Whose row it is."""
+    return {"hook_point": str(job.wiring)} | ({"sae": name} if is_sweep(run.config) else {})
 
 
 def _held_out(evaluation: Evaluation) -> Row:
@@ -341,12 +416,25 @@ def _held_out(evaluation: Evaluation) -> Row:
     return {f"holdout_{name}": value for name, value in measured.items()}
 
 
-def _check_numerics(row: Row, checkpoints: Checkpoints) -> None:
-    if all(math.isfinite(value) for value in row.values() if isinstance(value, float)) and row["loss"] < DIVERGED:
-        return
+def _is_good(scalars: dict[str, float]) -> bool:
+    return all(map(math.isfinite, scalars.values())) and scalars["loss"] < DIVERGED
+
+
+def _is_finite(state: TrainState) -> bool:
+    return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
+
+
+def _say_diverged(bad: set[str], said: set[str], step: int) -> set[str]:
+    """Tell of the SAEs of a sweep that have diverged since; returns all that were told of."""
+    for name in sorted(bad - said):
+        sys.stderr.write(f"  {name} diverged by step {step}; the others go on\n")
+    return said | bad
+
+
+def _diverged(name: str, row: Row, checkpoints: Checkpoints) -> NumericsError:
     good = f"checkpoint {checkpoints.path / str(checkpoints.last)} is good" if checkpoints.last else "there is none"
-    raise NumericsError(
-        f"{row['hook_point']}, step {row['step']}",
+    return NumericsError(
+        f"{name}, step {row['step']}",
         expected=f"a finite loss below {DIVERGED:g}",
         got=f"loss {row['loss']:g}, gradient norm {row['grad_norm']:g}",
         fix=f"Lower lr, or check the store; of the checkpoints kept: {good}.",
@@ -363,11 +451,12 @@ def _device_memory(config: TrainConfig) -> Iterator[None]:
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        n_saes = len(config.hook_points) * len(points(config))
         raise DeviceMemoryError(
             f"{jax.devices()[0].device_kind}",
             expected="room for the weights, Adam's moments and a batch",
-            got=f"out of memory at batch_size {config.batch_size}, {len(config.hook_points)} SAEs",
-            fix="Lower batch_size, sae.d_sae or the number of hook_points; a checkpoint is resumed if there is one.",
+            got=f"out of memory at batch_size {config.batch_size}, {n_saes} SAEs",
+            fix="Lower batch_size, sae.d_sae or the number of SAEs; a checkpoint is resumed if there is one.",
         ) from error
 
 

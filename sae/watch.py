@@ -34,7 +34,7 @@ from rich.table import Table
 from rich.text import Text
 
 from activations.progress import Advance, progress
-from sae.log import Row
+from sae.log import Row, name_of
 from sae.metrics import DENSE
 
 DRAWINGS_A_SECOND = 2
@@ -63,22 +63,30 @@ class View(Protocol):
 
 
 @contextmanager
-def live_view(title: str, hook_points: Sequence[str], n_steps: int, first_step: int, batch_size: int) -> Iterator[View]:
+def live_view(
+    title: str,
+    hook_points: Sequence[str],
+    n_steps: int,
+    first_step: int,
+    batch_size: int,
+    heading: str = "hook point",
+) -> Iterator[View]:
     """Show a run while it goes on.
 
     Args:
       title: one word for it, such as "train".
-      hook_points: what rows name as their `hook_point`, in the order of the lines.
+      hook_points: whose rows there will be, as `sae.log.name_of` has it, in the order of the lines.
       n_steps: steps of the whole run.
       first_step: steps that were done before.
       batch_size: tokens a step.
+      heading: what stands above them.
     """
     console = Console(stderr=True)
     if not console.is_interactive:
         with progress(title, (n_steps - first_step) * batch_size, "tok") as advance:
             yield _Line(advance, first_step, batch_size)
         return
-    screen = Screen(title, hook_points, n_steps, first_step, batch_size)
+    screen = Screen(title, hook_points, n_steps, first_step, batch_size, heading=heading)
     # Standard output that goes elsewhere must not land in the picture.
     redirect = sys.stdout.isatty()
     with Live(screen, console=console, refresh_per_second=DRAWINGS_A_SECOND, redirect_stdout=redirect):
@@ -113,9 +121,11 @@ class Screen:
         first_step: int,
         batch_size: int,
         clock: Callable[[], float] = time.perf_counter,
+        heading: str = "hook point",
     ):
         """As `live_view`; `clock` tells seconds."""
         self._title, self._n_steps, self._batch_size, self._clock = title, n_steps, batch_size, clock
+        self._heading = heading
         self._latest: dict[str, Row] = {name: {} for name in hook_points}
         self._curve: dict[int, float] = {}
         self._low_decade = COMMON_DECADE
@@ -130,7 +140,7 @@ class Screen:
     def row(self, row: Row) -> None:
         """Take a row in; values of the last evaluation stay until the next one."""
         first = next(iter(self._latest))
-        name = row.get("hook_point", first)
+        name = name_of(row) or first
         if name not in self._latest:
             return
         before = self._latest[name]
@@ -206,14 +216,14 @@ class Screen:
 
     def _table(self, width: int, shown: int) -> list[Text]:
         names = list(self._latest)
-        longest = min(max(len(name) for name in (*names, "hook point")), max(width // 4, 13))
+        longest = min(max(len(name) for name in (*names, self._heading)), max(width // 4, 13))
         columns, left = [], width - 2 - longest
         for column in COLUMNS:
             left -= column.width + 2
             if left >= 0:
                 columns.append(column)
         titles = "".join(f"  {column.title:>{column.width}}" for column in columns)
-        lines = [_cut(f"  {'hook point':<{longest}}{titles}", style="dim")]
+        lines = [_cut(f"  {self._heading:<{longest}}{titles}", style="dim")]
         for name in names[:shown]:
             line = _cut(f"  {_shortened(name, longest):<{longest}}")
             for column in columns:

@@ -77,7 +77,7 @@ def train(
     json_: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Fit sparse autoencoders to an activation store, one a hook point."""
+    """Fit sparse autoencoders to an activation store, one a hook point or a sweep of them."""
     initial = [] if finetune is None else [f"finetune={json.dumps(str(finetune))}"]
     settings = TrainConfig.load(config, [*(set_ or []), *initial])
     if dry_run:

@@ -63,6 +63,8 @@ class Context(NamedTuple):
     """steps taken before this one"""
     n_steps: int
     """steps of the whole run"""
+    k: Float[Array, ""] | None = None
+    """in a sweep of k: this SAE's own, where the config has the largest"""
     oldest: Rows | None = None
     """weights of `SparseCoder.oldest`, where their gradients are wanted apart from the others"""
 
@@ -88,6 +90,8 @@ class SparseCoder(nnx.Module):
 
     reads: ClassVar[Reads] = "one"
     """one: an autoencoder of one hook point; pair: from one to another; several: an autoencoder of several"""
+    widens: ClassVar[bool] = True
+    """whether latents that are never active may be appended without a change to the others; sweeps of d_sae do that"""
 
     W_enc: nnx.Param[Float[Array, "d_in d_sae"]]
     b_enc: nnx.Param[Float[Array, " d_sae"]]
@@ -107,6 +111,10 @@ class SparseCoder(nnx.Module):
     def d_sae(self) -> int:
         """Number of latents."""
         return self.W_dec[...].shape[0]
+
+    def aim(self, context: Context) -> int | Float[Array, ""]:
+        """Active latents a token to aim at."""
+        return self.config.k if context.k is None else context.k
 
     @property
     def centre(self) -> Float[Array, " d_in"]:

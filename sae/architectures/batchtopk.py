@@ -33,11 +33,14 @@ class BatchTopK(Selecting):
         self.threshold = nnx.BatchStat(jnp.float32(0))
 
     def select(
-        self, x: Float[Array, "batch d_in"], k: int | float | Float[Array, ""]
+        self,
+        x: Float[Array, "batch d_in"],
+        k: int | float | Float[Array, ""],
+        most: int | Float[Array, ""],
     ) -> tuple[Codes, dict[str, Array]]:
-        """The k * batch largest, at most 2k of a token; their cutoff, and how many a token pass the threshold."""
+        """The k * batch largest, at most `most` of a token; their cutoff, and how many a token pass the threshold."""
         weights = self.W_enc[...], self.b_enc[...]
-        candidates, passing = largest(x - self.centre, *weights, self.slots, self.slots, self.threshold[...])
+        candidates, passing = largest(x - self.centre, *weights, most, self.slots, self.threshold[...])
         codes = keep_above(candidates, kth_largest(candidates.values, k * len(x)), self.d_sae)
         cutoff = jnp.where(codes.values > 0, codes.values, jnp.inf).min()
         return codes, {"cutoff": cutoff, "passing": passing.mean()}
@@ -45,7 +48,7 @@ class BatchTopK(Selecting):
     def observe(self, output: Output, context: Context) -> None:
         """Move the threshold to where k pass; it starts at the first batch's cutoff."""
         old, cutoff = self.threshold[...], output.observed["cutoff"]
-        excess = jnp.clip(output.observed["passing"] / self.config.k, 0.1, 10)
+        excess = jnp.clip(output.observed["passing"] / self.aim(context), 0.1, 10)
         moved = jnp.where(old == 0, cutoff, old * excess**RATE)
         self.threshold[...] = jnp.where(jnp.isfinite(cutoff), moved, old)
 

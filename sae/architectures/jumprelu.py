@@ -56,7 +56,7 @@ class JumpReLU(Penalised):
 
     def observe(self, output: Output, context: Context) -> None:
         """Move the target; the weight stays. Bounds keep an L0 that is slow to follow from driving it away."""
-        k = self.config.k
+        k = self.aim(context)
         self.target[...] = jnp.clip(self.target[...] / self.excess(output, context), k / FARTHEST, k * FARTHEST)
 
     def saved(self) -> tuple[SavedArchitecture, np.ndarray | None, int | None]:

@@ -7,6 +7,7 @@ arXiv:2503.17547.
 """
 
 from itertools import pairwise
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -20,6 +21,8 @@ from sae.kernels import Codes, decode, restrict
 
 class Matryoshka(BatchTopK):
     """BatchTopK with a loss on each nested dictionary."""
+
+    widens: ClassVar[bool] = False
 
     def __init__(self, config: SaeConfig, means: Means, key: Key[Array, ""]):
         """As BatchTopK; raises ConfigError if the groups do not split the latents."""

@@ -58,5 +58,5 @@ class Penalised(SparseCoder):
 
     def excess(self, output: Output, context: Context) -> Float[Array, ""]:
         """(L0 / k)^rate, which is above 1 while too many latents are active."""
-        ratio = jnp.clip(jnp.log(jnp.maximum(output.l0, 1e-3) / self.config.k), -1, 1)
+        ratio = jnp.clip(jnp.log(jnp.maximum(output.l0, 1e-3) / self.aim(context)), -1, 1)
         return jnp.exp(min(GAIN / context.n_steps, FASTEST) * ratio)

@@ -21,9 +21,12 @@ class Selecting(SparseCoder):
     """The largest latents, by a rule that subclasses give."""
 
     def select(
-        self, x: Float[Array, "batch d_in"], k: int | float | Float[Array, ""]
+        self,
+        x: Float[Array, "batch d_in"],
+        k: int | float | Float[Array, ""],
+        most: int | Float[Array, ""],
     ) -> tuple[Codes, dict[str, Array]]:
-        """Active latents of a batch, about k a token and at most twice `config.k` of one; and what `observe` needs."""
+        """Active latents of a batch, about k a token and at most `most` of one; and what `observe` needs."""
         raise NotImplementedError
 
     def errors(
@@ -35,7 +38,7 @@ class Selecting(SparseCoder):
 
     def loss(self, x: Float[Array, "batch d_in"], y: Float[Array, "batch d_out"], context: Context) -> Output:
         """Reconstruction of the selected latents, and the revival of dead ones."""
-        chosen, observed = self.select(x, self.budget(context))
+        chosen, observed = self.select(x, self.budget(context), SPARE * self.aim(context))
         codes = attach(chosen, x, self.W_enc[...], self.b_enc[...], self.centre)
         cost, residual = self.errors(codes, x, y)
         fvu = (residual**2).sum(axis=1).mean() / context.variance
@@ -55,7 +58,7 @@ class Selecting(SparseCoder):
 
     def budget(self, context: Context) -> float | Float[Array, ""]:
         """Latents a token at this step: k, or more while it is annealed."""
-        k, annealed = self.config.k, self.config.k_anneal * context.n_steps
+        k, annealed = self.aim(context), self.config.k_anneal * context.n_steps
         if not annealed:
-            return float(k)
+            return float(k) if isinstance(k, int) else k
         return k * (1 + (SPARE - 1) * jnp.maximum(1 - context.step / annealed, 0))

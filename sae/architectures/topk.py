@@ -16,7 +16,10 @@ class TopK(Selecting):
     """The k largest latents of each token."""
 
     def select(
-        self, x: Float[Array, "batch d_in"], k: int | float | Float[Array, ""]
+        self,
+        x: Float[Array, "batch d_in"],
+        k: int | float | Float[Array, ""],
+        most: int | Float[Array, ""],
     ) -> tuple[Codes, dict[str, Array]]:
         """The k largest of each token; where fewer are positive, zeros fill up."""
         slots = self.slots if self.config.k_anneal else self.config.k

@@ -16,7 +16,7 @@ CHUNK = 2048
 
 
 def _call(program: str, *inputs: Array, out: Any, grid: Any, **sizes: Any) -> Any:
-    import jax_triton
+    import jax_triton  # type: ignore[reportMissingImports]
 
     from sae.kernels import triton_programs
 

@@ -5,6 +5,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
 from sae.kernels import gpu
@@ -32,8 +33,25 @@ def largest(
     if triton_is_chosen():
         return gpu.keep_largest(_product(x, W), b, jnp.ceil(jnp.float32(k)).astype(jnp.int32), slots, threshold)
     pre = x @ W + b
-    values, indices = lax.top_k(jax.nn.relu(pre), slots, **({} if jax.default_backend() == "cpu" else _UNSTABLE))
+    values, indices = _top(jax.nn.relu(pre), slots)
     return Codes(jnp.where(jnp.arange(slots) < k, values, 0), indices), (pre > threshold).sum(axis=1)
+
+
+def _top(values: Array, n: int) -> tuple[Array, Array]:
+    """`lax.top_k`; under `jax.vmap` a stack of batches is one long batch, since XLA's fast form takes two axes."""
+    settings = {} if jax.default_backend() == "cpu" else _UNSTABLE
+
+    @custom_vmap
+    def top(values: Array) -> tuple[Array, Array]:
+        found, where = lax.top_k(values, n, **settings)
+        return found, where
+
+    @top.def_vmap
+    def _(size: int, _: list[bool], values: Array) -> tuple[tuple[Array, Array], tuple[bool, bool]]:
+        found, where = lax.top_k(values.reshape(-1, values.shape[-1]), n, **settings)
+        return (found.reshape(size, -1, n), where.reshape(size, -1, n)), (True, True)
+
+    return top(values)
 
 
 def _product(x: Array, W: Array) -> Array:

@@ -9,13 +9,13 @@ from pydantic import ValidationError
 
 from activations.config import Config
 from activations.errors import ConfigError
-from sae.config import LogConfig, SaeConfig, TrainConfig
+from sae.config import LogConfig, SaeConfig, SweepConfig, TrainConfig
 
 
-@pytest.mark.parametrize("config", [SaeConfig, TrainConfig, LogConfig])
+@pytest.mark.parametrize("config", [SaeConfig, SweepConfig, TrainConfig, LogConfig])
 def test_every_field_is_described(config: type[Config]) -> None:
     assert all(field.description for field in config.model_fields.values())
-    assert len(config.model_fields) <= 25
+    assert len(config.model_fields) <= 26
 
 
 def test_overrides_reach_nested_keys() -> None:

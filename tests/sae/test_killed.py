@@ -11,8 +11,9 @@ import pytest
 
 from activations.store import ActivationStore
 from sae.architectures import ARCHITECTURES
-from sae.config import SaeConfig, TrainConfig
+from sae.config import SaeConfig, SweepConfig, TrainConfig
 from sae.log import read_log
+from sae.sweep import points
 from sae.train import train
 
 N_KILLS, STEPS, BATCH = 3, 150, 32
@@ -30,6 +31,10 @@ def store(make_store: Callable[..., ActivationStore]) -> ActivationStore:
 
 
 def config_of(name: str, store: ActivationStore, out: Path) -> TrainConfig:
+    if name == "sweep":
+        alone = config_of("jumprelu", store, out)
+        sae, sweep = alone.sae.model_copy(update={"orthogonality": 0.0}), SweepConfig(k=(3, 5), d_sae=(32, 48))
+        return alone.model_copy(update={"sae": sae, "sweep": sweep})
     sae = SaeConfig(architecture=name, d_sae=48, k=4, aux_k=8, groups=(0.25, 0.75), orthogonality=0.1)
     return TrainConfig(
         store=store.path,
@@ -60,7 +65,7 @@ def logged(out: Path) -> int:
     return rows[-1]["step"] if rows else 0
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "sweep"])
 def test_killed_runs_end_with_the_same_bits(
     name: str, store: ActivationStore, tmp_path: Path, start_process: Callable[..., Any]
 ) -> None:
@@ -86,6 +91,6 @@ def test_killed_runs_end_with_the_same_bits(
     assert process.exitcode == 0
     assert kills == sorted(set(kills)), kills
     weights, rows = made(calm.out)
-    assert len(weights) == len(wild.hook_points)
+    assert len(weights) == len(wild.hook_points) * len(points(wild))
     assert made(wild.out) == (weights, rows)
     assert len(rows) == STEPS * len(weights)

@@ -13,7 +13,8 @@ from activations.store import ActivationStore
 from sae.architectures import ARCHITECTURES
 from sae.artefact import SaeArtefact
 from sae.config import TrainConfig
-from sae.log import read_log
+from sae.log import name_of, read_log
+from sae.sweep import is_sweep, points
 from sae.train import train
 from sae.wiring import Wiring
 
@@ -41,15 +42,19 @@ def test_a_recipe_trains(make_store: Callable[..., ActivationStore], tmp_path: P
     config = TrainConfig.load(CONFIGS / recipe)
     small = {"store": make_store(hook_points=needed(config)).path, "out": tmp_path / "run", "batch_size": BATCH}
     small |= {"train_tokens": STEPS * BATCH, "log_every": 1, "eval_every": 6, "checkpoint_every": 6}
-    sae = config.sae.model_copy(update={"d_sae": D_SAE, "k": 4})
-    result = train(config.model_copy(update={**small, "sae": sae}))
-    assert list(result.saes) == list(config.hook_points)
+    small["sae"] = config.sae.model_copy(update={"d_sae": D_SAE, "k": 4})
+    if config.sweep.k:
+        small["sweep"] = config.sweep.model_copy(update={"k": tuple(range(4, 4 + len(config.sweep.k)))})
+    config = config.model_copy(update=small)
+    result = train(config)
+    hook_points = dict(zip(result.saes, config.hook_points, strict=True)) if not is_sweep(config) else {}
+    assert list(result.saes) == list(hook_points or points(config))
     for name, trained in result.saes.items():
-        rows = [row for row in read_log(tmp_path / "run" / "train.jsonl") if row["hook_point"] == name]
+        rows = [row for row in read_log(tmp_path / "run" / "train.jsonl") if name_of(row) == name]
         assert len(rows) == STEPS
         assert rows[-1]["fvu"] < rows[0]["fvu"], "it learns"
         saved = SaeArtefact.load(trained.path)
-        assert (saved.hook_point, saved.d_sae) == (name, D_SAE)
+        assert (saved.hook_point, saved.d_sae) == (hook_points.get(name, config.hook_points[0]), D_SAE)
         assert np.isfinite(saved.W_dec).all()
 
 

@@ -119,6 +119,17 @@ def test_the_last_picture_has_every_hook_point() -> None:
     assert not any("more" in line for line in draw(screen))
 
 
+def test_each_sae_of_a_sweep_has_a_line() -> None:
+    names = ("k=16,lr=0.002", "k=32,lr=0.002")
+    screen = Screen("train", names, 586, 0, 1024, Clock(), "SAE")
+    for name in names:
+        screen.row(row(20, sae=name, fvu=0.25 if name == names[0] else 0.125))
+    lines = [line.split() for line in draw(screen)]
+    assert ["SAE", "FVU"] in [line[:2] for line in lines]
+    shown = [line[:2] for line in lines if len(line) > 1 and line[0] in names]
+    assert shown == [[names[0], "0.2500"], [names[1], "0.1250"]]
+
+
 def test_the_cursor_rests_on_an_empty_line() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80, height=24, record=True)
     console.print(screen_for(done=0))
