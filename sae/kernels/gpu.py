@@ -38,7 +38,7 @@ def keep_largest(
     slots: int,
     threshold: float | Float[Array, ""],
 ) -> tuple[Codes, Int[Array, " batch"]]:
-    """The k largest of products + b in each row, by index, and how many of a row are above the threshold."""
+    """The k largest of products + b in each row, and how many of a row are above the threshold."""
     batch, d_sae = products.shape
     padded = _power_of_2(slots)
     chunk = max(CHUNK, 2 * padded)

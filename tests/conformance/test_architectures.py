@@ -198,7 +198,7 @@ def test_training_keeps_the_latents_of_the_sorted_reference(name: str, x: jax.Ar
     assert isinstance(sae, Selecting)
     pre = sae.preactivations(x)
     mask = selected(name, np.asarray(pre))
-    np.testing.assert_array_equal(densify(sae.select(x, K)[0], D_SAE), np.where(mask, pre, 0))
+    np.testing.assert_array_equal(densify(sae.select(x, K, 2 * K)[0], D_SAE), np.where(mask, pre, 0))
     assert mask.sum() == K * BATCH, "k latents a token"
     if name == "topk":
         assert (mask.sum(axis=1) == K).all(), "in each token"
