@@ -7,7 +7,7 @@ line, 2 wrong usage. Heavy imports sit inside the verbs, so that `saekit --help`
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,8 @@ from steer.config import ChatConfig, DemoConfig, VectorConfig
 
 PROBE_S = 3.0
 """seconds of forward passes that a dry run of `harvest` times"""
+WIDEST = 10_000
+"""columns in which results are laid out"""
 TYPER_STOPPED = 130
 """what typer turns Ctrl-C into"""
 
@@ -228,9 +230,43 @@ def _show(result: Mapping[str, Any], as_json: bool, plain: str | None = None) ->
         sys.stdout.write(f"{result[plain]}\n")
     else:
         table = Table(show_header=False, box=None, pad_edge=False)
-        for key, value in result.items():
+        for key, value in _flat(result):
             table.add_row(key, _cell(value))
-        Console(soft_wrap=True).print(table, markup=False)
+        for part in (table, *(_table(key, value) for key, value in result.items() if _is_table(value))):
+            console = Console(soft_wrap=True, width=WIDEST)
+            console.width = console.measure(part).maximum  # wider than the terminal, if it must: no cell loses its end
+            console.print(part, markup=False)
+
+
+def _is_table(value: Any) -> bool:
+    """Whether a value holds several things of the same keys, each a number or text."""
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 1
+        and all(isinstance(row, Mapping) and not any(map(_nests, row.values())) for row in value.values())
+        and len({tuple(row) for row in value.values()}) == 1
+    )
+
+
+def _nests(value: Any) -> bool:
+    return isinstance(value, Mapping | list | tuple)
+
+
+def _table(name: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table(name, *next(iter(rows.values())), box=None, pad_edge=False, header_style="bold")
+    for key, row in rows.items():
+        table.add_row(key, *map(_cell, row.values()))
+    return table
+
+
+def _flat(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys, with dots between nested ones, and their values, but for what goes into a table of its own."""
+    for key, value in result.items():
+        if isinstance(value, Mapping) and value:
+            if prefix or not _is_table(value):
+                yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _cell(value: Any) -> str:

@@ -302,6 +302,19 @@ def test_plain_output_is_for_people(made: Made, saekit: Saekit) -> None:
     assert "top_logits" in shown
 
 
+def test_what_several_saes_share_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "a/long/way/" * 12
+    saes = {f"k={k}": {"path": path, "l0": k + 0.5} for k in (8, 16)}
+    cli._show({"steps": 1200, "config": {"sae": {"k": None}}, "saes": saes}, as_json=False)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        ["steps", "1,200"], ["config.sae.k", "None"],
+        ["saes", "path", "l0"], ["k=8", path, "8.5"], ["k=16", path, "16.5"],
+    ]  # fmt: skip
+    cli._show({"saes": {"only": saes["k=8"]}}, as_json=False)
+    assert capsys.readouterr().out.split() == ["saes.only.path", path, "saes.only.l0", "8.5"]
+
+
 def test_a_conversation_goes_on_until_the_end_of_input(
     made: Made, saekit: Saekit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
