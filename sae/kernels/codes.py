@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 
 class Codes(NamedTuple):
@@ -15,14 +15,16 @@ class Codes(NamedTuple):
     """which latents these are, without repeats in a row; out of range where a slot is unused"""
 
 
-def densify(codes: Codes, d_sae: int) -> Float[Array, "batch d_sae"]:
+def densify(codes: Codes, d_sae: int) -> Shaped[Array, "batch d_sae"]:
     """Write the values out at their indices.
 
     >>> densify(Codes(jnp.array([[2.0, 0.0]]), jnp.array([[1, 0]])), 3).tolist()
     [[0.0, 2.0, 0.0]]
     """
     rows = jnp.arange(len(codes.values))[:, None]
-    return jnp.zeros((len(codes.values), d_sae)).at[rows, codes.indices].set(codes.values, mode="drop")
+    return (
+        jnp.zeros((len(codes.values), d_sae), codes.values.dtype).at[rows, codes.indices].set(codes.values, mode="drop")
+    )
 
 
 def restrict(codes: Codes, start: int, stop: int) -> Codes:

@@ -155,8 +155,7 @@ def _total_rows(d_sae: int, indices: Array, weights: Array) -> Array:
 
 def _total_dense(d_sae: int, indices: Array, weights: Array) -> Array:
     # Atomic additions to few addresses take a GPU a hundred times as long as the whole step otherwise does.
-    rows = jnp.arange(len(weights))[:, None]
-    return jnp.zeros((len(weights), d_sae), weights.dtype).at[rows, indices].set(weights, mode="drop").sum(axis=0)
+    return densify(Codes(weights, indices), d_sae).sum(axis=0)
 
 
 def _no_gradient(indices: Array) -> Any:

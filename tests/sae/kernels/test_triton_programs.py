@@ -5,6 +5,9 @@ On a GPU, benchmarks/train_step.py --check compares whole training runs.
 
 import importlib.util
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -161,3 +164,15 @@ def test_descend_takes_a_step_of_adam(on_sphere: bool) -> None:
     triton_programs.descend[(D_SAE,)](W, g, mean, square, scalars, W, mean, square, D=D, PADDED=64, ON_SPHERE=on_sphere)
     for got, wanted in ((W, expected), (mean, next_mean), (square, next_square)):
         torch.testing.assert_close(got, wanted)
+
+
+def test_what_a_step_runs_compiles_for_gpus(tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("compile_programs.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    compiled = [line.split() for line in done.stdout.splitlines()]
+    assert {line[0] for line in compiled} == {"80", "90"}
+    programs = {name for name, value in vars(triton_programs).items() if hasattr(value, "arg_names")}
+    assert {line[1] for line in compiled} == {name for name in programs if not name.startswith("_")}
+    assert all(int(line[-1]) < 100_000 for line in compiled), "shared memory that any of these GPUs has"
