@@ -57,7 +57,7 @@ from sae.data import TokenOrder, held_out, holdout, used_tokens
 from sae.evaluate import spliced_losses
 from sae.formats import read_any
 from sae.metrics import Evaluation
-from sae.step import automatic_lr
+from sae.step import peak_lr
 from sae.torch_view import TorchSae
 from sae.train import train
 from sae.wiring import Wiring
@@ -227,7 +227,7 @@ def train_saekit(data: Data, run: Run, out: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     return {
         "sae": str(trained.path),
-        "lr": config.lr or automatic_lr(run.width, config.train_tokens // run.batch),
+        "lr": peak_lr(config, run.width),
         "train_s": seconds,
         "tok_s": trained.metrics["train_tok_s"],
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "torch")},

@@ -12,18 +12,18 @@ once for all of its SAEs.
 
 import argparse
 import json
-import statistics
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from _results import device_name, record
+from _steps import Settings, figures
+from _steps import measure as clocked
 
 from activations.store_schema import HookStats
 from sae.config import SaeConfig, SweepConfig, TrainConfig
-from sae.step import Plan, TrainState, create, make_step, start
+from sae.step import Plan, Step, TrainState, create, make_step, start
 from sae.sweep import make_sweep_step, owned, points, stack, widest
 from sae.wiring import Wiring
 
@@ -38,16 +38,17 @@ def plan_of(config: TrainConfig, d_model: int) -> Plan:
     return Plan.make(config, Wiring.parse(HOOK_POINT), {HOOK_POINT: stats})
 
 
-def milliseconds(step: Any, state: TrainState, x: jax.Array, plan: Plan, steps: int) -> float:
+def milliseconds(step: Step, state: TrainState, x: jax.Array, plan: Plan, steps: int) -> float:
     """Median time of a step in five runs of `steps` each, after one that compiles."""
-    taken = []
-    for n in (1, *[steps] * 5):
-        begun = time.perf_counter()
+
+    def run(n: int) -> None:
+        nonlocal state
         for _ in range(n):
-            state, metrics = step(state, x, x, plan.scaling)
-        jax.block_until_ready((state, metrics))
-        taken.append((time.perf_counter() - begun) / n)
-    return 1000 * statistics.median(taken[1:])
+            state, _ = step(state, x, x, plan.scaling)
+        jax.block_until_ready(state)
+
+    settings = Settings(batch=len(x), steps=steps, warm=1)
+    return figures(settings, clocked(run, settings))["ms_step"]
 
 
 def measure(config: TrainConfig, ns: list[int], d_model: int, steps: int) -> list[dict[str, Any]]:
@@ -55,8 +56,7 @@ def measure(config: TrainConfig, ns: list[int], d_model: int, steps: int) -> lis
     plan = plan_of(config, d_model)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(config.batch_size, d_model)), jnp.float32)
     one = milliseconds(make_step(config, plan), start(config, plan, create(config, plan)), x, plan, steps)
-    device = jax.devices()[0]
-    name = device_name("cpu") if device.platform == "cpu" else device.device_kind.replace(" ", "-")
+    name = device_name("cuda" if jax.default_backend() == "gpu" else "cpu")
     lines = []
     for n in ns:
         swept = config.model_copy(update={"sweep": SweepConfig(lr=tuple(LR * (1 + SPREAD * i) for i in range(n)))})

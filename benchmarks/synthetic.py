@@ -41,7 +41,7 @@ from sae.config import TrainConfig
 from sae.data import philox
 from sae.jax_view import JaxSae
 from sae.metrics import Evaluation
-from sae.step import automatic_lr
+from sae.step import peak_lr
 from sae.train import train
 
 SETS = ("plain", "correlated", "hierarchical")
@@ -252,10 +252,9 @@ class Bench:
         artefact = train(config).saes[HOOK_POINT].artefact
         seconds = time.perf_counter() - start
         active, figures = self._measure(artefact, tokens)
-        lr = config.lr or automatic_lr(artefact.d_sae, tokens // config.batch_size)
         line = {
             "set": self.name, "arch": arch, "seed": seed, "tokens": tokens, "batch": config.batch_size,
-            "lr": round(lr, 5), "d_model": D_MODEL, "d_sae": artefact.d_sae,
+            "lr": round(peak_lr(config, artefact.d_sae), 5), "d_model": D_MODEL, "d_sae": artefact.d_sae,
             "features": N_FEATURES, "k": config.sae.k, "settings": settings, **figures, "train_s": round(seconds, 1),
         }  # fmt: skip
         return line, artefact.W_dec[active.any(axis=0)]

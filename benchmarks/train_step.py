@@ -221,9 +221,8 @@ def compare(settings: Settings, given: dict[str, Any], data: Data, n_steps: int)
 
 
 def kernels(name: str) -> dict[str, Any]:
-    """The setting that asks for kernels; none for what is there anyway."""
-    there = name == "auto" or (name == PLAIN and "kernels" not in TrainConfig.model_fields)
-    return {} if there else {"kernels": name}
+    """The setting that asks for kernels; none for the default."""
+    return {} if name == "auto" else {"kernels": name}
 
 
 def about(config: TrainConfig) -> dict[str, Any]:
@@ -232,7 +231,7 @@ def about(config: TrainConfig) -> dict[str, Any]:
     return {
         "dtype": automatic if config.matmul == "auto" else config.matmul,
         "tf32": False,
-        "kernels": getattr(config, "kernels", PLAIN),
+        "kernels": config.kernels,
         "optimizer": "adam",
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
     }

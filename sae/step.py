@@ -110,10 +110,9 @@ class Plan:
             return scale.astype(np.float32), mean.astype(np.float32)
 
         (scale_in, mean_in), (scale_out, mean_out) = both(wiring.reads), both(wiring.writes)
-        n_steps = max(config.train_tokens // config.batch_size, 1)
         return cls(
-            n_steps=n_steps,
-            lr=config.lr if config.lr is not None else automatic_lr(config.sae.width(len(scale_in)), n_steps),
+            n_steps=steps_of(config),
+            lr=peak_lr(config, config.sae.width(len(scale_in))),
             scaling=Scaling(scale_in, scale_out),
             means=Means(mean_in, mean_out),
             dead_after=max(round(config.dead_fraction * config.train_tokens), 1),
@@ -126,6 +125,16 @@ def _scale(name: str, stats: HookStats) -> float:
         fix = "Harvest another hook point or more text."
         raise NumericsError(f"variance of {name}", expected="more than 0", got=f"{variance:g}", fix=fix)
     return float(np.sqrt(len(stats.mean) / variance))
+
+
+def steps_of(config: TrainConfig) -> int:
+    """Steps of a whole run."""
+    return max(config.train_tokens // config.batch_size, 1)
+
+
+def peak_lr(config: TrainConfig, d_sae: int) -> float:
+    """The learning rate of the config, or the automatic one."""
+    return config.lr if config.lr is not None else automatic_lr(d_sae, steps_of(config))
 
 
 def automatic_lr(d_sae: int, n_steps: int) -> float:
@@ -202,11 +211,10 @@ def step_of(config: TrainConfig, plan: Plan) -> Callable[..., tuple[TrainState, 
         with matmul(config), kernels.using(config.kernels):
             both = jax.value_and_grad(loss, (0, 1), has_aux=True)
             (_, out), (grads, to_oldest) = both(state.params, sae.rows(latents), state, x, y, own.k)
-        for name, rows in to_oldest._asdict().items():  # a few rows, where one sum would be as large as the weights
-            grads[name][...] = grads[name][...].at[latents].add(rows, unique_indices=True)
-        rate = schedule(config, plan if own.lr is None else replace(plan, lr=own.lr))(state.step)
-        with kernels.using(config.kernels):
-            params, moments, norm = descend(config, state, grads, rate)
+            for name, rows in to_oldest._asdict().items():  # a few rows, where one sum would be as large as the weights
+                grads[name][...] = grads[name][...].at[latents].add(rows, unique_indices=True)
+            rate = schedule(config, plan if own.lr is None else replace(plan, lr=own.lr))(state.step)
+            params, moments, norm = advance(config, state, grads, rate)
         sae = assemble(settings, state._replace(params=params))
         sae.observe(out, _context(state, y.shape[1], own.k))
         idle = count_idle(state.idle, out.active, len(x))
@@ -224,7 +232,7 @@ def _share(which: Bool[Array, " d_sae"], of: Int[Array, ""] | None) -> Float[Arr
     return which.mean() if of is None else which.sum() / of
 
 
-def descend(
+def advance(
     config: TrainConfig, state: TrainState, grads: Any, rate: Float[Array, ""]
 ) -> tuple[Any, Moments, Float[Array, ""]]:
     """Clip the gradient and take a step; the next weights and moments, and the gradient's norm before clipping."""

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from sae.architectures.base import Context, Means, Output
-from sae.architectures.selecting import Selecting
+from sae.architectures.selecting import Amount, Selecting
 from sae.artefact import SavedArchitecture
 from sae.config import SaeConfig
 from sae.kernels import Codes, keep_above, kth_largest, largest
@@ -32,12 +32,7 @@ class BatchTopK(Selecting):
         super().__init__(config, means, key)
         self.threshold = nnx.BatchStat(jnp.float32(0))
 
-    def select(
-        self,
-        x: Float[Array, "batch d_in"],
-        k: int | float | Float[Array, ""],
-        most: int | Float[Array, ""],
-    ) -> tuple[Codes, dict[str, Array]]:
+    def select(self, x: Float[Array, "batch d_in"], k: Amount, most: Amount) -> tuple[Codes, dict[str, Array]]:
         """The k * batch largest, at most `most` of a token; their cutoff, and how many a token pass the threshold."""
         weights = self.W_enc[...], self.b_enc[...]
         candidates, passing = largest(x - self.centre, *weights, most, self.slots, self.threshold[...])

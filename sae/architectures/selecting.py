@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from sae.architectures.base import Context, Output, SparseCoder
 from sae.kernels import Codes, attach, count_active, decode
 
+Amount = int | float | Float[Array, ""]
 SPARE = 2
 """how many times k a token may take at most"""
 
@@ -20,12 +21,7 @@ SPARE = 2
 class Selecting(SparseCoder):
     """The largest latents, by a rule that subclasses give."""
 
-    def select(
-        self,
-        x: Float[Array, "batch d_in"],
-        k: int | float | Float[Array, ""],
-        most: int | Float[Array, ""],
-    ) -> tuple[Codes, dict[str, Array]]:
+    def select(self, x: Float[Array, "batch d_in"], k: Amount, most: Amount) -> tuple[Codes, dict[str, Array]]:
         """Active latents of a batch, about k a token and at most `most` of one; and what `observe` needs."""
         raise NotImplementedError
 

@@ -26,10 +26,9 @@ from sae.step import Plan, StepMetrics, TrainState, create, make_step, start
 from sae.sweep import make_sweep_step, owned, points, stack, unstack, widest
 from sae.train import train
 from sae.wiring import Wiring
+from tests.sae.runs import BATCH, HOOK, OTHERS, WIRINGS, short_run
 
-D_MODEL, BATCH, STEPS = 16, 64, 25
-HOOK, OTHERS = "resid_post.1", ("mlp_out.1", "resid_post.0")
-WIRINGS = {"one": HOOK, "pair": f"{HOOK}->mlp_out.1", "several": f"{HOOK}+resid_post.0"}
+D_MODEL, STEPS = 16, 25
 MakeStore = Callable[..., ActivationStore]
 
 
@@ -40,19 +39,8 @@ def store(make_store: MakeStore) -> ActivationStore:
 
 @pytest.fixture
 def config(store: ActivationStore, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        store=store.path,
-        hook_points=(HOOK,),
-        out=tmp_path / "run",
-        sae=SaeConfig(d_sae=48, k=4, aux_k=8),
-        sweep=SweepConfig(k=(3, 5), lr=(0.003, 0.01)),
-        train_tokens=STEPS * BATCH,
-        batch_size=BATCH,
-        holdout_fraction=0.2,
-        eval_every=10,
-        log_every=5,
-        checkpoint_every=10,
-    )
+    sae, sweep = SaeConfig(d_sae=48, k=4, aux_k=8), SweepConfig(k=(3, 5), lr=(0.003, 0.01))
+    return short_run(store, tmp_path / "run", STEPS, sae=sae, sweep=sweep, eval_every=10, checkpoint_every=10)
 
 
 @pytest.fixture(params=["one by one, as on a CPU", "at once, as on an accelerator"])

@@ -40,10 +40,9 @@ from sae.orthogonality import closest
 from sae.step import create
 from sae.train import TrainedSae, TrainResult, prepare, train
 from sae.wiring import Wiring, side_by_side
+from tests.sae.runs import BATCH, HOOK, OTHERS, WIRINGS, short_run
 
-HOOK, OTHERS = "resid_post.1", ("mlp_out.1", "resid_post.0")
-WIRINGS = {"one": HOOK, "pair": f"{HOOK}->mlp_out.1", "several": f"{HOOK}+resid_post.0"}
-STEPS, BATCH = 40, 64
+STEPS = 40
 MakeStore = Callable[..., ActivationStore]
 
 
@@ -54,19 +53,8 @@ def store(make_store: MakeStore) -> ActivationStore:
 
 @pytest.fixture
 def config(store: ActivationStore, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        store=store.path,
-        hook_points=(HOOK,),
-        out=tmp_path / "run",
-        sae=SaeConfig(architecture="topk", d_sae=48, k=4, aux_k=8),
-        train_tokens=STEPS * BATCH,
-        batch_size=BATCH,
-        lr=0.01,
-        holdout_fraction=0.2,
-        eval_every=20,
-        log_every=5,
-        checkpoint_every=15,
-    )
+    sae = SaeConfig(architecture="topk", d_sae=48, k=4, aux_k=8)
+    return short_run(store, tmp_path / "run", STEPS, sae=sae, lr=0.01, eval_every=20, checkpoint_every=15)
 
 
 def with_architecture(config: TrainConfig, name: str, **changes: Any) -> TrainConfig:
