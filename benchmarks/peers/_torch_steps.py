@@ -36,6 +36,7 @@ def answer(make: Callable[[Settings, dict[str, Any]], tuple[Step, Callable[[], d
         about["peak_bytes"] = torch.cuda.max_memory_allocated()
     about["tf32"] = DEVICE.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     out.write(json.dumps({**figures(settings, timing), **about}) + "\n")
+    out.flush()  # it is no longer sys.stdout, which Python flushes at the end
 
 
 def run(step: Step, batches: Iterator[torch.Tensor], n: int) -> None:
