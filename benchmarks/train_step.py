@@ -222,16 +222,16 @@ def compare(settings: Settings, given: dict[str, Any], data: Data, n_steps: int)
 
 def kernels(name: str) -> dict[str, Any]:
     """The setting that asks for kernels; none for the default."""
-    return {} if name == "auto" else {"kernels": name}
+    return {} if name == "auto" else {"compute.kernels": name}
 
 
 def about(config: TrainConfig) -> dict[str, Any]:
     """What computes, and in what."""
     automatic = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return {
-        "dtype": automatic if config.matmul == "auto" else config.matmul,
+        "dtype": automatic if config.compute.matmul == "auto" else config.compute.matmul,
         "tf32": False,
-        "kernels": config.kernels,
+        "kernels": config.compute.kernels,
         "optimizer": "adam",
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
     }

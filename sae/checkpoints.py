@@ -21,8 +21,11 @@ from activations.errors import DiskSpaceError, MismatchError, StorageError
 from sae.config import TrainConfig
 from sae.step import TrainState
 
-# A run may be resumed with other values of these: they change where and when it reports, not what it computes.
+# A run may be resumed with other values of these: they change where and when it reports, not what it computes; devices
+# change its rounding.
 FREE = ("store", "out", "eval_every", "eval_tokens", "log_every", "checkpoint_every", "keep_checkpoints", "log")
+FREE_COMPUTE = ("data_parallel", "latent_parallel")
+GROUPS = ("sae", "compute")
 States = dict[str, TrainState]
 """state of each SAE of a run, or of all of a sweep as one, by its hook point"""
 
@@ -98,10 +101,11 @@ def _flatten(states: States) -> tuple[list[str], list[Any], Any]:
 
 
 def _identity(config: TrainConfig, store_fingerprint: str) -> dict[str, Any]:
-    content = config.model_dump(mode="json", exclude=set(FREE))
+    exclude = {**dict.fromkeys(FREE, True), "compute": set(FREE_COMPUTE)}
+    content = config.model_dump(mode="json", exclude=exclude)
     content["sweep"] = config.sweep.model_dump(mode="json", exclude_none=True) or None
-    sae = {f"sae.{key}": value for key, value in content.pop("sae").items()}
-    return content | sae | {"store": store_fingerprint}
+    groups = {f"{group}.{key}": value for group in GROUPS for key, value in content.pop(group).items()}
+    return content | groups | {"store": store_fingerprint}
 
 
 def _check_identity(path: Path, mine: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What `saekit train` reads, learns and writes.
 
-`SaeConfig` is the sparse autoencoder, `SweepConfig` what is tried at once, and `TrainConfig` the run; the resolved
-config is saved beside the run's output.
+`SaeConfig` is the sparse autoencoder, `SweepConfig` what is tried at once, `ComputeConfig` what computes, and
+`TrainConfig` the run; the resolved config is saved beside the run's output.
 Left out: names of architectures, which `sae.architectures` checks, so that a config can be read without JAX.
 """
 
@@ -99,6 +99,34 @@ class LogConfig(Config):
     project: str = Field(default="saekit", description="Weights & Biases project")
 
 
+class ComputeConfig(Config):
+    """How a step is computed, and by how many devices; what it computes stays the same but for rounding.
+
+    `data_parallel * latent_parallel` devices keep equal shares of the latents' weights and of Adam's moments.
+    """
+
+    matmul: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="what matrix products are computed in; weights stay float32. auto: bfloat16 on a GPU or TPU",
+    )
+    kernels: Literal["auto", "xla", "triton"] = Field(
+        default="auto",
+        description="how sparse products and selections are computed. auto: triton on an NVIDIA GPU where jax-triton "
+        "is installed, else xla, which runs everywhere",
+    )
+    data_parallel: int = Field(
+        default=1, gt=0, description="devices, or groups of them, that split the tokens of each batch"
+    )
+    latent_parallel: int = Field(
+        default=1, gt=0, description="devices of such a group, which split the latents and see the same tokens"
+    )
+
+    @property
+    def n_devices(self) -> int:
+        """Devices that a step takes."""
+        return self.data_parallel * self.latent_parallel
+
+
 class TrainConfig(Config):
     """One training run."""
 
@@ -140,14 +168,8 @@ class TrainConfig(Config):
     log_every: int = Field(default=10, gt=0, description="steps between rows of train.jsonl")
     checkpoint_every: int = Field(default=500, gt=0, description="steps between checkpoints")
     keep_checkpoints: int = Field(default=2, gt=0, description="newest checkpoints that are kept")
-    matmul: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto",
-        description="what matrix products are computed in; weights stay float32. auto: bfloat16 on a GPU or TPU",
-    )
-    kernels: Literal["auto", "xla", "triton"] = Field(
-        default="auto",
-        description="how sparse products and selections are computed. auto: triton on an NVIDIA GPU where jax-triton "
-        "is installed, else xla, which runs everywhere",
+    compute: ComputeConfig = Field(
+        default_factory=ComputeConfig, description="how steps are computed, and on which devices"
     )
     memory_mb: int = Field(
         default=512, gt=0, description="megabytes of activations, of all hook points, that are shuffled together"

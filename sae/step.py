@@ -2,7 +2,8 @@
 
 1. scale inputs and targets; 2. losses and gradients, with matrix products in bfloat16 where that is faster; 3. clip,
 and a step of Adam for what is not frozen, with decoder rows held at norm 1; 4. count how long each latent has been
-idle. SAEs of equal shapes share one compiled step. Left out: data, evaluation and all that has side effects.
+idle. SAEs of equal shapes share one compiled step. With several devices (`sae.kernels.devices`) the state is split over
+them, and the step is the same. Left out: data, evaluation and all that has side effects.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from activations.errors import NumericsError
@@ -23,6 +26,7 @@ from sae import kernels
 from sae.architectures import find
 from sae.architectures.base import Context, Means, Rows, Scaling, SparseCoder
 from sae.config import SaeConfig, TrainConfig
+from sae.kernels.devices import at_rest, make_grid, place
 from sae.metrics import DENSE
 from sae.orthogonality import alikeness
 from sae.wiring import Wiring
@@ -162,11 +166,13 @@ def create(config: TrainConfig, plan: Plan) -> SparseCoder:
 
 
 def start(config: TrainConfig, plan: Plan, sae: SparseCoder) -> TrainState:
-    """The state before the first step of `sae`."""
+    """The state before the first step of `sae`, split over the devices of the config."""
     _, params, statistics = nnx.split(sae, nnx.Param, ...)
-    params = _transposed(params)
-    moments = Moments(*(jax.tree.map(jnp.zeros_like, params) for _ in Moments._fields))
-    return TrainState(params, statistics, moments, jnp.zeros(sae.d_sae, jnp.int32), jnp.int32(0))
+    params = place(_transposed(params), grid_of(config), sae.d_sae)
+    moments = Moments(*(jax.tree.map(lambda leaf: jnp.zeros_like(leaf), params) for _ in Moments._fields))
+    rest = statistics, jnp.zeros(sae.d_sae, jnp.int32), jnp.int32(0)
+    statistics, idle, step = place(rest, grid_of(config), sae.d_sae)
+    return TrainState(params, statistics, moments, idle, step)
 
 
 def assemble(config: SaeConfig, state: TrainState) -> SparseCoder:
@@ -189,7 +195,7 @@ def make_step(config: TrainConfig, plan: Plan) -> Step:
 
 def step_of(config: TrainConfig, plan: Plan) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """The training step, to be compiled; its fifth argument, which may be left out, is what an SAE has of its own."""
-    settings = config.sae
+    settings, grid = config.sae, grid_of(config)
 
     def loss(params: Any, oldest: Rows, state: TrainState, x: Array, y: Array, k: Array | None) -> tuple[Array, Any]:
         sae = assemble(settings, state._replace(params=params))
@@ -208,7 +214,7 @@ def step_of(config: TrainConfig, plan: Plan) -> Callable[..., tuple[TrainState, 
         x, y = inputs * scaling.inputs, targets * scaling.outputs
         sae = assemble(settings, state)
         latents = sae.oldest(state.idle)
-        with matmul(config), kernels.using(config.kernels):
+        with matmul(config), kernels.using(config.compute.kernels, grid):
             both = jax.value_and_grad(loss, (0, 1), has_aux=True)
             (_, out), (grads, to_oldest) = both(state.params, sae.rows(latents), state, x, y, own.k)
             for name, rows in to_oldest._asdict().items():  # a few rows, where one sum would be as large as the weights
@@ -223,9 +229,17 @@ def step_of(config: TrainConfig, plan: Plan) -> Callable[..., tuple[TrainState, 
         _, _, statistics = nnx.split(sae, nnx.Param, ...)
         dead, dense = (_share(which, own.d_sae) for which in (idle >= plan.dead_after, out.active > DENSE * len(x)))
         metrics = StepMetrics(out.loss, out.terms, out.l0, dead, dense, norm)
-        return TrainState(params, statistics, moments, idle, state.step + 1), metrics
+        state = TrainState(params, statistics, moments, idle, state.step + 1)
+        if grid is not None:
+            state = lax.with_sharding_constraint(state, at_rest(state, grid, len(idle)))
+        return state, metrics
 
     return step
+
+
+def grid_of(config: TrainConfig) -> Mesh | None:
+    """The devices that take a step together; None for one."""
+    return make_grid(config.compute.latent_parallel, config.compute.data_parallel)
 
 
 def _share(which: Bool[Array, " d_sae"], of: Int[Array, ""] | None) -> Float[Array, ""]:
@@ -252,8 +266,9 @@ def advance(
 
 
 def matmul(config: TrainConfig) -> AbstractContextManager[None]:
-    """A context in which matrix products are computed in `config.matmul`, always summed in float32."""
-    low = config.matmul == "bfloat16" or (config.matmul == "auto" and jax.default_backend() != "cpu")
+    """A context in which matrix products are computed in `compute.matmul`, always summed in float32."""
+    wanted = config.compute.matmul
+    low = wanted == "bfloat16" or (wanted == "auto" and jax.default_backend() != "cpu")
     return jax.default_matmul_precision(kernels.LOW if low else "float32")
 
 

@@ -69,9 +69,9 @@ def check(config: TrainConfig) -> None:
     if sweep.seed and config.finetune:
         got, fix = "a sweep of seeds", "Drop one of them."
         raise ConfigError("sweep.seed", expected="no finetune, which leaves nothing random", got=got, fix=fix)
-    if is_sweep(config) and config.kernels == "triton":
-        expected = "auto or xla with a sweep, whose steps are batched"
-        raise ConfigError("kernels", expected=expected, got="triton", fix="Set kernels to auto.")
+    if is_sweep(config) and config.compute.n_devices > 1:
+        where, fix = "compute", "Set data_parallel and latent_parallel to 1."
+        raise ConfigError(where, expected="one device with a sweep", got=f"{config.compute.n_devices}", fix=fix)
     where, got, fix = "sweep.d_sae", sweep.d_sae, "Run once for each width."
     if got and not find(name).widens:
         raise ConfigError(where, expected=f"one width for {name}, which splits it into groups", got=list(got), fix=fix)
@@ -107,7 +107,7 @@ def make_sweep_step(config: TrainConfig, plan: Plan, own: Own) -> Step:
       plan: of any of the SAEs.
       own: what they have of their own.
     """
-    step = step_of(config.model_copy(update={"kernels": "xla"}), plan)  # jax-triton has no batched form
+    step = step_of(config, plan)
 
     def all_steps(
         states: TrainState, inputs: Array, targets: Array, scaling: Scaling, own: Own

@@ -7,7 +7,7 @@ checkpoint. 4. Save each SAE with its provenance and metrics under OUT/sae.
 A ring (`sae.live`) is trained on while it is harvested: the loop waits where it is ahead, and each checkpoint lets the
 ring release what lies before it. Batch i and the step are pure functions, so a resumed run gives the same bits as one
 that was never stopped. The SAEs of a sweep (`sae.sweep`) are one state and one step; one that diverges does not stop
-the others, and is not saved once its weights are no numbers. Left out: several devices.
+the others, and is not saved once its weights are no numbers. Left out: devices of several hosts.
 """
 
 import math
@@ -40,7 +40,7 @@ from activations.store_schema import HookStats
 from sae.architectures import check_wiring
 from sae.artefact import SaeArtefact
 from sae.checkpoints import Checkpoints, States
-from sae.config import TrainConfig
+from sae.config import ComputeConfig, TrainConfig
 from sae.data import Activations, DataOrder, TokenOrder, held_out, holdout, statistics
 from sae.formats import read_any
 from sae.jax_view import JaxSae
@@ -49,7 +49,7 @@ from sae.live import LiveOrder, check_length
 from sae.log import Row, run_log
 from sae.metrics import Evaluation, density_histogram
 from sae.provenance import provenance
-from sae.step import Plan, Step, StepMetrics, TrainState, assemble, create, make_step, schedule, start
+from sae.step import Plan, Step, StepMetrics, TrainState, assemble, create, grid_of, make_step, schedule, start
 from sae.sweep import check as check_sweep
 from sae.sweep import is_sweep, make_sweep_step, owned, points, stack, unstack, widest
 from sae.watch import live_view
@@ -162,13 +162,13 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 def _say_what_is_missing(config: TrainConfig) -> None:
-    if config.kernels == "auto" and jax.default_backend() == "gpu" and (missing := why_not_triton()):
+    if config.compute.kernels == "auto" and jax.default_backend() == "gpu" and (missing := why_not_triton()):
         sys.stderr.write(f"  slower kernels: {missing}\n")
 
 
 def prepare(config: TrainConfig) -> Run:
     """Check a config against its store and this machine, without writing anything."""
-    with using(config.kernels):  # raises where these can't run
+    with using(config.compute.kernels, grid_of(config)):  # raises where these can't run
         pass
     store = ActivationStore.open(config.store)
     if store.meta.ring:
@@ -217,6 +217,7 @@ def _check(config: TrainConfig, job: Job, initial: SaeArtefact | None) -> None:
     if k >= d_sae:
         where = "sweep.k" if config.sweep.k else "sae.k"
         raise ConfigError(where, expected=f"less than d_sae={d_sae}", got=k, fix="Lower k or raise d_sae.")
+    _check_devices(config.compute, config.batch_size, d_sae)
     if initial is not None:
         wanted, got = (d_in, d_sae, d_out), (initial.d_model, initial.d_sae, initial.d_out)
         if wanted != got or initial.transcodes != job.wiring.transcodes:
@@ -228,6 +229,16 @@ def _check(config: TrainConfig, job: Job, initial: SaeArtefact | None) -> None:
                 fix="Set sae.d_sae and hook_points to fit it.",
             )
     _ = job.like  # whatever an architecture has against its settings
+
+
+def _check_devices(compute: ComputeConfig, batch_size: int, d_sae: int) -> None:
+    fix = "Change it, or compute.data_parallel and compute.latent_parallel."
+    if d_sae % compute.n_devices:
+        expected = f"a multiple of the {compute.n_devices} devices, which share the latents"
+        raise ConfigError("sae.d_sae", expected=expected, got=d_sae, fix=fix)
+    if batch_size % compute.data_parallel:
+        expected = f"a multiple of compute.data_parallel={compute.data_parallel}"
+        raise ConfigError("batch_size", expected=expected, got=batch_size, fix=fix)
 
 
 def _order(config: TrainConfig, store: ActivationStore, names: tuple[str, ...], stop: int) -> DataOrder:
@@ -456,7 +467,8 @@ def _device_memory(config: TrainConfig) -> Iterator[None]:
             f"{jax.devices()[0].device_kind}",
             expected="room for the weights, Adam's moments and a batch",
             got=f"out of memory at batch_size {config.batch_size}, {n_saes} SAEs",
-            fix="Lower batch_size, sae.d_sae or the number of SAEs; a checkpoint is resumed if there is one.",
+            fix="Lower batch_size, sae.d_sae or the number of SAEs, or raise compute.latent_parallel; a checkpoint is "
+            "resumed if there is one.",
         ) from error
 
 

@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read on Triton's import
+# Eight devices, for what is split over several; all else takes the first of them.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # Tiny models on threads that wait for each other take several times longer, above all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HOME", str(ROOT / ".pytest_cache" / "huggingface"))

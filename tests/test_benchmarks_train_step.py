@@ -126,8 +126,8 @@ def test_check_trains_twice_from_the_same_start_and_tells_how_far_apart_they_end
 
 
 def test_settings_reach_the_config(bench: ModuleType, run: Lines) -> None:
-    (line,) = run("--set", "sae.aux_coefficient=0", "--set", "matmul=bfloat16")
-    assert line["settings"] == {"sae.aux_coefficient": 0, "matmul": "bfloat16"}
+    (line,) = run("--set", "sae.aux_coefficient=0", "--set", "compute.matmul=bfloat16")
+    assert line["settings"] == {"sae.aux_coefficient": 0, "compute.matmul": "bfloat16"}
     assert line["dtype"] == "bfloat16"
     config = bench.make_config(tiny(bench), line["settings"], 10)
     assert (config.sae.aux_coefficient, config.train_tokens) == (0, 320)
@@ -192,7 +192,7 @@ def test_ours_failing_is_told_in_its_line(
         (["--kernels", "cuda"], "cuda"),
         (["--set", "lr"], "KEY=VALUE"),
         (["--set", "sae.nonsense=1"], "sae.nonsense"),
-        (["--set", "matmul=float8"], "matmul"),
+        (["--set", "compute.matmul=float8"], "compute.matmul"),
         (["--arch", "batchtopk", "--peer", "sparsify"], "sparsify"),
         (["--peer", "nobody"], "nobody"),
         (["--unknown"], "--unknown"),

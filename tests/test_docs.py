@@ -35,7 +35,7 @@ def test_config_reference_covers_every_verb_with_a_config(reference: dict[str, A
         return set().union(*map(leaves, cls.__subclasses__())) or {cls}
 
     taken = {cls.__name__ for cls in reference["CLASSES"].values()}
-    groups = {"SaeConfig", "SweepConfig", "LogConfig", "MeasureConfig"}
+    groups = {"SaeConfig", "SweepConfig", "ComputeConfig", "LogConfig", "MeasureConfig"}
     in_config_modules = {cls.__name__ for cls in leaves(Config) if cls.__module__.endswith(".config")}
     assert in_config_modules <= taken | groups
 

@@ -9,6 +9,7 @@ decoder rows; 4. `descend` moves the weights.
     products.py         decode, attach, sum_rows, count_active, with hand-written gradients
     descent.py          descend, Adam for matrices whose rows may be unit vectors
     choice.py           which of the ways below a step takes
+    devices.py          which device keeps which latents and computes which tokens
     gpu.py              Triton's programs as functions of JAX arrays
     triton_programs.py  the programs
 

@@ -1,4 +1,4 @@
-"""Which of the ways to compute sparse products and selections a step takes.
+"""Which of the ways to compute sparse products and selections a step takes, and on how many devices.
 
 `xla` runs everywhere: row by row on a CPU, in dense products on accelerators. `triton` takes the programs of
 sae/kernels/triton_programs.py, on an NVIDIA GPU where jax-triton is installed. The choice is made while a step is
@@ -13,9 +13,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from activations.errors import ConfigError
+from sae.kernels import devices
 
 Kernels = Literal["auto", "xla", "triton"]
 LOW = "BF16_BF16_F32"
@@ -26,20 +28,21 @@ _triton: ContextVar[bool] = ContextVar("triton", default=False)
 
 
 @contextmanager
-def using(kernels: Kernels) -> Iterator[None]:
-    """Take these kernels in what is traced inside.
+def using(kernels: Kernels, grid: Mesh | None = None) -> Iterator[None]:
+    """Take these kernels in what is traced inside, on each device of the grid.
 
     Raises: ConfigError if triton is asked for where it can't run.
     """
     missing = why_not_triton()
     if kernels == "triton" and missing:
         fix = "Set kernels to auto, which takes what is there."
-        raise ConfigError("kernels", expected="triton where it can run", got=missing, fix=fix)
-    token = _triton.set(kernels != "xla" and missing is None)
+        raise ConfigError("compute.kernels", expected="triton where it can run", got=missing, fix=fix)
+    triton, on = _triton.set(kernels != "xla" and missing is None), devices.grid_in_use.set(grid)
     try:
         yield
     finally:
-        _triton.reset(token)
+        _triton.reset(triton)
+        devices.grid_in_use.reset(on)
 
 
 def why_not_triton() -> str | None:

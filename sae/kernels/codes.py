@@ -34,6 +34,11 @@ def restrict(codes: Codes, start: int, stop: int) -> Codes:
     Codes(values=Array([[1., 0.]], dtype=float32), indices=Array([[1, 3]], dtype=int32))
     """
     inside = (codes.indices >= start) & (codes.indices < stop) & (codes.values > 0)
-    order = jnp.argsort(~inside, axis=1, stable=True)  # positive values stay first, as `Codes` promises
     values, indices = jnp.where(inside, codes.values, 0), jnp.where(inside, codes.indices - start, stop - start)
-    return Codes(jnp.take_along_axis(values, order, axis=1), jnp.take_along_axis(indices, order, axis=1))
+    return positive_first(Codes(values, indices))
+
+
+def positive_first(codes: Codes) -> Codes:
+    """The codes in the order that `Codes` promises."""
+    order = jnp.argsort(codes.values <= 0, axis=1, stable=True)
+    return Codes(*(jnp.take_along_axis(slots, order, axis=1) for slots in codes))

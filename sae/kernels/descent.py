@@ -1,5 +1,6 @@
 """One step of Adam on a matrix, whose rows may be held on the unit sphere."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from sae.kernels import gpu
 from sae.kernels.choice import triton_is_chosen
+from sae.kernels.devices import AT_REST, DATA, LATENT, WHOLE, n_along, on_each
 
 EPSILON = 1e-8
 _WIDEST = 2**14
@@ -47,7 +49,10 @@ def descend(
     rate, correction = rate / (1 - beta1**steps), 1 / (1 - beta2**steps)
     if triton_is_chosen() and W.ndim == 2 and W.shape[1] <= _WIDEST:
         scalars = jnp.stack([jnp.float32(value) for value in (scale, beta1, beta2, rate, correction)])
-        return gpu.descend(W, g, mean, square, scalars, on_sphere)
+        is_split = len(W) % (n_along(LATENT) * n_along(DATA)) == 0  # rows stand alone, so that any split will do
+        split = AT_REST if is_split else WHOLE
+        here = partial(gpu.descend, on_sphere=on_sphere)
+        return on_each(here, (split,) * 4 + (WHOLE,), (split,) * 3)(W, g, mean, square, scalars)
     g = scale * (project_gradient(W, g) if on_sphere else g)
     mean = beta1 * mean + (1 - beta1) * g
     square = beta2 * square + (1 - beta2) * g**2

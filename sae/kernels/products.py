@@ -2,7 +2,7 @@
 
 Each gradient is written by hand, so that it visits the active rows alone where that is fast: on a CPU one by one, on an
 NVIDIA GPU in Triton's programs. Elsewhere products are dense, since accelerators have arithmetic to spare and scatter
-slowly.
+slowly. Functions that end in `_here` compute what one device has of it (`sae.kernels.devices`).
 """
 
 from functools import partial
@@ -17,14 +17,32 @@ from jaxtyping import Array, Float, Int, Shaped
 from sae.kernels import gpu
 from sae.kernels.choice import operand, triton_is_chosen
 from sae.kernels.codes import Codes, densify
+from sae.kernels.devices import (
+    AT_REST,
+    BY_BOTH,
+    BY_LATENT,
+    BY_TOKEN,
+    LATENT,
+    n_along,
+    on_each,
+    share_sum,
+    sum_along,
+    to_local,
+)
 
 
 @jax.custom_vjp
 def decode(codes: Codes, W_dec: Float[Array, "d_sae d_model"]) -> Float[Array, "batch d_model"]:
     """`densify(codes) @ W_dec`, that is sum_s values[b, s] W_dec[indices[b, s]]."""
+    W = operand(W_dec) if triton_is_chosen() else W_dec
+    return on_each(_decode_here, (BY_BOTH, BY_LATENT), BY_TOKEN)(codes, W)
+
+
+def _decode_here(codes: Codes, W: Array) -> Array:
+    codes = to_local(codes, len(W))
     if triton_is_chosen():
-        return gpu.sum_active_rows(codes, operand(W_dec))
-    return lax.platform_dependent(*codes, W_dec, cpu=_decode_rows, default=_decode_dense)
+        return sum_along(LATENT, gpu.sum_active_rows(codes, W))
+    return sum_along(LATENT, lax.platform_dependent(*codes, W, cpu=_decode_rows, default=_decode_dense))
 
 
 def _decode_forward(codes: Codes, W_dec: Array) -> tuple[Array, tuple[Codes, Array]]:
@@ -33,11 +51,16 @@ def _decode_forward(codes: Codes, W_dec: Array) -> tuple[Array, tuple[Codes, Arr
 
 def _decode_backward(saved: tuple[Codes, Array], g: Array) -> tuple[Codes, Array]:
     codes, W_dec = saved
-    if triton_is_chosen():
-        to_values = gpu.dot_active_rows(codes, operand(W_dec), operand(g))
-    else:
-        to_values = lax.platform_dependent(codes.indices, W_dec, g, cpu=_dot_rows, default=_dot_dense)
+    W, to_y = (operand(W_dec), operand(g)) if triton_is_chosen() else (W_dec, g)
+    to_values = on_each(_dot_here, (BY_BOTH, BY_LATENT, BY_TOKEN), BY_BOTH)(codes, W, to_y)
     return Codes(to_values, _no_gradient(codes.indices)), sum_rows(codes, codes.values, g, len(W_dec))[0]
+
+
+def _dot_here(codes: Codes, W: Array, g: Array) -> Array:
+    codes = to_local(codes, len(W))
+    if triton_is_chosen():
+        return gpu.dot_active_rows(codes, W, g)
+    return lax.platform_dependent(codes.indices, W, g, cpu=_dot_rows, default=_dot_dense)
 
 
 decode.defvjp(_decode_forward, _decode_backward)
@@ -80,14 +103,23 @@ def sum_rows(
 
     Slots whose value is 0 are left out.
     """
+    rows = operand(rows) if triton_is_chosen() else rows
+    here = partial(_sum_rows_here, d_sae // n_along(LATENT))
+    return on_each(here, (BY_BOTH, BY_BOTH, BY_TOKEN), (AT_REST, AT_REST))(codes, weights, rows)
+
+
+def _sum_rows_here(d_sae: int, codes: Codes, weights: Array, rows: Array) -> tuple[Array, Array]:
+    codes = to_local(codes, d_sae)
     if triton_is_chosen():
-        return gpu.sum_by_latent(codes, weights, operand(rows), d_sae)
-    n_active = (codes.values > 0).sum(axis=1)
-    start = jnp.zeros((d_sae, rows.shape[1]))
-    sums = lax.platform_dependent(
-        start, codes.indices, n_active, weights, rows, cpu=_sum_rows_one_by_one, default=_sum_rows_dense
-    )
-    return sums, total(codes.indices, weights, d_sae)
+        sums, totals = gpu.sum_by_latent(codes, weights, rows, d_sae)
+    else:
+        n_active = (codes.values > 0).sum(axis=1)
+        start = jnp.zeros((d_sae, rows.shape[1]))
+        sums = lax.platform_dependent(
+            start, codes.indices, n_active, weights, rows, cpu=_sum_rows_one_by_one, default=_sum_rows_dense
+        )
+        totals = total(codes.indices, weights, d_sae)
+    return share_sum(sums), share_sum(totals)
 
 
 def count_active(codes: Codes, d_sae: int) -> Int[Array, " d_sae"]:
@@ -96,9 +128,14 @@ def count_active(codes: Codes, d_sae: int) -> Int[Array, " d_sae"]:
     >>> count_active(Codes(jnp.array([[2.0, 0.0], [1.0, 3.0]]), jnp.array([[1, 0], [1, 2]])), 3).tolist()
     [0, 2, 1]
     """
+    return on_each(partial(_count_here, d_sae // n_along(LATENT)), (BY_BOTH,), AT_REST)(codes)
+
+
+def _count_here(d_sae: int, codes: Codes) -> Array:
+    codes = to_local(codes, d_sae)
     if triton_is_chosen():
-        return gpu.count_active(codes, d_sae)
-    return total(codes.indices, (codes.values > 0).astype(jnp.int32), d_sae)
+        return share_sum(gpu.count_active(codes, d_sae))
+    return share_sum(total(codes.indices, (codes.values > 0).astype(jnp.int32), d_sae))
 
 
 def total(

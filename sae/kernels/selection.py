@@ -1,16 +1,34 @@
-"""Choosing the active latents: the largest of each token, and of a whole batch."""
+"""Choosing the active latents: the largest of each token, and of a whole batch.
+
+Where devices split the latents, each finds the largest of its own, and they agree on the largest of all.
+"""
 
 import inspect
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from sae.kernels import gpu
 from sae.kernels.choice import operand, triton_is_chosen
-from sae.kernels.codes import Codes
+from sae.kernels.codes import Codes, positive_first
+from sae.kernels.devices import (
+    BY_BOTH,
+    BY_LATENT,
+    BY_TOKEN,
+    LATENT,
+    WHOLE,
+    all_slots,
+    n_along,
+    on_each,
+    position,
+    sum_along,
+    to_global,
+)
 
 _UNSTABLE = {"is_stable": False} if "is_stable" in inspect.signature(lax.top_k).parameters else {}
 """ties in any order: jax 0.11 then selects on a GPU, instead of sorting, which takes 15 times as long"""
@@ -29,12 +47,43 @@ def largest(
     `slots`, at least k, is how many a row has room for. No gradient passes. Where products are in bfloat16 and Triton
     computes them, x @ W is rounded to bfloat16 (a relative error of at most 2^-9) before the largest are chosen.
     """
-    x, W, b = lax.stop_gradient((x, W, b))
+    x, W, b, threshold = lax.stop_gradient((x, W, b, jnp.float32(threshold)))
     if triton_is_chosen():
-        return gpu.keep_largest(_product(x, W), b, jnp.ceil(jnp.float32(k)).astype(jnp.int32), slots, threshold)
-    pre = x @ W + b
+        x, W = operand(x), operand(W)
+    split = (BY_TOKEN, PartitionSpec(None, LATENT), BY_LATENT, WHOLE, WHOLE)
+    return on_each(partial(_largest_here, slots), split, (BY_BOTH, BY_TOKEN))(x, W, b, jnp.float32(k), threshold)
+
+
+def _largest_here(
+    slots: int, x: Array, W: Array, b: Array, k: Array, threshold: Array
+) -> tuple[Codes, Int[Array, " batch"]]:
+    d_sae = len(b)
+    products = jnp.matmul(x, W, preferred_element_type=x.dtype)
+    codes, passing = _choose(products, b, k, min(slots, d_sae), threshold)
+    if n_along(LATENT) > 1:
+        codes = to_global(_choose_among_devices(codes, k, slots, d_sae), d_sae)
+    return codes, sum_along(LATENT, passing)
+
+
+def _choose(products: Array, b: Array, k: Array, slots: int, threshold: Array) -> tuple[Codes, Int[Array, " batch"]]:
+    """The ceil(k) largest of relu(products + b) in each row, and how many of a row are above the threshold."""
+    if triton_is_chosen():
+        return gpu.keep_largest(products, b, jnp.ceil(k).astype(jnp.int32), threshold, slots=slots)
+    pre = products + b
     values, indices = _top(jax.nn.relu(pre), slots)
     return Codes(jnp.where(jnp.arange(slots) < k, values, 0), indices), (pre > threshold).sum(axis=1)
+
+
+def _choose_among_devices(codes: Codes, k: Array, slots: int, d_sae: int) -> Codes:
+    """What this device has of the k largest that it and the others with the same tokens have found."""
+    found, width = all_slots(codes.values), codes.values.shape[1]
+    chosen, _ = _choose(found, jnp.zeros(found.shape[1]), k, min(slots, found.shape[1]), jnp.float32(0))
+    places = chosen.indices - width * position(LATENT)
+    is_mine = (places >= 0) & (places < width) & (chosen.values > 0)
+    latents = jnp.take_along_axis(codes.indices, jnp.clip(places, 0, width - 1), axis=1)
+    mine = Codes(jnp.where(is_mine, chosen.values, 0), jnp.where(is_mine, latents, d_sae))
+    mine = gpu.keep_above(mine, jnp.float32(0), d_sae=d_sae) if triton_is_chosen() else positive_first(mine)
+    return Codes(mine.values[:, :width], mine.indices[:, :width])
 
 
 def _top(values: Array, n: int) -> tuple[Array, Array]:
@@ -54,15 +103,10 @@ def _top(values: Array, n: int) -> tuple[Array, Array]:
     return top(values)
 
 
-def _product(x: Array, W: Array) -> Array:
-    x, W = operand(x), operand(W)
-    return jnp.matmul(x, W, preferred_element_type=x.dtype)
-
-
 def keep_above(codes: Codes, cutoff: Float[Array, ""], d_sae: int) -> Codes:
     """The codes that reach the cutoff, largest first if they were."""
     if triton_is_chosen():
-        return gpu.keep_above(codes, cutoff, d_sae)
+        return on_each(partial(gpu.keep_above, d_sae=d_sae), (BY_BOTH, WHOLE), BY_BOTH)(codes, cutoff)
     return Codes(jnp.where(codes.values >= cutoff, codes.values, 0), codes.indices)
 
 

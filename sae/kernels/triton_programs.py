@@ -49,9 +49,9 @@ def _largest(bits, k):
 @triton.jit
 def keep_largest(
     products,  # [BATCH, D_SAE] bfloat16 or float32
-    b,  # [D_SAE] float32, added to each row
-    k_pointer,  # int32: how many a row, at most SLOTS
-    threshold_pointer,  # float32
+    b,  # [n_saes, D_SAE] float32, added to each row of an SAE
+    k_pointer,  # [n_saes] int32: how many a row, at most SLOTS
+    threshold_pointer,  # [n_saes] float32
     values,  # [BATCH, SLOTS] float32, out: the k largest that are above 0, in any order; the rest 0
     indices,  # [BATCH, SLOTS] int32, out: their latents; D_SAE where a slot is unused
     n_passing,  # [BATCH] int32, out: how many of the row are above the threshold
@@ -62,7 +62,8 @@ def keep_largest(
     PADDED: tl.constexpr,  # SLOTS, rounded up to a power of 2
     CHUNK: tl.constexpr,  # at least PADDED
     DEPTH: tl.constexpr,  # D_SAE / CHUNK, rounded up to a power of 2
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr,  # must divide ROWS_A_SAE
+    ROWS_A_SAE: tl.constexpr,
 ):
     """Read each row once, and then what may be among its largest.
 
@@ -72,8 +73,10 @@ def keep_largest(
     tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = tokens < BATCH
     rows = products + tokens.to(tl.int64)[:, None] * D_SAE
-    k = tl.load(k_pointer)
-    threshold = tl.load(threshold_pointer)
+    sae = tl.program_id(0) * ROWS // ROWS_A_SAE
+    b += sae * D_SAE
+    k = tl.load(k_pointer + sae)
+    threshold = tl.load(threshold_pointer + sae)
     columns = tl.arange(0, CHUNK)
     maxima = tl.zeros((ROWS, CHUNK), tl.int32)
     passing = tl.zeros((ROWS, CHUNK), tl.int32)
@@ -121,7 +124,7 @@ def _store_codes(
 def keep_above(
     candidates,  # [BATCH, SLOTS] float32
     latents,  # [BATCH, SLOTS] int32
-    cutoff_pointer,  # float32
+    cutoff_pointer,  # [n_saes] float32
     values,  # [BATCH, SLOTS] float32, out: what reaches the cutoff, first; the rest 0
     indices,  # [BATCH, SLOTS] int32, out
     BATCH: tl.constexpr,
@@ -129,6 +132,7 @@ def keep_above(
     SLOTS: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
+    ROWS_A_SAE: tl.constexpr,
 ):
     """Keep what reaches the cutoff and is above 0, in the order it had."""
     tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -137,7 +141,8 @@ def keep_above(
     known = exists[:, None] & (slots < SLOTS)
     here = tl.load(candidates + tokens[:, None] * SLOTS + slots, mask=known, other=0.0)
     which = tl.load(latents + tokens[:, None] * SLOTS + slots, mask=known, other=0)
-    chosen = (_bits(here) >= _bits(tl.load(cutoff_pointer))) & (_bits(here) > 0)
+    cutoffs = tl.load(cutoff_pointer + tokens // ROWS_A_SAE, mask=exists, other=0.0)
+    chosen = (_bits(here) >= _bits(cutoffs)[:, None]) & (_bits(here) > 0)
     _store_codes(values, indices, tokens, exists, here, which, chosen, D_SAE, SLOTS, PADDED)
 
 
@@ -248,16 +253,18 @@ def descend(
     g,  # [ROWS, D] float32: gradient
     mean,  # [ROWS, D] float32: Adam's mean of gradients
     square,  # [ROWS, D] float32: Adam's mean of squared gradients
-    scalars,  # [5] float32: scale of the gradient, beta1, beta2, rate / (1 - beta1^t), 1 / (1 - beta2^t)
+    scalars,  # [n_saes, 5] float32: scale of the gradient, beta1, beta2, rate / (1 - beta1^t), 1 / (1 - beta2^t)
     new_W,  # out, each in the place of its input
     new_mean,
     new_square,
     D: tl.constexpr,
     PADDED: tl.constexpr,  # D, rounded up to a power of 2
     ON_SPHERE: tl.constexpr,
+    ROWS_A_SAE: tl.constexpr,
 ):
     """As `sae.kernels.descent.descend`."""
     row = tl.program_id(0).to(tl.int64) * D
+    scalars += tl.program_id(0) // ROWS_A_SAE * 5
     columns = tl.arange(0, PADDED)
     inside = columns < D
     scale = tl.load(scalars)

@@ -36,7 +36,12 @@ def note(program: str, *inputs: jax.Array, out: Any, grid: Any, **sizes: Any) ->
 def trace(matmul: str) -> None:
     """Trace a step of BatchTopK, which takes every program."""
     config = TrainConfig.model_validate(
-        {"sae": SaeConfig(d_sae=D_SAE, k=K), "batch_size": BATCH, "train_tokens": 10 * BATCH, "matmul": matmul}
+        {
+            "sae": SaeConfig(d_sae=D_SAE, k=K),
+            "batch_size": BATCH,
+            "train_tokens": 10 * BATCH,
+            "compute": {"matmul": matmul},
+        }
     )
     one, zero = np.ones(D, np.float32), np.zeros(D, np.float32)
     plan = Plan(10, 1e-3, Scaling(one, one), Means(zero, zero), dead_after=BATCH)

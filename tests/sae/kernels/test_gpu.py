@@ -11,13 +11,14 @@ import torch
 
 from sae import kernels
 from sae.architectures.base import Means, Scaling
-from sae.config import SaeConfig, TrainConfig
+from sae.config import ComputeConfig, SaeConfig, TrainConfig
 from sae.kernels import choice, gpu
 from sae.step import Plan, StepMetrics, TrainState, create, make_step, start
 from tests.sae.kernels.test_triton_programs import triton_programs
 
-BATCH, D, D_SAE, K, N_STEPS = 12, 20, 48, 4, 4
+BATCH, D, D_SAE, K, N_STEPS = 16, 20, 48, 4, 4
 SCHEDULING = {"num_warps"}
+ONE = ComputeConfig()
 
 
 def interpret(
@@ -63,12 +64,21 @@ def take_triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return take
 
 
-def steps(architecture: str, **settings: Any) -> tuple[TrainState, list[StepMetrics]]:
-    sae = SaeConfig(architecture=architecture, d_sae=D_SAE, k=K, aux_k=6, groups=(0.25, 0.75), **settings)
-    config = TrainConfig(sae=sae, batch_size=BATCH, train_tokens=BATCH * N_STEPS, lr=0.01, grad_clip=0.2)
+def steps(architecture: str, compute: ComputeConfig = ONE, **settings: Any) -> tuple[TrainState, list[StepMetrics]]:
+    settings = {"d_sae": D_SAE, "k": K, "aux_k": 6, "groups": (0.25, 0.75)} | settings
+    config = TrainConfig(
+        sae=SaeConfig(architecture=architecture, **settings),
+        batch_size=BATCH,
+        train_tokens=BATCH * N_STEPS,
+        lr=0.01,
+        grad_clip=0.2,
+        compute=compute,
+    )
     one, zero = np.ones(D, np.float32), np.zeros(D, np.float32)
     plan = Plan(N_STEPS, 0.01, Scaling(one, one), Means(zero, zero), dead_after=2 * BATCH)
-    state, step, metrics = start(config, plan, create(config, plan)), make_step(config, plan), []
+    sae = create(config, plan)
+    sae.b_enc[...] = sae.b_enc[...].at[:3].set(-9)  # never active, and soon dead
+    state, step, metrics = start(config, plan, sae), make_step(config, plan), []
     for i in range(N_STEPS):
         x = jax.random.normal(jax.random.key(i), (BATCH, D))
         state, found = step(state, x, x @ jnp.eye(D)[::-1] if "coder" in architecture else x, plan.scaling)

@@ -56,12 +56,16 @@ def blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.full(shape, -7, dtype=dtype)
 
 
-def keep_largest(products: torch.Tensor, b: torch.Tensor, k: int, rows: int) -> tuple[torch.Tensor, ...]:
-    values, indices = blank(BATCH, SLOTS), blank(BATCH, SLOTS, dtype=torch.int32)
-    passing, classes = blank(BATCH, dtype=torch.int32), blank(BATCH, PADDED, dtype=torch.int32)
-    triton_programs.keep_largest[(math.ceil(BATCH / rows),)](
-        products, b, torch.tensor([k], dtype=torch.int32), torch.tensor([0.5]), values, indices, passing, classes,
-        BATCH=BATCH, D_SAE=D_SAE, SLOTS=SLOTS, PADDED=PADDED, CHUNK=32, DEPTH=16, ROWS=rows,
+def keep_largest(
+    products: torch.Tensor, b: torch.Tensor, k: int | list[int], rows: int, rows_a_sae: int = 8
+) -> tuple[torch.Tensor, ...]:
+    batch, ks = len(products), torch.tensor(k, dtype=torch.int32).ravel()
+    values, indices = blank(batch, SLOTS), blank(batch, SLOTS, dtype=torch.int32)
+    passing, classes = blank(batch, dtype=torch.int32), blank(batch, PADDED, dtype=torch.int32)
+    thresholds = 0.5 * torch.arange(1, len(ks) + 1)
+    triton_programs.keep_largest[(math.ceil(batch / rows),)](
+        products, b, ks, thresholds, values, indices, passing, classes, BATCH=batch, D_SAE=D_SAE, SLOTS=SLOTS,
+        PADDED=PADDED, CHUNK=32, DEPTH=16, ROWS=rows, ROWS_A_SAE=rows_a_sae,
     )  # fmt: skip
     return values, indices, passing
 
@@ -106,14 +110,27 @@ def test_nan_is_kept_rather_than_lost() -> None:
     assert values.isnan().sum(dim=1).tolist() == [0, 0, 1, 0, 0]
 
 
+def test_stacked_saes_have_a_bias_a_k_and_a_threshold_each() -> None:
+    products, b = torch.randn(2 * BATCH, D_SAE), torch.rand(2, D_SAE)
+    values, indices, passing = keep_largest(products, b, [3, 7], 1, rows_a_sae=BATCH)
+    for i, k in enumerate((3, 7)):
+        mine = slice(i * BATCH, (i + 1) * BATCH)
+        alone = keep_largest(products[mine], b[i], k, 1)
+        assert torch.equal(values[mine], alone[0])
+        assert torch.equal(indices[mine], alone[1])
+        assert torch.equal(passing[mine], (products[mine] + b[i] > 0.5 * (i + 1)).sum(dim=1).int())
+
+
 def test_keep_above_moves_what_reaches_the_cutoff_forward(codes: tuple[torch.Tensor, ...]) -> None:
     values, indices, _ = codes
-    cutoff = values[4, 5]
+    cutoffs = torch.stack([values[2, 2], values[4, 5]])  # of one SAE with 3 tokens, and of one with 2
     kept, where = blank(BATCH, SLOTS), blank(BATCH, SLOTS, dtype=torch.int32)
     triton_programs.keep_above[(3,)](
-        values, indices, cutoff.reshape(1), kept, where, BATCH=BATCH, D_SAE=D_SAE, SLOTS=SLOTS, PADDED=PADDED, ROWS=2
-    )
-    expected = densify(torch.where(values >= cutoff, values, 0), indices)
+        values, indices, cutoffs, kept, where,
+        BATCH=BATCH, D_SAE=D_SAE, SLOTS=SLOTS, PADDED=PADDED, ROWS=2, ROWS_A_SAE=3,
+    )  # fmt: skip
+    reaches = values >= cutoffs[torch.tensor([0, 0, 0, 1, 1])][:, None]
+    expected = densify(torch.where(reaches, values, 0), indices)
     assert torch.equal(densify(kept, where), expected)
     assert 0 < (kept > 0).sum() < (values > 0).sum()
     assert ((kept > 0).long().diff(dim=1) <= 0).all()
@@ -155,13 +172,16 @@ def test_sums_by_latent(codes: tuple[torch.Tensor, ...]) -> None:
 def test_descend_takes_a_step_of_adam(on_sphere: bool) -> None:
     W, g, mean, square = (torch.randn(D_SAE, D) for _ in range(4))
     W, square = torch.nn.functional.normalize(W, dim=1), square.abs()
-    scale, beta1, beta2, rate, correction = 0.5, 0.9, 0.99, 0.01, 3.0
+    beta1, beta2, rate, correction = 0.9, 0.99, 0.01, 3.0
+    scale = torch.where(torch.arange(D_SAE) < 100, 0.5, 0.25)[:, None]  # of an SAE of 100 latents, and of the next ones
     projected = scale * (g - (g * W).sum(dim=1, keepdim=True) * W if on_sphere else g)
     next_mean, next_square = beta1 * mean + 0.1 * projected, beta2 * square + 0.01 * projected**2
     expected = W - rate * next_mean / ((correction * next_square).sqrt() + 1e-8)
     expected = torch.nn.functional.normalize(expected, dim=1) if on_sphere else expected
-    scalars = torch.tensor([scale, beta1, beta2, rate, correction])
-    triton_programs.descend[(D_SAE,)](W, g, mean, square, scalars, W, mean, square, D=D, PADDED=64, ON_SPHERE=on_sphere)
+    scalars = torch.tensor([[clip, beta1, beta2, rate, correction] for clip in (0.5, 0.25, 0.25)])
+    triton_programs.descend[(D_SAE,)](
+        W, g, mean, square, scalars, W, mean, square, D=D, PADDED=64, ON_SPHERE=on_sphere, ROWS_A_SAE=100
+    )
     for got, wanted in ((W, expected), (mean, next_mean), (square, next_square)):
         torch.testing.assert_close(got, wanted)
 
