@@ -14,7 +14,9 @@ but those of --dead, which a bias keeps off. Peers run first, each as a script i
 Prints one JSON line a trainer: medians of the repeats, and each in `all_ms`; `tf32` is whether products of float32 use
 it. A trainer that fails has a line with `failed`. `ratio_to_fastest_peer` is of tokens a second, above 1 where ours is
 faster. `--check` trains twice, with --kernels and on the plain path, from the same start on the same batches: `loss`
-and `loss_plain` are means over the last 10 steps. Left out: reading data, and what is learnt (`quality.py`).
+and `loss_plain` are means over the last 10 steps. How much of their difference is chance, `difference_by_nudge` tells: that
+of the plain path to itself from an encoder that is larger by a millionth. `--set compute.latent_parallel=2` takes two
+devices. Left out: reading data, and what is learnt (`quality.py`).
 """
 
 import argparse
@@ -40,7 +42,7 @@ from activations.errors import SaekitError
 from activations.store_schema import HookState
 from sae.architectures import ARCHITECTURES
 from sae.config import TrainConfig
-from sae.step import Plan, Step, TrainState, create, make_step, start
+from sae.step import Plan, Step, TrainState, create, make_step, start, where_tokens_go
 from sae.wiring import Wiring
 
 ROOT = Path(__file__).resolve().parent
@@ -50,6 +52,7 @@ LONG = 100_000
 """steps of the run whose middle is timed"""
 LONGEST_IDLE = 2**30
 """idle tokens of a dead latent: as many as are counted"""
+NUDGE = 1e-6
 LAST = 10
 """steps whose losses --check compares"""
 PEER_S = 900
@@ -166,8 +169,8 @@ class Trainer:
         self._plan = Plan.make(config, Wiring.parse(HOOK_POINT), data.stats)
         self._step: Step = make_step(config, self._plan)
         state = start(config, self._plan, create(config, self._plan))
-        self.state = put_to_sleep(state, settings.n_dead)._replace(step=jnp.int32(at))
-        self._batches = itertools.cycle(data.batches)
+        self.state = put_to_sleep(state, settings.n_dead)._replace(step=state.step + at)
+        self._batches = itertools.cycle(jax.device_put(data.batches, where_tokens_go(config)))
 
     def run(self, n: int) -> None:
         """Take n steps and wait for them."""
@@ -212,12 +215,22 @@ def time_ours(settings: Settings, given: dict[str, Any], check: int, memory: boo
 
 
 def compare(settings: Settings, given: dict[str, Any], data: Data, n_steps: int) -> dict[str, Any]:
-    """Losses after `n_steps` with the kernels that are asked for, and on the plain path."""
-    loss, plain = (
-        float(np.mean(Trainer(settings, make_config(settings, fields, n_steps), data).losses(n_steps)[-LAST:]))
-        for fields in (given, {**given, **kernels(PLAIN)})
-    )
-    return {"loss": loss, "loss_plain": plain, "loss_difference": abs(loss - plain) / abs(plain)}
+    """Losses after `n_steps` with the kernels that are asked for, on the plain path, and on it from nudged weights."""
+
+    def loss(fields: dict[str, Any], nudge: float = 0.0) -> float:
+        trainer = Trainer(settings, make_config(settings, fields, n_steps), data)
+        W_enc = trainer.state.params["W_enc"]
+        W_enc[...] = W_enc[...] * (1 + nudge)
+        return float(np.mean(trainer.losses(n_steps)[-LAST:]))
+
+    on_plain = {**given, **kernels(PLAIN)}
+    mine, plain, nudged = loss(given), loss(on_plain), loss(on_plain, NUDGE)
+    return {
+        "loss": mine,
+        "loss_plain": plain,
+        "loss_difference": abs(mine - plain) / plain,
+        "difference_by_nudge": abs(nudged - plain) / plain,
+    }
 
 
 def kernels(name: str) -> dict[str, Any]:

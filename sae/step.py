@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from activations.errors import NumericsError
@@ -26,7 +26,7 @@ from sae import kernels
 from sae.architectures import find
 from sae.architectures.base import Context, Means, Rows, Scaling, SparseCoder
 from sae.config import SaeConfig, TrainConfig
-from sae.kernels.devices import at_rest, make_grid, place
+from sae.kernels.devices import BY_TOKEN, at_rest, make_grid, place
 from sae.metrics import DENSE
 from sae.orthogonality import alikeness
 from sae.wiring import Wiring
@@ -134,6 +134,12 @@ def _scale(name: str, stats: HookStats) -> float:
 def steps_of(config: TrainConfig) -> int:
     """Steps of a whole run."""
     return max(config.train_tokens // config.batch_size, 1)
+
+
+def where_tokens_go(config: TrainConfig) -> NamedSharding | None:
+    """How arrays with a row a token are split over several devices; None for one."""
+    grid = grid_of(config)
+    return None if grid is None else NamedSharding(grid, BY_TOKEN)
 
 
 def peak_lr(config: TrainConfig, d_sae: int) -> float:

@@ -117,6 +117,7 @@ def test_check_trains_twice_from_the_same_start_and_tells_how_far_apart_they_end
     assert line["dead_latents"] == 16
     assert line["loss"] == line["loss_plain"] < 0.9
     assert line["loss_difference"] == 0
+    assert 0 < line["difference_by_nudge"] < 0.01
 
     monkeypatch.setattr(bench, "kernels", lambda name: {"lr": 1e-5} if name == bench.PLAIN else {})
     (line,) = run("--check", "60")
