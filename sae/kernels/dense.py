@@ -32,7 +32,7 @@ def _project_forward(x: Array, W_enc: Array, centre: Array) -> tuple[Array, tupl
 def _project_backward(saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, Array]:
     x, W_enc, centre = saved
     to_W_enc = _product(g.T, x - centre).T  # as a training state keeps it: a row a latent
-    return jnp.zeros_like(x), to_W_enc, -W_enc @ g.sum(axis=0)
+    return jnp.zeros_like(x), to_W_enc, -_product(W_enc, g.sum(axis=0))
 
 
 project.defvjp(_project_forward, _project_backward)
@@ -58,7 +58,7 @@ def _reconstruct_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, 
 reconstruct.defvjp(_reconstruct_forward, _reconstruct_backward)
 
 
-def _product(a: Float[Array, "n d"], b: Float[Array, "d m"]) -> Float[Array, "n m"]:
+def _product(a: Float[Array, "n d"], b: Float[Array, "d ..."]) -> Float[Array, "n ..."]:
     """a @ b, of what is stored of a and b."""
     return _multiply(operand(a), operand(b), jnp.float32)
 
