@@ -70,7 +70,6 @@ def _stored_product(a: Float[Array, "n d"], b: Float[Array, "d m"]) -> Float[Arr
 
 
 def _multiply(a: Array, b: Array, dtype: Any) -> Array:
-    # Operands that are low already leave nothing to ask of the product; asked for low ones, JAX would give it in
-    # float32 and round it afterwards, and XLA would leave the rounding out and write float32.
+    # Of operands that are low already there is nothing to ask, and XLA refuses to on a CPU if one is a vector.
     precision = lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else None
     return jnp.matmul(a, b, precision=precision, preferred_element_type=dtype)
