@@ -1,10 +1,10 @@
 """Products with all latents of a token, for architectures in which any number of them may be active.
 
 At 16,384 latents and 8,192 tokens, to write or read what is as large as the latents in float32 takes a quarter of the
-time of a product. So a step has four of them only, in bfloat16 where products are low (`sae.kernels.choice.operand`),
-each entry rounded by 2^-9 at most: the encoder's product, the latents, and the gradients of both. What is between is
-element-wise: callers write it in float32, and XLA fuses it into the passes that read and write the four. Sums are in
-float32. Left out: the element-wise part.
+time of a product. So only what goes into a product or comes out of one is stored, and in bfloat16 where products are
+low (`sae.kernels.choice.operand`), each entry rounded by 2^-9 at most: the encoder's product, the latents, and the
+gradients of both. What is between is element-wise: callers write it in float32, and XLA fuses it into the passes that
+read and write these. Sums are in float32. Left out: the element-wise part.
 """
 
 from typing import Any
