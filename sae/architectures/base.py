@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, Key
 from sae.artefact import SaeArtefact, SavedArchitecture
 from sae.config import SaeConfig
 from sae.formats.folds import with_subtraction
-from sae.kernels import unit_rows
+from sae.kernels import project, unit_rows
 
 Reads = Literal["one", "pair", "several"]
 
@@ -123,7 +123,7 @@ class SparseCoder(nnx.Module):
 
     def preactivations(self, x: Float[Array, "batch d_in"]) -> Float[Array, "batch d_sae"]:
         """(x - centre) @ W_enc + b_enc."""
-        return (x - self.centre) @ self.W_enc[...] + self.b_enc[...]
+        return project(x, self.W_enc[...], self.centre) + self.b_enc[...]
 
     def loss(self, x: Float[Array, "batch d_in"], y: Float[Array, "batch d_out"], context: Context) -> Output:
         """Losses of a batch of scaled inputs and targets."""

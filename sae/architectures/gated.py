@@ -18,9 +18,10 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from sae.architectures.base import Means, Scaling
-from sae.architectures.penalised import Penalised
+from sae.architectures.penalised import Penalised, mean_norm
 from sae.artefact import SaeArtefact, SavedArchitecture
 from sae.config import SaeConfig
+from sae.kernels import project, reconstruct
 
 
 class Gated(Penalised):
@@ -36,13 +37,13 @@ class Gated(Penalised):
 
     def activate(self, x: Float[Array, "batch d_in"]) -> tuple[Float[Array, "batch d_sae"], dict[str, Array]]:
         """Gated magnitudes, the L1 norm of the gates, and what the gates alone leave unexplained."""
-        projected = (x - self.centre) @ self.W_enc[...]
+        projected = project(x, self.W_enc[...], self.centre)
         gate = projected + self.b_enc[...]
         magnitude = projected * jnp.exp(self.r_mag[...]) + self.b_mag[...]
         W_dec, b_dec = lax.stop_gradient((self.W_dec[...], self.b_dec[...]))
         open_gates, d = jax.nn.relu(gate), x.shape[1]
-        error = x - b_dec - open_gates @ W_dec
-        terms = {"sparsity": open_gates.sum(axis=1).mean() / d, "gate_error": (error**2).sum(axis=1).mean() / d}
+        error = x - b_dec - reconstruct(open_gates, W_dec)
+        terms = {"sparsity": mean_norm(open_gates) / d, "gate_error": (error**2).sum(axis=1).mean() / d}
         return jnp.where(gate > 0, jax.nn.relu(magnitude), 0), terms
 
     def saved_encoder(self) -> tuple[Float[np.ndarray, "d_in d_sae"], Float[np.ndarray, " d_sae"]]:

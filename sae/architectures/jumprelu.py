@@ -27,7 +27,7 @@ from jax.scipy.special import ndtri
 from jaxtyping import Array, Float, Key
 
 from sae.architectures.base import Context, Means, Output
-from sae.architectures.penalised import Penalised
+from sae.architectures.penalised import Penalised, mean_norm, tally
 from sae.artefact import SavedArchitecture
 from sae.config import SaeConfig
 
@@ -51,8 +51,8 @@ class JumpReLU(Penalised):
     def activate(self, x: Float[Array, "batch d_in"]) -> tuple[Float[Array, "batch d_sae"], dict[str, Array]]:
         """pre where it passes, and how far L0 is from the target."""
         pre, threshold, bandwidth = self.preactivations(x), self.threshold[...], self.config.bandwidth
-        l0 = passes(pre, threshold, bandwidth).sum(axis=1).mean()
-        return jump(pre, threshold, bandwidth), {"sparsity": (l0 / self.target[...] - 1) ** 2}
+        latents, l0 = jump(pre, threshold, bandwidth)
+        return latents, {"sparsity": (l0 / self.target[...] - 1) ** 2}
 
     def observe(self, output: Output, context: Context) -> None:
         """Move the target; the weight stays. Bounds keep an L0 that is slow to follow from driving it away."""
@@ -75,8 +75,8 @@ class TanhJumpReLU(JumpReLU):
 
     def activate(self, x: Float[Array, "batch d_in"]) -> tuple[Float[Array, "batch d_sae"], dict[str, Array]]:
         """pre where it passes, and the sum of their tanh."""
-        latents = jump(self.preactivations(x), self.threshold[...], self.config.bandwidth)
-        return latents, {"sparsity": jnp.tanh(TANH_SLOPE * latents).sum(axis=1).mean() / x.shape[1]}
+        latents, _ = jump(self.preactivations(x), self.threshold[...], self.config.bandwidth)
+        return latents, {"sparsity": mean_norm(jnp.tanh(TANH_SLOPE * latents)) / x.shape[1]}
 
     def observe(self, output: Output, context: Context) -> None:
         """Move the weight of the penalty, as with all penalties but the quadratic one."""
@@ -86,40 +86,21 @@ class TanhJumpReLU(JumpReLU):
 @jax.custom_vjp
 def jump(
     pre: Float[Array, "batch d_sae"], threshold: Float[Array, " d_sae"], bandwidth: float | Float[Array, ""]
-) -> Float[Array, "batch d_sae"]:
-    """relu(pre) where pre > threshold, else 0; the step passes a gradient on."""
-    return jnp.where(pre > threshold, jax.nn.relu(pre), 0)
+) -> tuple[Float[Array, "batch d_sae"], Float[Array, ""]]:
+    """relu(pre) where pre > threshold, else 0, and their L0; the step passes the gradients of both on."""
+    latents = jnp.where(pre > threshold, jax.nn.relu(pre), 0)
+    return latents, tally(latents)[1]
 
 
-def _jump_forward(pre: Array, threshold: Array, bandwidth: Any) -> tuple[Array, tuple[Array, Array, Any]]:
+def _jump_forward(pre: Array, threshold: Array, bandwidth: Any) -> tuple[tuple[Array, Array], tuple[Array, Array, Any]]:
     return jump(pre, threshold, bandwidth), (pre, threshold, bandwidth)
 
 
-def _jump_backward(saved: tuple[Array, Array, Any], g: Array) -> tuple[Array, Array, None]:
-    pre, threshold, bandwidth = saved
-    step = jnp.where(jnp.abs(pre - threshold) < bandwidth / 2, g, 0) * threshold / bandwidth
-    return jnp.where((pre > threshold) & (pre > 0), g, 0) + step, -step.sum(axis=0), None
+def _jump_backward(saved: tuple[Array, Array, Any], g: tuple[Array, Array]) -> tuple[Array, Array, None]:
+    (pre, threshold, bandwidth), (to_latents, to_l0) = saved, g
+    of_step = (to_latents * threshold + to_l0 / len(pre)) / bandwidth
+    of_step = jnp.where(jnp.abs(pre - threshold) < bandwidth / 2, of_step, 0)
+    return jnp.where((pre > threshold) & (pre > 0), to_latents, 0) + of_step, -of_step.sum(axis=0), None
 
 
 jump.defvjp(_jump_forward, _jump_backward)
-
-
-@jax.custom_vjp
-def passes(
-    pre: Float[Array, "batch d_sae"], threshold: Float[Array, " d_sae"], bandwidth: float | Float[Array, ""]
-) -> Float[Array, "batch d_sae"]:
-    """1 where pre > threshold, else 0; the step passes a gradient on."""
-    return (pre > threshold).astype(pre.dtype)
-
-
-def _passes_forward(pre: Array, threshold: Array, bandwidth: Any) -> tuple[Array, tuple[Array, Array, Any]]:
-    return passes(pre, threshold, bandwidth), (pre, threshold, bandwidth)
-
-
-def _passes_backward(saved: tuple[Array, Array, Any], g: Array) -> tuple[Array, Array, None]:
-    pre, threshold, bandwidth = saved
-    step = jnp.where(jnp.abs(pre - threshold) < bandwidth / 2, g, 0) / bandwidth
-    return step, -step.sum(axis=0), None
-
-
-passes.defvjp(_passes_forward, _passes_backward)

@@ -12,10 +12,11 @@ short run that starts far lower learns dense latents first, and one that starts 
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from sae.architectures.base import Context, Means, Output, SparseCoder
 from sae.config import SaeConfig
+from sae.kernels import reconstruct
 
 START, GAIN, FASTEST = 0.1, 20.0, 0.02
 
@@ -38,16 +39,16 @@ class Penalised(SparseCoder):
     def loss(self, x: Float[Array, "batch d_in"], y: Float[Array, "batch d_out"], context: Context) -> Output:
         """Reconstruction, penalty, and the revival of dead latents."""
         latents, terms = self.activate(x)
-        residual = y - self.b_dec[...] - latents @ self.W_dec[...]
+        active, l0 = tally(latents)
+        residual = y - self.b_dec[...] - reconstruct(latents, self.W_dec[...])
         fvu = (residual**2).sum(axis=1).mean() / context.variance
         aux = self.revival(x, residual, context)
-        active: Bool[Array, "batch d_sae"] = latents > 0
         others = sum((term for name, term in terms.items() if name != "sparsity"), jnp.float32(0))
         return Output(
             loss=fvu + self.coefficient[...] * terms["sparsity"] + others + self.config.aux_coefficient * aux,
             terms={"fvu": fvu, "aux": aux, **terms},
-            l0=active.sum(axis=1).mean(),
-            active=active.sum(axis=0, dtype=jnp.int32),
+            l0=l0,
+            active=active,
             observed={},
         )
 
@@ -60,3 +61,14 @@ class Penalised(SparseCoder):
         """(L0 / k)^rate, which is above 1 while too many latents are active."""
         ratio = jnp.clip(jnp.log(jnp.maximum(output.l0, 1e-3) / self.aim(context)), -1, 1)
         return jnp.exp(min(GAIN / context.n_steps, FASTEST) * ratio)
+
+
+def tally(latents: Float[Array, "batch d_sae"]) -> tuple[Int[Array, " d_sae"], Float[Array, ""]]:
+    """Tokens on which each latent is active, and L0, by these counts: a sum along rows would be another pass."""
+    active = (latents > 0).sum(axis=0, dtype=jnp.int32)
+    return active, active.sum(dtype=jnp.float32) / len(latents)
+
+
+def mean_norm(latents: Float[Array, "batch d_sae"]) -> Float[Array, ""]:
+    """Mean L1 norm of a token's latents, none of which is negative; summed along columns first, as they are counted."""
+    return latents.mean(axis=0).sum()

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from sae.architectures.penalised import Penalised
+from sae.architectures.penalised import Penalised, mean_norm
 from sae.artefact import SavedArchitecture
 
 
@@ -20,7 +20,7 @@ class Standard(Penalised):
     def activate(self, x: Float[Array, "batch d_in"]) -> tuple[Float[Array, "batch d_sae"], dict[str, Array]]:
         """relu(pre), and its L1 norm."""
         latents = jax.nn.relu(self.preactivations(x))
-        return latents, {"sparsity": latents.sum(axis=1).mean() / x.shape[1]}
+        return latents, {"sparsity": mean_norm(latents) / x.shape[1]}
 
     def saved(self) -> tuple[SavedArchitecture, np.ndarray | None, int | None]:
         """Saved as standard."""

@@ -1,4 +1,4 @@
-"""Linear algebra on sparse latents: a few active latents a token, kept as values and indices.
+"""Linear algebra on latents: a few active ones a token, kept as values and indices, or all of them.
 
 With k of d_sae latents active, decoding and every gradient touch k rows of a matrix instead of d_sae. Flow of a step:
 1. `largest` chooses the active latents of each token; 2. `attach` gives their values a gradient; 3. `decode` sums their
@@ -7,6 +7,7 @@ decoder rows; 4. `descend` moves the weights.
     codes.py            Codes, the sparse form, and its dense form
     selection.py        largest, keep_above, kth_largest
     products.py         decode, attach, sum_rows, count_active, with hand-written gradients
+    dense.py            project, reconstruct, where any number of latents may be active
     descent.py          descend, Adam for matrices whose rows may be unit vectors
     choice.py           which of the ways below a step takes
     devices.py          which device keeps which latents and computes which tokens
@@ -19,6 +20,7 @@ them equal. Left out: which latents an architecture selects.
 
 from sae.kernels.choice import LOW, Kernels, using, why_not_triton
 from sae.kernels.codes import Codes, densify, restrict
+from sae.kernels.dense import project, reconstruct
 from sae.kernels.descent import Rates, descend, project_gradient, squared_norm, unit_rows
 from sae.kernels.products import attach, count_active, decode, sum_rows, total
 from sae.kernels.selection import keep_above, kth_largest, largest
@@ -36,7 +38,9 @@ __all__ = [
     "keep_above",
     "kth_largest",
     "largest",
+    "project",
     "project_gradient",
+    "reconstruct",
     "restrict",
     "squared_norm",
     "sum_rows",
