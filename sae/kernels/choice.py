@@ -64,7 +64,21 @@ def triton_is_chosen() -> bool:
     return _triton.get()
 
 
+def products_are_low() -> bool:
+    """Whether what is traced now multiplies in 16 bits (`sae.step.matmul`)."""
+    return jax.config.jax_default_matmul_precision == LOW  # type: ignore[attr-defined]
+
+
 def operand(matrix: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The matrix as products read it: in bfloat16 where these are low (`sae.step.matmul`)."""
-    low = jax.config.jax_default_matmul_precision == LOW  # type: ignore[attr-defined]
-    return matrix.astype(jnp.bfloat16) if low else matrix
+    """The matrix as products read it: in bfloat16 where these are low."""
+    return matrix.astype(jnp.bfloat16) if products_are_low() else matrix
+
+
+def fine_operand(matrix: Float[Array, "..."]) -> Float[Array, "..."]:
+    """As `operand`, but in float16, which has three bits more than bfloat16 and ends at 65,504; what is beyond is cut.
+
+    For activations and encoders, where these are scaled to a variance of 1 a dimension: latents are chosen by products
+    of theirs, of which many are equal in bfloat16 where there are many latents (docs/LOG.md).
+    """
+    most = float(jnp.finfo(jnp.float16).max)
+    return jnp.clip(matrix, -most, most).astype(jnp.float16) if products_are_low() else matrix

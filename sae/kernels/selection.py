@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from sae.kernels import gpu
-from sae.kernels.choice import operand, triton_is_chosen
+from sae.kernels.choice import fine_operand, triton_is_chosen
 from sae.kernels.codes import Codes, positive_first
 from sae.kernels.devices import (
     BY_BOTH,
@@ -44,12 +44,12 @@ def largest(
 ) -> tuple[Codes, Int[Array, " batch"]]:
     """The ceil(k) largest of relu(x @ W + b) in each row, and how many of x @ W + b are above the threshold.
 
-    `slots`, at least k, is how many a row has room for. No gradient passes. Where products are in bfloat16 and Triton
-    computes them, x @ W is rounded to bfloat16 (a relative error of at most 2^-9) before the largest are chosen.
+    `slots`, at least k, is how many a row has room for. No gradient passes. Where products are low and Triton's programs
+    choose, x, W and x @ W are rounded to float16 (a relative error of at most 2^-12 each).
     """
     x, W, b, threshold = lax.stop_gradient((x, W, b, jnp.float32(threshold)))
     if triton_is_chosen():
-        x, W = operand(x), operand(W)
+        x, W = fine_operand(x), fine_operand(W)
     split = (BY_TOKEN, PartitionSpec(None, LATENT), BY_LATENT, WHOLE, WHOLE)
     return on_each(partial(_largest_here, slots), split, (BY_BOTH, BY_TOKEN))(x, W, b, jnp.float32(k), threshold)
 
@@ -58,7 +58,8 @@ def _largest_here(
     slots: int, x: Array, W: Array, b: Array, k: Array, threshold: Array
 ) -> tuple[Codes, Int[Array, " batch"]]:
     d_sae = len(b)
-    products = jnp.matmul(x, W, preferred_element_type=x.dtype)
+    precision = lax.Precision.DEFAULT if x.dtype == jnp.float16 else None  # what is low already needs no rounding
+    products = jnp.matmul(x, W, precision=precision, preferred_element_type=x.dtype)
     codes, passing = _choose(products, b, k, min(slots, d_sae), threshold)
     if n_along(LATENT) > 1:
         codes = to_global(_choose_among_devices(codes, k, slots, d_sae), d_sae)

@@ -48,7 +48,7 @@ def _largest(bits, k):
 
 @triton.jit
 def keep_largest(
-    products,  # [BATCH, D_SAE] bfloat16 or float32
+    products,  # [BATCH, D_SAE] float16 or float32
     b,  # [n_saes, D_SAE] float32, added to each row of an SAE
     k_pointer,  # [n_saes] int32: how many a row, at most SLOTS
     threshold_pointer,  # [n_saes] float32
@@ -99,6 +99,8 @@ def keep_largest(
     latents = of_class + (members % DEPTH)[None, :] * CHUNK
     known &= latents < D_SAE
     candidates = tl.load(rows + latents, mask=known, other=-1.0).to(tl.float32)
+    if products.dtype.element_ty == tl.float16:
+        candidates = tl.where(candidates == float("inf"), 65504.0, candidates)  # no product is infinite, but some large
     candidates += tl.load(b + latents, mask=known, other=0.0)
     chosen = _largest(_bits(candidates), k)
     _store_codes(values, indices, tokens, exists, candidates, latents, chosen, D_SAE, SLOTS, PADDED)

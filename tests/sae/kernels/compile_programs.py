@@ -18,7 +18,7 @@ from sae.kernels import choice, gpu, triton_programs
 from sae.step import Plan, create, start, step_of
 
 BATCH, D, D_SAE, K = 8192, 2304, 65536, 64
-POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32"}
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
 CAPABILITIES = 80, 90
 calls: dict[str, tuple[list[str], dict[str, Any]]] = {}
 

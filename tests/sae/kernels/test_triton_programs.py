@@ -36,7 +36,7 @@ BATCH, D_SAE, D, SLOTS, PADDED = 5, 300, 40, 12, 16
 
 PRODUCTS = {
     "normal": lambda: torch.randn(BATCH, D_SAE),
-    "bfloat16": lambda: torch.randn(BATCH, D_SAE).to(torch.bfloat16),
+    "float16": lambda: torch.randn(BATCH, D_SAE).to(torch.float16),
     "ties": lambda: torch.randint(-2, 3, (BATCH, D_SAE)).float(),
     "all equal": lambda: torch.ones(BATCH, D_SAE),
     "few above 0": lambda: torch.where(torch.rand(BATCH, D_SAE) < 0.01, 1.0, -1.0),
@@ -101,6 +101,13 @@ def test_the_k_largest_are_kept(case: str, k: int, rows: int) -> None:
         latents = indices[row][in_use[row]].long()
         assert len(latents.unique()) == len(latents)
         assert torch.equal(pre[row][latents], values[row][in_use[row]])
+
+
+def test_what_float16_cannot_hold_is_cut() -> None:
+    products = torch.randn(BATCH, D_SAE).to(torch.float16)
+    products[2, 100] = torch.inf
+    values, indices, _ = keep_largest(products, torch.zeros(D_SAE), 1, 1)
+    assert (values[2, 0], indices[2, 0]) == (65504, 100)
 
 
 def test_nan_is_kept_rather_than_lost() -> None:
