@@ -7,6 +7,7 @@ decoder rows; 4. `descend` moves the weights.
     codes.py            Codes, the sparse form, and its dense form
     selection.py        largest, keep_above, kth_largest
     products.py         decode, attach, sum_rows, count_active, with hand-written gradients
+    nested.py           decode_nested, the same for nested dictionaries
     descent.py          descend, Adam for matrices whose rows may be unit vectors
     choice.py           which of the ways below a step takes
     gpu.py              Triton's programs as functions of JAX arrays
@@ -17,8 +18,9 @@ them equal. Left out: which latents an architecture selects.
 """
 
 from sae.kernels.choice import LOW, Kernels, using, why_not_triton
-from sae.kernels.codes import Codes, densify, restrict
+from sae.kernels.codes import Codes, densify
 from sae.kernels.descent import Rates, descend, project_gradient, squared_norm, unit_rows
+from sae.kernels.nested import decode_nested
 from sae.kernels.products import attach, count_active, decode, sum_rows, total
 from sae.kernels.selection import keep_above, kth_largest, largest
 
@@ -30,13 +32,13 @@ __all__ = [
     "attach",
     "count_active",
     "decode",
+    "decode_nested",
     "densify",
     "descend",
     "keep_above",
     "kth_largest",
     "largest",
     "project_gradient",
-    "restrict",
     "squared_norm",
     "sum_rows",
     "total",

@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Int
 from sae.kernels.codes import Codes
 
 CHUNK = 2048
+Groups = Int[Array, " d_sae"] | None
+"""of each latent, where rows of tokens come once a group"""
 
 
 def _call(program: str, *inputs: Array, out: Any, grid: Any, **sizes: Any) -> Any:
@@ -71,14 +73,29 @@ def sum_active_rows(codes: Codes, W: Float[Array, "d_sae d"]) -> Float[Array, "b
     )  # fmt: skip
 
 
+def sum_nested_rows(
+    codes: Codes, W: Float[Array, "d_sae d"], groups: Int[Array, " d_sae"], n_groups: int
+) -> Float[Array, "batch n_groups d"]:
+    """For each group m, sum_s values[b, s] W[indices[b, s]] over the latents of groups 0..m."""
+    (batch, slots), d = codes.values.shape, W.shape[1]
+    smaller = _power_of_2(n_groups - 1)
+    columns = min(512, 2048 // smaller, _power_of_2(d))  # at most 32 sums a thread, beside those over all groups
+    return _call(
+        "sum_nested_rows", *codes, _in_use(codes), groups, W, out=_shape(batch, n_groups, d),
+        grid=(batch, -(-d // columns)), D=d, SLOTS=slots, GROUPS=n_groups, SMALLER=smaller,
+        COLUMNS=columns, num_warps=2,
+    )  # fmt: skip
+
+
 def dot_active_rows(
-    codes: Codes, W: Float[Array, "d_sae d"], g: Float[Array, "batch d"]
+    codes: Codes, W: Float[Array, "d_sae d"], g: Float[Array, "batch *n_groups d"], groups: Groups = None
 ) -> Float[Array, "batch slots"]:
-    """W[indices[b, s]] . g[b]; 0 where a slot is unused."""
+    """W[indices[b, s]] . g[b], or . g[b, group of the latent]; 0 where a slot is unused."""
     (batch, slots), d, rows = codes.values.shape, W.shape[1], 16
     return _call(
-        "dot_active_rows", codes.indices, _in_use(codes), W, g, out=_shape(batch, slots),
-        grid=(batch, -(-slots // rows)), D=d, SLOTS=slots, ROWS=rows, COLUMNS=min(256, _power_of_2(d)), num_warps=4,
+        "dot_active_rows", codes.indices, _in_use(codes), _group_of_each(groups), W, g, out=_shape(batch, slots),
+        grid=(batch, -(-slots // rows)), D=d, SLOTS=slots, GROUPS=_n_groups(g), ROWS=rows,
+        COLUMNS=min(256, _power_of_2(d)), num_warps=4,
     )  # fmt: skip
 
 
@@ -92,17 +109,24 @@ def count_active(codes: Codes, d_sae: int) -> Int[Array, " d_sae"]:
 
 
 def sum_by_latent(
-    codes: Codes, weights: Float[Array, "batch slots"], rows: Float[Array, "batch d"], d_sae: int
+    codes: Codes,
+    weights: Float[Array, "batch slots"],
+    rows: Float[Array, "batch *n_groups d"],
+    d_sae: int,
+    groups: Groups = None,
 ) -> tuple[Float[Array, "d_sae d"], Float[Array, " d_sae"]]:
-    """sum_{b, s : indices[b, s] = j} weights[b, s] rows[b] for each latent j, and the sum of the weights alone."""
-    slots, d = weights.shape[1], rows.shape[1]
+    """sum_{b, s : indices[b, s] = j} weights[b, s] rows[b] for each latent j, and the sum of the weights alone.
+
+    With groups, rows[b, group of j].
+    """
+    slots, d = weights.shape[1], rows.shape[-1]
     latents = _active_latents(codes, d_sae)
     _, order = lax.sort((latents, jnp.arange(len(latents), dtype=jnp.int32)), num_keys=1, is_stable=True)
     first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(count_active(codes, d_sae), dtype=jnp.int32)])
     columns = min(1024, _power_of_2(d))
     return _call(
-        "sum_by_latent", first, order, weights, rows, out=(_shape(d_sae, d), _shape(d_sae)),
-        grid=(d_sae, -(-d // columns)), D=d, SLOTS=slots, ROWS=4, COLUMNS=columns, num_warps=4,
+        "sum_by_latent", first, order, weights, _group_of_each(groups), rows, out=(_shape(d_sae, d), _shape(d_sae)),
+        grid=(d_sae, -(-d // columns)), D=d, SLOTS=slots, GROUPS=_n_groups(rows), ROWS=4, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
 
 
@@ -120,6 +144,15 @@ def descend(
         "descend", W, g, mean, square, scalars, out=(_shape(n, d),) * 3, grid=(n,),
         input_output_aliases={0: 0, 2: 1, 3: 2}, D=d, PADDED=_power_of_2(d), ON_SPHERE=on_sphere, num_warps=8,
     )  # fmt: skip
+
+
+def _group_of_each(groups: Groups) -> Int[Array, " n"]:
+    """What programs take for it; for one group they read nothing."""
+    return jnp.zeros(1, jnp.int32) if groups is None else groups
+
+
+def _n_groups(rows: Float[Array, "batch *n_groups d"]) -> int:
+    return rows.shape[1] if rows.ndim == 3 else 1
 
 
 def _in_use(codes: Codes) -> Int[Array, " batch"]:

@@ -64,7 +64,8 @@ def take_triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def steps(architecture: str, **settings: Any) -> tuple[TrainState, list[StepMetrics]]:
-    sae = SaeConfig(architecture=architecture, d_sae=D_SAE, k=K, aux_k=6, groups=(0.25, 0.75), **settings)
+    settings = {"groups": (0.25, 0.75)} | settings
+    sae = SaeConfig(architecture=architecture, d_sae=D_SAE, k=K, aux_k=6, **settings)
     config = TrainConfig(sae=sae, batch_size=BATCH, train_tokens=BATCH * N_STEPS, lr=0.01, grad_clip=0.2)
     one, zero = np.ones(D, np.float32), np.zeros(D, np.float32)
     plan = Plan(N_STEPS, 0.01, Scaling(one, one), Means(zero, zero), dead_after=2 * BATCH)
@@ -83,6 +84,8 @@ def steps(architecture: str, **settings: Any) -> tuple[TrainState, list[StepMetr
         ("topk", {"k_anneal": 0.0, "frozen": "decoder"}),
         ("batchtopk", {}),
         ("matryoshka", {}),
+        ("matryoshka", {"groups": (0.125, 0.25, 0.125, 0.5)}),
+        ("matryoshka", {"groups": (1.0,)}),
         ("skip_transcoder", {}),
         ("jumprelu", {}),
     ],
