@@ -14,9 +14,9 @@ but those of --dead, which a bias keeps off. Peers run first, each as a script i
 Prints one JSON line a trainer: medians of the repeats, and each in `all_ms`; `tf32` is whether products of float32 use
 it. A trainer that fails has a line with `failed`. `ratio_to_fastest_peer` is of tokens a second, above 1 where ours is
 faster. `--check` trains twice, with --kernels and on the plain path, from the same start on the same batches: `loss`
-and `loss_plain` are means over the last 10 steps. How much of their difference is chance, `difference_by_nudge` tells: that
-of the plain path to itself from an encoder that is larger by a millionth. `--set compute.latent_parallel=2` takes two
-devices. Left out: reading data, and what is learnt (`quality.py`).
+and `loss_plain` are means over the last 10 steps. How much of their difference is chance, `difference_by_nudge` tells:
+that of the plain path to itself from an encoder that is larger by a millionth. `--set compute.latent_parallel=2` takes
+two devices. Left out: reading data, and what is learnt (`quality.py`).
 """
 
 import argparse

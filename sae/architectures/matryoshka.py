@@ -9,14 +9,13 @@ arXiv:2503.17547.
 from itertools import pairwise
 from typing import ClassVar
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from activations.errors import ConfigError
 from sae.architectures.base import Means
 from sae.architectures.batchtopk import BatchTopK
 from sae.config import SaeConfig
-from sae.kernels import Codes, decode, restrict
+from sae.kernels import Codes, decode_nested
 
 
 class Matryoshka(BatchTopK):
@@ -33,11 +32,8 @@ class Matryoshka(BatchTopK):
         self, codes: Codes, x: Float[Array, "batch d_in"], y: Float[Array, "batch d_out"]
     ) -> tuple[Float[Array, ""], Float[Array, "batch d_out"]]:
         """Mean over the nested dictionaries, and the residual of the largest."""
-        residual, total = y - self.b_dec[...], jnp.float32(0)
-        for start, stop in pairwise(self.bounds):
-            residual = residual - decode(restrict(codes, start, stop), self.W_dec[start:stop])
-            total += (residual**2).sum(axis=1).mean()
-        return total / (len(self.bounds) - 1), residual
+        residuals = (y - self.b_dec[...])[:, None] - decode_nested(codes, self.W_dec[...], self.bounds)
+        return (residuals**2).sum(axis=2).mean(), residuals[:, -1]
 
 
 def bounds(groups: tuple[float, ...], d_sae: int) -> tuple[int, ...]:

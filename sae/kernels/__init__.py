@@ -8,6 +8,7 @@ decoder rows; 4. `descend` moves the weights.
     selection.py        largest, keep_above, kth_largest
     products.py         decode, attach, sum_rows, count_active, with hand-written gradients
     dense.py            project, reconstruct, where any number of latents may be active
+    nested.py           decode_nested, the same for nested dictionaries
     descent.py          descend, Adam for matrices whose rows may be unit vectors
     choice.py           which of the ways below a step takes
     devices.py          which device keeps which latents and computes which tokens
@@ -19,9 +20,10 @@ them equal. Left out: which latents an architecture selects.
 """
 
 from sae.kernels.choice import LOW, Kernels, using, why_not_triton
-from sae.kernels.codes import Codes, densify, restrict
+from sae.kernels.codes import Codes, densify
 from sae.kernels.dense import project, reconstruct
 from sae.kernels.descent import Rates, descend, project_gradient, squared_norm, unit_rows
+from sae.kernels.nested import decode_nested
 from sae.kernels.products import attach, count_active, decode, sum_rows, total
 from sae.kernels.selection import keep_above, kth_largest, largest
 
@@ -33,6 +35,7 @@ __all__ = [
     "attach",
     "count_active",
     "decode",
+    "decode_nested",
     "densify",
     "descend",
     "keep_above",
@@ -41,7 +44,6 @@ __all__ = [
     "project",
     "project_gradient",
     "reconstruct",
-    "restrict",
     "squared_norm",
     "sum_rows",
     "total",

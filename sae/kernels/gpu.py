@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Int
 from sae.kernels.codes import Codes
 
 LEAST_CHUNK = 2048
+Groups = Int[Array, " latents"] | None
+"""of each latent, where rows of tokens come once a group"""
 
 
 def _stacks(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,48 +98,85 @@ def keep_above(codes: Codes, cutoff: Float[Array, "*saes"], *, d_sae: int, n_sae
     ))  # fmt: skip
 
 
-def sum_active_rows(codes: Codes, W: Float[Array, "d_sae d"]) -> Float[Array, "batch d"]:
+@_stacks
+def sum_active_rows(codes: Codes, W: Float[Array, "latents d"], *, n_saes: int) -> Float[Array, "batch d"]:
     """sum_s values[b, s] W[indices[b, s]]."""
     (batch, slots), d = codes.values.shape, W.shape[1]
     columns = min(1024, _power_of_2(d))
     return _call(
-        "sum_active_rows", *codes, _in_use(codes), W, out=_shape(batch, d), grid=(batch, -(-d // columns)),
-        D=d, SLOTS=slots, COLUMNS=columns, num_warps=4,
+        "sum_active_rows", *_renumbered(codes, len(W), n_saes), _in_use(codes), W, out=_shape(batch, d),
+        grid=(batch, -(-d // columns)), D=d, SLOTS=slots, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
 
 
+@_stacks
+def sum_nested_rows(
+    codes: Codes, W: Float[Array, "latents d"], groups: Int[Array, " latents"], *, n_groups: int, n_saes: int
+) -> Float[Array, "batch n_groups d"]:
+    """For each group m, sum_s values[b, s] W[indices[b, s]] over the latents of groups 0..m."""
+    (batch, slots), d = codes.values.shape, W.shape[1]
+    smaller = _power_of_2(n_groups - 1)
+    columns = min(512, 2048 // smaller, _power_of_2(d))  # at most 32 sums a thread, beside those over all groups
+    return _call(
+        "sum_nested_rows", *_renumbered(codes, len(W), n_saes), _in_use(codes), groups, W,
+        out=_shape(batch, n_groups, d), grid=(batch, -(-d // columns)), D=d, SLOTS=slots, GROUPS=n_groups,
+        SMALLER=smaller, COLUMNS=columns, num_warps=2,
+    )  # fmt: skip
+
+
+@_stacks
 def dot_active_rows(
-    codes: Codes, W: Float[Array, "d_sae d"], g: Float[Array, "batch d"]
+    codes: Codes,
+    W: Float[Array, "latents d"],
+    g: Float[Array, "batch *n_groups d"],
+    groups: Groups = None,
+    *,
+    n_saes: int,
 ) -> Float[Array, "batch slots"]:
-    """W[indices[b, s]] . g[b]; 0 where a slot is unused."""
+    """W[indices[b, s]] . g[b], or . g[b, group of the latent]; 0 where a slot is unused."""
     (batch, slots), d, rows = codes.values.shape, W.shape[1], 16
+    latents = _renumbered(codes, len(W), n_saes).indices
     return _call(
-        "dot_active_rows", codes.indices, _in_use(codes), W, g, out=_shape(batch, slots),
-        grid=(batch, -(-slots // rows)), D=d, SLOTS=slots, ROWS=rows, COLUMNS=min(256, _power_of_2(d)), num_warps=4,
+        "dot_active_rows", latents, _in_use(codes), _group_of_each(groups), W, g, out=_shape(batch, slots),
+        grid=(batch, -(-slots // rows)), D=d, SLOTS=slots, GROUPS=_n_groups(g), ROWS=rows,
+        COLUMNS=min(256, _power_of_2(d)), num_warps=4,
     )  # fmt: skip
 
 
-def count_active(codes: Codes, d_sae: int) -> Int[Array, " d_sae"]:
+@_stacks
+def count_active(codes: Codes, *, d_sae: int, n_saes: int) -> Int[Array, " latents"]:
     """Tokens on which each latent is active."""
-    latents, block = _active_latents(codes, d_sae), 1024
+    n, block = d_sae * n_saes, 1024
+    latents = _active_latents(_renumbered(codes, n, n_saes), n)
     return _call(
-        "count_slots", latents, out=_shape(d_sae, dtype=jnp.int32), grid=(-(-len(latents) // block),),
-        N=len(latents), D_SAE=d_sae, BLOCK=block, zeroed_outputs=(0,), num_warps=4,
+        "count_slots", latents, out=_shape(n, dtype=jnp.int32), grid=(-(-len(latents) // block),),
+        N=len(latents), D_SAE=n, BLOCK=block, zeroed_outputs=(0,), num_warps=4,
     )  # fmt: skip
 
 
+@_stacks
 def sum_by_latent(
-    codes: Codes, weights: Float[Array, "batch slots"], rows: Float[Array, "batch d"], d_sae: int
-) -> tuple[Float[Array, "d_sae d"], Float[Array, " d_sae"]]:
-    """sum_{b, s : indices[b, s] = j} weights[b, s] rows[b] for each latent j, and the sum of the weights alone."""
-    slots, d = weights.shape[1], rows.shape[1]
-    latents = _active_latents(codes, d_sae)
+    codes: Codes,
+    weights: Float[Array, "batch slots"],
+    rows: Float[Array, "batch *n_groups d"],
+    groups: Groups = None,
+    *,
+    d_sae: int,
+    n_saes: int,
+) -> tuple[Float[Array, "latents d"], Float[Array, " latents"]]:
+    """sum_{b, s : indices[b, s] = j} weights[b, s] rows[b] for each latent j, and the sum of the weights alone.
+
+    With groups, rows[b, group of j].
+    """
+    slots, d, n = weights.shape[1], rows.shape[-1], d_sae * n_saes
+    codes = _renumbered(codes, n, n_saes)
+    latents = _active_latents(codes, n)
     _, order = lax.sort((latents, jnp.arange(len(latents), dtype=jnp.int32)), num_keys=1, is_stable=True)
-    first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(count_active(codes, d_sae), dtype=jnp.int32)])
+    first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(count_active(codes, d_sae=n), dtype=jnp.int32)])
     columns = min(1024, _power_of_2(d))
     return _call(
-        "sum_by_latent", first, order, weights, rows, out=(_shape(d_sae, d), _shape(d_sae)),
-        grid=(d_sae, -(-d // columns)), D=d, SLOTS=slots, ROWS=4, COLUMNS=columns, num_warps=4,
+        "sum_by_latent", first, order, weights, _group_of_each(groups), rows, out=(_shape(n, d), _shape(n)),
+        grid=(n, -(-d // columns)), D=d, SLOTS=slots, GROUPS=_n_groups(rows), ROWS=4, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
 
 
@@ -159,6 +198,24 @@ def descend(
         input_output_aliases={0: 0, 2: 1, 3: 2}, D=d, PADDED=_power_of_2(d), ON_SPHERE=on_sphere,
         ROWS_A_SAE=n // n_saes, num_warps=8,
     )  # fmt: skip
+
+
+def _renumbered(codes: Codes, latents: int, n_saes: int) -> Codes:
+    """Codes with the numbers that the latents of stacked SAEs have among all `latents`."""
+    if n_saes == 1:
+        return codes
+    batch, d_sae = len(codes.values), latents // n_saes
+    start = jnp.repeat(jnp.arange(n_saes, dtype=jnp.int32) * d_sae, batch // n_saes)[:, None]
+    return codes._replace(indices=jnp.where(codes.indices < d_sae, codes.indices + start, latents))
+
+
+def _group_of_each(groups: Groups) -> Int[Array, " n"]:
+    """What programs take for it; for one group they read nothing."""
+    return jnp.zeros(1, jnp.int32) if groups is None else groups
+
+
+def _n_groups(rows: Float[Array, "batch *n_groups d"]) -> int:
+    return rows.shape[1] if rows.ndim == 3 else 1
 
 
 def _in_use(codes: Codes) -> Int[Array, " batch"]:

@@ -111,7 +111,7 @@ def sum_rows(
 def _sum_rows_here(d_sae: int, codes: Codes, weights: Array, rows: Array) -> tuple[Array, Array]:
     codes = to_local(codes, d_sae)
     if triton_is_chosen():
-        sums, totals = gpu.sum_by_latent(codes, weights, rows, d_sae)
+        sums, totals = gpu.sum_by_latent(codes, weights, rows, d_sae=d_sae)
     else:
         n_active = (codes.values > 0).sum(axis=1)
         start = jnp.zeros((d_sae, rows.shape[1]))
@@ -134,7 +134,7 @@ def count_active(codes: Codes, d_sae: int) -> Int[Array, " d_sae"]:
 def _count_here(d_sae: int, codes: Codes) -> Array:
     codes = to_local(codes, d_sae)
     if triton_is_chosen():
-        return share_sum(gpu.count_active(codes, d_sae))
+        return share_sum(gpu.count_active(codes, d_sae=d_sae))
     return share_sum(total(codes.indices, (codes.values > 0).astype(jnp.int32), d_sae))
 
 

@@ -44,8 +44,8 @@ def largest(
 ) -> tuple[Codes, Int[Array, " batch"]]:
     """The ceil(k) largest of relu(x @ W + b) in each row, and how many of x @ W + b are above the threshold.
 
-    `slots`, at least k, is how many a row has room for. No gradient passes. Where products are low and Triton's programs
-    choose, x, W and x @ W are rounded to float16 (a relative error of at most 2^-12 each).
+    `slots`, at least k, is how many a row has room for. No gradient passes. Where products are low and Triton's
+    programs choose, x, W and x @ W are rounded to float16 (a relative error of at most 2^-12 each).
     """
     x, W, b, threshold = lax.stop_gradient((x, W, b, jnp.float32(threshold)))
     if triton_is_chosen():

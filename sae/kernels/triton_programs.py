@@ -3,6 +3,7 @@
     keep_largest     dense pre-activations -> the k largest of each row       one program a few tokens
     keep_above       candidates -> those at or above a cutoff, moved forward  one program a few tokens
     sum_active_rows  values, indices -> sum_s values[s] W[indices[s]]         one program a token and block of columns
+    sum_nested_rows  the same for each of several nested ranges of latents    one program a token and block of columns
     dot_active_rows  indices, g -> W[indices[s]] . g                          one program a token and block of slots
     count_slots      indices -> number of slots of each latent                one program a block of slots
     sum_by_latent    slots sorted by latent -> sum of weighted rows of each   one program a latent and block of columns
@@ -172,31 +173,84 @@ def sum_active_rows(
 
 
 @triton.jit
+def sum_nested_rows(
+    values,  # [batch, SLOTS] float32
+    indices,  # [batch, SLOTS] int32
+    n_active,  # [batch] int32
+    groups,  # [D_SAE] int32: group of each latent
+    W,  # [D_SAE, D] bfloat16 or float32
+    out,  # [batch, GROUPS, D] float32, out
+    D: tl.constexpr,
+    SLOTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SMALLER: tl.constexpr,  # GROUPS - 1, rounded up to a power of 2
+    COLUMNS: tl.constexpr,
+):
+    """For each group m, sum_s values[b, s] W[indices[b, s]] over the latents of groups 0..m.
+
+    The sum over all groups has a block of its own: the default five groups then fill blocks of 4 + 1 rows, not of 8.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = columns < D
+    members = tl.arange(0, SMALLER)[:, None]
+    n = tl.load(n_active + token)
+    total = tl.zeros((1, COLUMNS), tl.float32)
+    smaller = tl.zeros((SMALLER, COLUMNS), tl.float32)
+    values += token * SLOTS
+    indices += token * SLOTS
+    value, group, row = _active_row(values, indices, groups, W + columns, inside, n > 0, D)
+    for slot in range(1, n + 1):  # reads one slot ahead, or each addition would wait for its row
+        following = _active_row(values + slot, indices + slot, groups, W + columns, inside, slot < n, D)
+        total += value * row.to(tl.float32)
+        smaller += tl.where(members >= group, value, 0.0) * row.to(tl.float32)
+        value, group, row = following
+    places = out + token * GROUPS * D + columns
+    tl.store(places + members * D, smaller, mask=(members < GROUPS - 1) & inside)
+    tl.store(places + (GROUPS - 1) * D, total, mask=inside)
+
+
+@triton.jit
+def _active_row(value, index, groups, W, inside, used, D: tl.constexpr):
+    """Of a slot: its value, and the group and the row of its latent; something else where it is not used."""
+    latent = tl.load(index, mask=used, other=0).to(tl.int64)
+    value = tl.load(value, mask=used, other=0.0)
+    return value, tl.load(groups + latent), tl.load(W + latent * D, mask=inside, other=0.0)
+
+
+@triton.jit
 def dot_active_rows(
     indices,  # [batch, SLOTS] int32
     n_active,  # [batch] int32
+    groups,  # [D_SAE] int32: group of each latent; not read for one group
     W,  # [D_SAE, D] bfloat16 or float32
-    g,  # [batch, D] float32 or bfloat16
+    g,  # [batch, GROUPS, D] float32 or bfloat16
     out,  # [batch, SLOTS] float32, out; 0 where a slot is unused
     D: tl.constexpr,
     SLOTS: tl.constexpr,
+    GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """W[indices[b, s]] . g[b]."""
+    """W[indices[b, s]] . g[b, group of the latent]."""
     token = tl.program_id(0).to(tl.int64)
     slots = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     used = slots < tl.load(n_active + token)
     latents = tl.load(indices + token * SLOTS + slots, mask=used, other=0).to(tl.int64)
+    row = token if GROUPS == 1 else token * GROUPS + tl.load(groups + latents, mask=used, other=0)
     columns = tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     if tl.program_id(1) * ROWS < tl.load(n_active + token):
         for start in range(0, D, COLUMNS):
             inside = start + columns < D
-            part = tl.load(g + token * D + start + columns, mask=inside, other=0.0).to(tl.float32)
+            if GROUPS == 1:
+                part = tl.load(g + row * D + start + columns, mask=inside, other=0.0).to(tl.float32)
+            else:
+                places = g + row[:, None] * D + (start + columns)[None, :]
+                part = tl.load(places, mask=used[:, None] & inside[None, :], other=0.0).to(tl.float32)
             places = W + latents[:, None] * D + (start + columns)[None, :]
             rows = tl.load(places, mask=used[:, None] & inside[None, :], other=0.0).to(tl.float32)
-            total += rows * part[None, :]
+            total += rows * (part[None, :] if GROUPS == 1 else part)
     tl.store(out + token * SLOTS + slots, tl.sum(total, axis=1), mask=slots < SLOTS)
 
 
@@ -219,20 +273,23 @@ def sum_by_latent(
     first,  # [D_SAE + 1] int32: where the slots of each latent begin among the sorted ones
     order,  # [N] int32: slots sorted by latent
     weights,  # [N] float32: of each slot
-    rows,  # [batch, D] bfloat16 or float32
+    groups,  # [D_SAE] int32: group of each latent; not read for one group
+    rows,  # [batch, GROUPS, D] bfloat16 or float32
     out,  # [D_SAE, D] float32, out
     totals,  # [D_SAE] float32, out: sum of the weights
     D: tl.constexpr,
     SLOTS: tl.constexpr,  # slots a token
+    GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """sum_i weights[order[i]] rows[order[i] // SLOTS] over the slots of a latent."""
+    """sum_i weights[order[i]] rows[order[i] // SLOTS, group of the latent] over the slots of a latent."""
     latent = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < D
     start = tl.load(first + latent)
     stop = tl.load(first + latent + 1)
+    group = 0 if GROUPS == 1 else tl.load(groups + latent)
     lanes = tl.arange(0, ROWS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     weight_total = tl.zeros((ROWS,), tl.float32)
@@ -240,8 +297,8 @@ def sum_by_latent(
         used = at + lanes < stop
         slots = tl.load(order + at + lanes, mask=used, other=0)
         weight = tl.load(weights + slots, mask=used, other=0.0)
-        tokens = (slots // SLOTS).to(tl.int64)
-        part = tl.load(rows + tokens[:, None] * D + columns[None, :], mask=used[:, None] & inside[None, :], other=0.0)
+        row = (slots // SLOTS).to(tl.int64) * GROUPS + group
+        part = tl.load(rows + row[:, None] * D + columns[None, :], mask=used[:, None] & inside[None, :], other=0.0)
         total += weight[:, None] * part.to(tl.float32)
         weight_total += weight
     tl.store(out + latent * D + columns, tl.sum(total, axis=0), mask=inside)

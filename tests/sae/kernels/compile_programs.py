@@ -3,6 +3,7 @@
 python compile_programs.py          in a process of its own, since tests interpret Triton's programs
 """
 
+from itertools import product
 from typing import Any
 
 import jax
@@ -26,23 +27,18 @@ calls: dict[str, tuple[list[str], dict[str, Any]]] = {}
 def note(program: str, *inputs: jax.Array, out: Any, grid: Any, **sizes: Any) -> Any:
     """Stands in for `sae.kernels.gpu._call`, and remembers with what a program would be compiled."""
     arrays = [*inputs, *jax.tree.leaves(out)]
-    calls[f"{program} {[str(array.dtype) for array in inputs]}"] = (
+    calls[f"{program} {[str(array.dtype) for array in inputs]} {sizes.get('GROUPS', '')}"] = (
         [POINTERS[str(array.dtype)] for array in arrays],
         {key: value for key, value in sizes.items() if key not in ("zeroed_outputs", "input_output_aliases")},
     )
     return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), out)
 
 
-def trace(matmul: str) -> None:
-    """Trace a step of BatchTopK, which takes every program."""
-    config = TrainConfig.model_validate(
-        {
-            "sae": SaeConfig(d_sae=D_SAE, k=K),
-            "batch_size": BATCH,
-            "train_tokens": 10 * BATCH,
-            "compute": {"matmul": matmul},
-        }
-    )
+def trace(architecture: str, matmul: str) -> None:
+    """Trace a step."""
+    sae = SaeConfig(architecture=architecture, d_sae=D_SAE, k=K)
+    given = {"sae": sae, "batch_size": BATCH, "train_tokens": 10 * BATCH, "compute": {"matmul": matmul}}
+    config = TrainConfig.model_validate(given)
     one, zero = np.ones(D, np.float32), np.zeros(D, np.float32)
     plan = Plan(10, 1e-3, Scaling(one, one), Means(zero, zero), dead_after=BATCH)
     state = jax.eval_shape(lambda: start(config, plan, create(config, plan)))
@@ -51,10 +47,10 @@ def trace(matmul: str) -> None:
 
 
 def main() -> None:
-    """Trace, then compile."""
+    """Trace steps of two architectures, which take every program, then compile."""
     gpu._call, choice.why_not_triton = note, lambda: None
-    for matmul in ("bfloat16", "float32"):
-        trace(matmul)
+    for architecture, matmul in product(("batchtopk", "matryoshka"), ("bfloat16", "float32")):
+        trace(architecture, matmul)
     for capability in CAPABILITIES:
         for name, (pointers, sizes) in calls.items():
             program = getattr(triton_programs, name.split()[0])

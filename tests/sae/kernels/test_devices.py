@@ -39,7 +39,7 @@ def same(got: tuple[TrainState, list[StepMetrics]], expected: tuple[TrainState, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=5e-5), got[0], expected[0])
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "matryoshka"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_steps_equal_those_of_one_device(architecture: str) -> None:
     expected = steps(architecture)
     for compute in GRIDS.values():
@@ -90,7 +90,7 @@ def shard_map_by_vmap(function: Callable[..., Any], *, in_specs: Any, out_specs:
     return call
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka"])
 def test_steps_through_triton_equal_those_of_one_device(
     take_triton: Callable[[], None], monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:

@@ -93,6 +93,8 @@ def steps(architecture: str, compute: ComputeConfig = ONE, **settings: Any) -> t
         ("topk", {"k_anneal": 0.0, "frozen": "decoder"}),
         ("batchtopk", {}),
         ("matryoshka", {}),
+        ("matryoshka", {"groups": (0.125, 0.25, 0.125, 0.5)}),
+        ("matryoshka", {"groups": (1.0,)}),
         ("skip_transcoder", {}),
         ("jumprelu", {}),
     ],

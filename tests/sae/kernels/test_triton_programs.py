@@ -45,6 +45,9 @@ PRODUCTS = {
     "subnormal and huge": lambda: torch.exp(40 * torch.randn(BATCH, D_SAE)) * 1e-20,
 }
 
+GROUPS = [(1, 1), (2, 1), (3, 2), (5, 4)]
+"""how many, and one less rounded up to a power of 2"""
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
@@ -72,6 +75,11 @@ def keep_largest(
 
 def densify(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return torch.zeros(BATCH, D_SAE + 1).scatter_(1, indices.long(), values)[:, :D_SAE]
+
+
+def group_of_each(n_groups: int) -> torch.Tensor:
+    """The group of each latent, where group 0 has 10 and the rest fall to the others."""
+    return torch.bucketize(torch.arange(D_SAE), torch.linspace(10, D_SAE, n_groups)[:-1], right=True).int()
 
 
 @pytest.fixture
@@ -150,17 +158,37 @@ def test_sum_of_active_rows(codes: tuple[torch.Tensor, ...]) -> None:
     torch.testing.assert_close(out, densify(values, indices) @ W)
 
 
-def test_dot_with_active_rows(codes: tuple[torch.Tensor, ...]) -> None:
+@pytest.mark.parametrize(("n_groups", "smaller"), GROUPS)
+def test_sums_of_nested_rows(codes: tuple[torch.Tensor, ...], n_groups: int, smaller: int) -> None:
     values, indices, in_use = codes
-    W, g, out = torch.randn(D_SAE, D), torch.randn(BATCH, D), blank(BATCH, SLOTS)
-    triton_programs.dot_active_rows[(BATCH, 3)](indices, in_use, W, g, out, D=D, SLOTS=SLOTS, ROWS=4, COLUMNS=16)
-    expected = (g @ W.T).gather(1, indices.clamp(max=D_SAE - 1).long())
+    groups, W, out = group_of_each(n_groups), torch.randn(D_SAE, D), blank(BATCH, n_groups, D)
+    triton_programs.sum_nested_rows[(BATCH, 2)](
+        values, indices, in_use, groups, W, out, D=D, SLOTS=SLOTS, GROUPS=n_groups, SMALLER=smaller, COLUMNS=32
+    )
+    up_to = groups <= torch.arange(n_groups)[:, None]
+    torch.testing.assert_close(out, torch.einsum("bl,ml,ld->bmd", densify(values, indices), up_to.float(), W))
+
+
+@pytest.mark.parametrize("n_groups", [n for n, _ in GROUPS])
+def test_dot_with_active_rows(codes: tuple[torch.Tensor, ...], n_groups: int) -> None:
+    values, indices, in_use = codes
+    groups, W, g, out = (
+        group_of_each(n_groups),
+        torch.randn(D_SAE, D),
+        torch.randn(BATCH, n_groups, D),
+        blank(BATCH, SLOTS),
+    )
+    triton_programs.dot_active_rows[(BATCH, 3)](
+        indices, in_use, groups, W, g, out, D=D, SLOTS=SLOTS, GROUPS=n_groups, ROWS=4, COLUMNS=16
+    )
+    expected = (g[:, groups.long()] * W).sum(dim=2).gather(1, indices.clamp(max=D_SAE - 1).long())
     torch.testing.assert_close(out, torch.where(values > 0, expected, 0), rtol=1e-4, atol=1e-5)
 
 
-def test_sums_by_latent(codes: tuple[torch.Tensor, ...]) -> None:
+@pytest.mark.parametrize("n_groups", [n for n, _ in GROUPS])
+def test_sums_by_latent(codes: tuple[torch.Tensor, ...], n_groups: int) -> None:
     _, indices, _ = codes
-    weights, rows = torch.randn(BATCH, SLOTS), torch.randn(BATCH, D)
+    groups, weights, rows = group_of_each(n_groups), torch.randn(BATCH, SLOTS), torch.randn(BATCH, n_groups, D)
     latents, counts = indices.ravel(), torch.zeros(D_SAE, dtype=torch.int32)
     triton_programs.count_slots[(4,)](latents, counts, N=len(latents), D_SAE=D_SAE, BLOCK=16)
     assert torch.equal(counts, latents.bincount(minlength=D_SAE + 1)[:D_SAE].int())
@@ -168,10 +196,10 @@ def test_sums_by_latent(codes: tuple[torch.Tensor, ...]) -> None:
     order = latents.sort(stable=True).indices.int()
     out, totals = blank(D_SAE, D), blank(D_SAE)
     triton_programs.sum_by_latent[(D_SAE, 2)](
-        first, order, weights, rows, out, totals, D=D, SLOTS=SLOTS, ROWS=2, COLUMNS=32
+        first, order, weights, groups, rows, out, totals, D=D, SLOTS=SLOTS, GROUPS=n_groups, ROWS=2, COLUMNS=32
     )
     dense = densify(weights, indices)
-    torch.testing.assert_close(out, dense.T @ rows)
+    torch.testing.assert_close(out, torch.einsum("bl,bld->ld", dense, rows[:, groups.long()]))
     torch.testing.assert_close(totals, dense.sum(dim=0))
 
 
