@@ -44,8 +44,7 @@ def feed(
     if not isinstance(order, TokenOrder):
         yield (jax.device_put(order.batch(i), sharding) for i in range(start, stop))
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pools = [ThreadPoolExecutor(n) for n in (min(READERS, cores), min(GATHERERS, cores), 1)]
+    pools = [ThreadPoolExecutor(min(n, cores())) for n in (READERS, GATHERERS, 1)]
     readers, gatherers, thread = pools
     batches = order.batches(start, stop, readers.map, gatherers.map)
     try:
@@ -55,6 +54,11 @@ def feed(
             pool.shutdown(wait=False, cancel_futures=True)
         for pool in pools:
             pool.shutdown()
+
+
+def cores() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _ahead(thread: Executor, make: Callable[[], DeviceActivations], n: int) -> Iterator[DeviceActivations]:

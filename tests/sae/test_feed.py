@@ -32,16 +32,17 @@ def order_of(store: ActivationStore, memory_mb: int = 0) -> TokenOrder:
     return TokenOrder(store, HOOKS, stop=STOP, batch_size=BATCH, seed=SEED, memory_mb=memory_mb)
 
 
-def plain_batch(store: ActivationStore, order: TokenOrder, i: int) -> dict[str, np.ndarray]:
-    """Batch i in float32, from what its documentation says."""
-    place = order.locate(i)
-    parts = [range(c * 8, min(c * 8 + 8, STOP)) for c in sorted(order.epoch(place.epoch)[place.block].chunks)]
-    batch = {}
-    for name in HOOKS:
-        x = np.concatenate([used_tokens(store, name, part.start, part.stop) for part in parts])
-        rows = philox(SEED, place.epoch, place.block).permutation(len(x))
-        batch[name] = x[rows[place.offset * BATCH : (place.offset + 1) * BATCH]]
-    return batch
+def plain_batches(store: ActivationStore, order: TokenOrder) -> dict[str, np.ndarray]:
+    """Three epochs in float32, batch after batch, from what the documentation of the order says."""
+    batches: dict[str, list[np.ndarray]] = {name: [] for name in HOOKS}
+    for epoch in range(3):
+        for number, block in enumerate(order.epoch(epoch)):
+            parts = [(chunk * 8, min(chunk * 8 + 8, STOP)) for chunk in sorted(block.chunks)]
+            for name in HOOKS:
+                x = np.concatenate([used_tokens(store, name, *part) for part in parts])
+                rows = philox(SEED, epoch, number).permutation(len(x))[: block.n_batches * BATCH]
+                batches[name].append(x[rows])
+    return {name: np.concatenate(blocks).reshape(-1, BATCH, blocks[0].shape[1]) for name, blocks in batches.items()}
 
 
 @pytest.fixture
@@ -69,15 +70,17 @@ def test_batches_have_the_bits_of_the_plain_order(
     assert order.locate(last - 1).epoch == 2
     with feed(order, first, last) as batches:
         fed = list(batches)
+    plain = plain_batches(store, order)
     assert len(fed) == last - first
     for i, batch in zip(range(first, last), fed, strict=True):
-        plain = plain_batch(store, order, i)
         assert set(batch) == set(HOOKS)
         for name, x in batch.items():
             assert isinstance(x, jax.Array)
             assert x.dtype == DTYPES[dtype]
-            np.testing.assert_array_equal(np.asarray(x).astype(np.float32), plain[name])
-            np.testing.assert_array_equal(order.batch(i)[name], x)
+            np.testing.assert_array_equal(np.asarray(x).astype(np.float32), plain[name][i])
+    for i in (first, last - 1):
+        for name, x in order.batch(i).items():
+            np.testing.assert_array_equal(x.astype(np.float32), plain[name][i])
 
 
 def test_the_device_widens_bfloat16_to_the_bits_of_the_host() -> None:
