@@ -22,6 +22,7 @@ import numpy as np
 import zarr
 from jaxtyping import Bool, Float, Int
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.buffer.cpu import NDBuffer
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore, StorePath
 
@@ -32,6 +33,7 @@ from activations.store_schema import (
     ArrayLayout,
     HookState,
     HookStats,
+    Stored,
     StoreMeta,
     StoreState,
     array_key,
@@ -159,6 +161,22 @@ class ActivationStore:
         scale = self._read(scale_name(hook_point), start, stop) if self.meta.store_dtype == "int8" else None
         return to_float32(stored, scale)
 
+    def room(self, n: int) -> Stored:
+        """Memory for `n` sequences of one hook point, to be read into."""
+        values = np.empty((n, self.ctx, self.d_model), self._layout[self.hook_points[0]].dtype)
+        scale = np.empty((n, self.ctx), np.float32) if self.meta.store_dtype == "int8" else None
+        return Stored(values, scale)
+
+    def read_into(self, room: Stored, hook_point: str, start: int) -> None:
+        """Read as many sequences from `start` on as there is room for, as they are kept.
+
+        Raises: HookPointError if the hook point was not harvested.
+        """
+        names = self._known(hook_point), scale_name(hook_point)
+        for name, out in zip(names, room, strict=True):
+            if out is not None:
+                self._read(name, start, start + len(out), out)
+
     def stats(self, hook_point: str) -> HookStats:
         """Mean and norm statistics of one hook point over the unmasked tokens."""
         return self.state.hooks.get(self._known(hook_point), HookState()).stats()
@@ -214,13 +232,14 @@ class ActivationStore:
             )
         return hook_point
 
-    def _read(self, name: str, start: int, stop: int | None) -> np.ndarray:
+    def _read(self, name: str, start: int, stop: int | None, out: np.ndarray | None = None) -> np.ndarray:
         stop = self.n_sequences if stop is None else min(stop, self.n_sequences)
         if self._layout[name].is_released:
             self._check_kept(start, stop, self.state)
         try:
             with self.storage.explained():
-                values = np.asarray(self._arrays[name][start:stop])
+                into = None if out is None else NDBuffer.from_numpy_array(out)
+                values = np.asarray(self._arrays[name].get_basic_selection(slice(start, stop), out=into))
         except SaekitError:
             raise
         except Exception as error:  # codecs raise RuntimeError and ValueError for bad checksums and short shards

@@ -153,6 +153,19 @@ class ArrayLayout(NamedTuple):
     """whether a ring gives its old entries up"""
 
 
+class Stored(NamedTuple):
+    """Activations of one hook point as they are kept; `to_float32(*stored)` widens them."""
+
+    values: np.ndarray
+    """[..., d_model]; uint16 holds bfloat16 bits"""
+    scale: Float[np.ndarray, "..."] | None
+    """of each token of int8 values"""
+
+    def cut(self, start: int, stop: int) -> "Stored":
+        """A part of the first axis, in the same memory."""
+        return Stored(self.values[start:stop], None if self.scale is None else self.scale[start:stop])
+
+
 def layout(meta: StoreMeta) -> dict[str, ArrayLayout]:
     """Every array of a store by name; an int8 hook point has a `scale.` array beside it."""
     rows, ctx, width = meta.commit_sequences, meta.ctx, meta.model.d_model

@@ -50,7 +50,7 @@ from activations.errors import SaekitError
 from activations.harvest import harvest
 from activations.models import LoadedModel, choose_device, load_model
 from activations.store import ActivationStore
-from activations.store_schema import to_bfloat16_bits
+from activations.store_schema import Stored, to_bfloat16_bits
 from sae.artefact import SaeArtefact
 from sae.config import TrainConfig
 from sae.data import TokenOrder, held_out, holdout, used_tokens
@@ -166,9 +166,13 @@ class Numbered:
         """All else is the store's."""
         return getattr(self._store, name)
 
-    def activations(self, hook_point: str, start: int, stop: int) -> np.ndarray:
-        """Numbers [seq, ctx, 2]; float32 holds each digit exactly."""
-        return np.stack(np.divmod(self._numbers[start:stop], _LOW), axis=-1).astype(np.float32)
+    def room(self, n: int) -> Stored:
+        """Memory for n sequences; float32 holds each digit exactly."""
+        return Stored(np.empty((n, self._numbers.shape[1], self.d_model), np.float32), None)
+
+    def read_into(self, room: Stored, hook_point: str, start: int) -> None:
+        """Numbers [seq, ctx, 2]."""
+        np.stack(np.divmod(self._numbers[start : start + len(room.values)], _LOW), axis=-1, out=room.values)
 
 
 def token_order(data: Data, run: Run) -> Path:
@@ -181,7 +185,7 @@ def token_order(data: Data, run: Run) -> Path:
     numbered: Any = Numbered(store)
     memory = _memory_mb(data)
     order = TokenOrder(numbered, (hook,), stop=stop, batch_size=run.batch, seed=run.seed, memory_mb=memory)
-    digits = (order.batch(i)[hook].astype(np.int64) for i in range(_steps(order.n_tokens, run)))
+    digits = (batch[hook].astype(np.int64) for batch in order.batches(0, _steps(order.n_tokens, run)))
     numbers = np.stack([x[:, 0] * _LOW + x[:, 1] for x in digits]).astype(np.int32)
     part = path.with_suffix(".part.npy")
     np.save(part, numbers)
@@ -194,7 +198,7 @@ def _steps(n_tokens: int, run: Run) -> int:
 
 
 def _memory_mb(data: Data) -> int:
-    """Room for all training tokens in float32, so that an epoch is one permutation."""
+    """Room for twice all training tokens in bfloat16, so that an epoch is one permutation."""
     return 1 + math.ceil(data.store.n_sequences * data.store.ctx * data.store.d_model * 4 / 2**20)
 
 

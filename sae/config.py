@@ -172,7 +172,10 @@ class TrainConfig(Config):
         default_factory=ComputeConfig, description="how steps are computed, and on which devices"
     )
     memory_mb: int = Field(
-        default=512, gt=0, description="megabytes of activations, of all hook points, that are shuffled together"
+        default=512,
+        gt=0,
+        description="megabytes of activations, of all hook points, in main memory: half of them are shuffled together, "
+        "while the other half is read",
     )
     seed: int = Field(default=0, ge=0, description="seed of the initial weights and of the data order")
     sweep: SweepConfig = Field(

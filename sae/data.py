@@ -5,23 +5,35 @@
 3. The unmasked tokens of a block are permuted and cut into batches; what is left over, less than a batch, is dropped.
 4. The number of unmasked tokens of each chunk is known, so batch i maps to (epoch, block, offset) by arithmetic.
 
-All that is kept between calls is a cache of the current block and its order; nothing depends on what was read before.
-A store that is still being harvested has an order of its own, in `sae.live`. Left out: anything that depends on a
-framework.
+A block is in memory as the store keeps it, masked tokens and all, and each token is copied once, into its batch: of
+bfloat16, which the step widens on the device, to the bits that `ActivationStore.activations` gives. Nothing depends on
+what was read before, nor on threads, which `sae.feed` has. A store that is still being harvested has an order of its
+own, in `sae.live`. Left out: anything that depends on a framework.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Int
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
 
 from activations.errors import ShapeError
 from activations.store import ActivationStore
-from activations.store_schema import HookState, HookStats
+from activations.store_schema import HookState, HookStats, Stored, to_float32
 
 Activations = dict[str, Float[np.ndarray, "token d_model"]]
 """activations of the same tokens by hook point"""
+Map = Callable[..., Iterator[Any]]
+"""`map`, or that of an executor, which begins at once"""
+N_BLOCKS = 2
+"""in memory at a time: one that batches are taken from, and the next, which is read meanwhile"""
+GATHERED_ROWS = 1024
+"""tokens of a batch that one thread copies at a time"""
+_BATCH_DTYPES = {"uint16": ml_dtypes.bfloat16, "int8": np.float32}
+"""dtypes of batches, where those of the store's arrays are others"""
 
 
 class Place(NamedTuple):
@@ -38,6 +50,18 @@ class Block(NamedTuple):
 
     chunks: tuple[int, ...]
     n_batches: int
+
+
+class Loaded(NamedTuple):
+    """A block in memory, and what is asked for of it."""
+
+    chunks: tuple[int, ...]
+    stored: dict[str, Stored]
+    """by hook point, in the order of the store"""
+    used: Int[np.ndarray, " token"]
+    """positions that are not masked"""
+    batches: Int[np.ndarray, "n_batches batch"]
+    """positions of the tokens of each batch"""
 
 
 @runtime_checkable
@@ -108,11 +132,9 @@ class TokenOrder:
         self._rows = store.meta.commit_sequences
         used = store.mask(0, stop).sum(axis=1)
         self._counts = np.add.reduceat(used, np.arange(0, stop, self._rows))
-        chunk_bytes = self._rows * store.ctx * store.d_model * 4 * len(hook_points)
-        self._block_chunks = max(1, memory_mb * 2**20 // chunk_bytes)
+        chunk_bytes = self._rows * sum(x.nbytes for x in store.room(1) if x is not None) * len(hook_points)
+        self._block_chunks = max(1, memory_mb * 2**20 // (N_BLOCKS * chunk_bytes))
         self._epochs: dict[int, tuple[Block, ...]] = {}
-        self._cached: tuple[tuple[int, ...], Activations] | None = None
-        self._shuffled: tuple[tuple[int, int], np.ndarray] | None = None
         if not sum(block.n_batches for block in self.epoch(0)):
             raise ShapeError(
                 f"{store.path}: unmasked training tokens",
@@ -145,13 +167,23 @@ class TokenOrder:
         raise AssertionError("an epoch has at least one batch")
 
     def batch(self, i: int) -> Activations:
-        """Activations of batch i."""
-        place = self.locate(i)
-        block = self.epoch(place.epoch)[place.block]
-        n = int(self._counts[list(block.chunks)].sum())
-        start = place.offset * self._batch_size
-        rows = self._order(place, n)[start : start + self._batch_size]
-        return {name: x[rows] for name, x in self._tokens(block).items()}
+        """Activations of batch i; reads its whole block."""
+        return next(self.batches(i, i + 1))
+
+    def batches(self, start: int, stop: int, read: Map = map, gather: Map = map) -> Iterator[Activations]:
+        """Batches start..stop.
+
+        Args:
+          read: as `map`, for the chunks of a block: one that works at once reads a block ahead.
+          gather: as `map`, for the parts of a batch.
+        """
+        parts = self._parts(start, stop)
+        loaded, loading = None, self._begin(next(parts, None), None, read)
+        while loading:
+            loaded = loading()
+            loading = self._begin(next(parts, None), loaded, read)
+            for rows in loaded.batches:
+                yield {name: _gathered(stored, rows, gather) for name, stored in loaded.stored.items()}
 
     def is_ready(self, i: int) -> bool:
         """Always: the store is whole."""
@@ -163,36 +195,68 @@ class TokenOrder:
     def finish(self) -> None:
         """Nothing to do."""
 
-    def batches(self, start: int, stop: int) -> Iterator[Activations]:
-        """Batches start..stop."""
-        return (self.batch(i) for i in range(start, stop))
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[Place, int]]:
+        """Batches start..stop by block: the place of the first, and how many there are."""
+        place = self.locate(start)
+        while start < stop:
+            blocks = self.epoch(place.epoch)
+            n = min(blocks[place.block].n_batches - place.offset, stop - start)
+            if n:
+                yield place, n
+            start += n
+            is_last = place.block == len(blocks) - 1
+            place = Place(place.epoch + 1, 0, 0) if is_last else Place(place.epoch, place.block + 1, 0)
 
-    def _tokens(self, block: Block) -> Activations:
-        """Tokens of a block in the order of the store, so that a store of one block is read once for all epochs."""
-        chunks = tuple(sorted(block.chunks))
-        if self._cached is None or self._cached[0] != chunks:
-            self._cached = None  # frees the old block before the new one is read
-            self._cached = chunks, {name: self._read(name, chunks) for name in self._hook_points}
-        return self._cached[1]
+    def _begin(self, part: tuple[Place, int] | None, before: Loaded | None, read: Map) -> Callable[[], Loaded] | None:
+        """Begin to read the block of a part, if there is one; returns what waits for it.
 
-    def _read(self, hook_point: str, chunks: tuple[int, ...]) -> Float[np.ndarray, "token d_model"]:
-        tokens = np.empty((int(self._counts[list(chunks)].sum()), self._store.d_model), np.float32)
-        at = 0
-        for chunk in chunks:
-            start, stop = chunk * self._rows, min((chunk + 1) * self._rows, self._stop)
-            part = used_tokens(self._store, hook_point, start, stop)
-            tokens[at : at + len(part)] = part
-            at += len(part)
-        return tokens
+        Tokens are in the order of the store, so that a store of one block is read once for all epochs.
+        """
+        if part is None:
+            return None
+        place, n = part
+        chunks = tuple(sorted(self.epoch(place.epoch)[place.block].chunks))
+        same = before if before is not None and before.chunks == chunks else None
+        room = same.stored if same else {name: self._store.room(self._rows * len(chunks)) for name in self._hook_points}
+        orders = read(self._order, [place])
+        masks = iter(()) if same else read(partial(self._read, room), range(len(chunks)), chunks)
 
-    def _order(self, place: Place, n: int) -> Int[np.ndarray, " token"]:
-        key = place.epoch, place.block
-        if self._shuffled is None or self._shuffled[0] != key:
-            self._shuffled = key, self._random(*key).permutation(n)
-        return self._shuffled[1]
+        def wait() -> Loaded:
+            used = same.used if same else np.flatnonzero(np.concatenate(list(masks)))
+            rows = used[next(orders)][place.offset * self._batch_size :][: n * self._batch_size]
+            return Loaded(chunks, room, used, rows.reshape(n, self._batch_size))
+
+        return wait
+
+    def _read(self, room: dict[str, Stored], number: int, chunk: int) -> Bool[np.ndarray, " position"]:
+        """Read a chunk to its place among those of its block; returns which of its tokens may be used."""
+        start, stop = chunk * self._rows, min((chunk + 1) * self._rows, self._stop)
+        for name, whole in room.items():
+            self._store.read_into(whole.cut(number * self._rows, number * self._rows + stop - start), name, start)
+        return self._store.mask(start, stop).ravel()
+
+    def _order(self, place: Place) -> Int[np.ndarray, " token"]:
+        chunks = self.epoch(place.epoch)[place.block].chunks
+        return self._random(place.epoch, place.block).permutation(int(self._counts[list(chunks)].sum()))
 
     def _random(self, *place: int) -> np.random.Generator:
         return philox(self._seed, *place)
+
+
+def _gathered(stored: Stored, rows: Int[np.ndarray, " token"], gather: Map) -> Float[np.ndarray, "token d_model"]:
+    """Activations at these positions, of the store's own type but for int8, which is widened."""
+    values, scale = rearrange(stored.values, "seq ctx d -> (seq ctx) d"), stored.scale
+    out = np.empty((len(rows), values.shape[-1]), _BATCH_DTYPES.get(values.dtype.name, values.dtype))
+
+    def take(start: int) -> None:
+        part, into = rows[start : start + GATHERED_ROWS], out[start : start + GATHERED_ROWS]
+        if scale is not None:
+            into[:] = to_float32(values[part], scale.ravel()[part])
+        else:  # "clip", since numpy goes through a buffer where it may have to raise
+            np.take(values, part, axis=0, out=into.view(values.dtype), mode="clip")
+
+    list(gather(take, range(0, len(rows), GATHERED_ROWS)))
+    return out
 
 
 def used_tokens(store: ActivationStore, hook_point: str, start: int, stop: int) -> Float[np.ndarray, "token d_model"]:

@@ -1,8 +1,8 @@
 """Train SAEs on an activation store, one for each hook point and point of a sweep, in one pass over its tokens.
 
 1. Check the config against the store, before anything is written. 2. Resume from the newest checkpoint, if there is
-one. 3. For each step: read batch i, take a step of each SAE; now and then log, evaluate on held-out tokens, keep a
-checkpoint. 4. Save each SAE with its provenance and metrics under OUT/sae.
+one. 3. For each step: take batch i from the feed (`sae.feed`), and a step of each SAE; now and then log, evaluate on
+held-out tokens, keep a checkpoint. 4. Save each SAE with its provenance and metrics under OUT/sae.
 
 A ring (`sae.live`) is trained on while it is harvested: the loop waits where it is ahead, and each checkpoint lets the
 ring release what lies before it. Batch i and the step are pure functions, so a resumed run gives the same bits as one
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from activations.errors import (
     ConfigError,
@@ -42,6 +43,7 @@ from sae.artefact import SaeArtefact
 from sae.checkpoints import Checkpoints, States
 from sae.config import ComputeConfig, TrainConfig
 from sae.data import Activations, DataOrder, TokenOrder, held_out, holdout, statistics
+from sae.feed import DeviceActivations, InFlight, feed
 from sae.formats import read_any
 from sae.jax_view import JaxSae
 from sae.kernels import using, why_not_triton
@@ -49,7 +51,19 @@ from sae.live import LiveOrder, check_length
 from sae.log import Row, run_log
 from sae.metrics import Evaluation, density_histogram
 from sae.provenance import provenance
-from sae.step import Plan, Step, StepMetrics, TrainState, assemble, create, grid_of, make_step, schedule, start
+from sae.step import (
+    Plan,
+    Step,
+    StepMetrics,
+    TrainState,
+    assemble,
+    create,
+    grid_of,
+    make_step,
+    schedule,
+    start,
+    where_tokens_go,
+)
 from sae.sweep import check as check_sweep
 from sae.sweep import is_sweep, make_sweep_step, owned, points, stack, unstack, widest
 from sae.watch import live_view
@@ -318,17 +332,19 @@ def _loop(run: Run, checkpoints: Checkpoints) -> tuple[States, float]:
     """Steps from the newest checkpoint to the last; returns the states and the tokens a second."""
     config, n_steps, first = run.config, run.n_steps, checkpoints.last
     states, said = checkpoints.restore(_first_states(run)), set[str]()
-    step, speed = _step(run), Speed(config.batch_size)
+    step, speed, in_flight = _step(run), Speed(config.batch_size), InFlight()
     heading = "SAE" if is_sweep(config) else "hook point"
     lrs = {name: schedule(config, plan) for name, plan in _plans(run).items()}
     with (
         run_log(config, first) as log,
         _ctrl_c() as stopped,
         live_view("train", list(run.jobs), n_steps, first, config.batch_size, heading) as view,
+        feed(run.order, first, n_steps, where_tokens_go(config)) as batches,
     ):
         for i in range(first + 1, n_steps + 1):
             _wait(run, checkpoints, states, i - 1, stopped)
-            metrics = _step_all(run, step, states, run.order.batch(i - 1))
+            metrics = _step_all(run, step, states, next(batches))
+            in_flight.add(metrics)
             view.step(i)
             speed.count(metrics)
             last, stop = i == n_steps, stopped.is_set()
@@ -356,15 +372,20 @@ def _loop(run: Run, checkpoints: Checkpoints) -> tuple[States, float]:
     return states, speed.tok_s
 
 
-def _step_all(run: Run, step: Step, states: States, batch: Activations) -> dict[str, StepMetrics]:
+def _step_all(run: Run, step: Step, states: States, batch: DeviceActivations) -> dict[str, StepMetrics]:
     """One step of each SAE, on the same tokens."""
     metrics = {}
     for name, jobs in run.stacks.items():
         job = next(iter(jobs.values()))
-        inputs = jnp.asarray(side_by_side(batch, job.wiring.reads))
-        targets = jnp.asarray(side_by_side(batch, job.wiring.writes)) if job.wiring.transcodes else inputs
+        inputs = _joined(batch, job.wiring.reads)
+        targets = _joined(batch, job.wiring.writes) if job.wiring.transcodes else inputs
         states[name], metrics[name] = step(states[name], inputs, targets, job.plan.scaling)
     return metrics
+
+
+def _joined(batch: DeviceActivations, names: tuple[str, ...]) -> Float[Array, "token d"]:
+    """As `side_by_side`, on the device."""
+    return batch[names[0]] if len(names) == 1 else jnp.concatenate([batch[name] for name in names], axis=-1)
 
 
 def _wait(run: Run, checkpoints: Checkpoints, states: States, done: int, stopped: threading.Event) -> None:

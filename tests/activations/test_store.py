@@ -180,6 +180,19 @@ def test_a_flipped_bit_is_named(path: Path) -> None:
         store.activations(HOOK, ROWS, 2 * ROWS)
 
 
+def test_values_are_read_to_their_place_as_they_are_kept(path: Path) -> None:
+    store = ActivationStore.open(path)
+    room = store.room(2 * ROWS)
+    room.values[:] = 7
+    store.read_into(room.cut(1, 3), HOOK, ROWS)
+    assert room.scale is None
+    np.testing.assert_array_equal(to_float32(*room.cut(1, 3)), store.activations(HOOK, ROWS, ROWS + 2))
+    assert (room.values[:1] == 7).all()
+    assert (room.values[3:] == 7).all()
+    with pytest.raises(HookPointError, match=r"resid_post\.7"):
+        store.read_into(room, "resid_post.7", 0)
+
+
 def test_a_truncated_shard_is_named(path: Path) -> None:
     os.truncate(shards(path)[1], 200)
     with pytest.raises(CorruptArtefactError, match=HOOK):
@@ -190,6 +203,11 @@ def test_a_missing_shard_is_named_and_not_read_as_zeros(path: Path) -> None:
     shards(path)[2].unlink()
     with pytest.raises(CorruptArtefactError, match="missing shard"):
         ActivationStore.open(path).activations(HOOK)
+    store = ActivationStore.open(path)
+    room = store.room(3 * ROWS)
+    room.values[:] = 1
+    with pytest.raises(CorruptArtefactError, match="missing shard"):
+        store.read_into(room, HOOK, 0)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from jaxtyping import Float
 
 from activations.store import ActivationStore
-from activations.store_schema import HookState, ModelRef, StoreMeta, StoreState
+from activations.store_schema import HookState, ModelRef, StoreMeta, StoreState, scale_name, to_bfloat16_bits
 from activations.store_writer import Group, StoreWriter
 
 MakeStore = Callable[..., ActivationStore]
@@ -32,6 +32,14 @@ def numbered(n: int, d_model: int, seed: int) -> Float[np.ndarray, "token d_mode
     return x
 
 
+def stored(name: str, x: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+    """The arrays of a hook point on disk."""
+    if dtype == "int8":
+        scale = np.abs(x).max(axis=-1) / np.float32(127)
+        return {name: np.rint(x / scale[..., None]).astype(np.int8), scale_name(name): scale}
+    return {name: to_bfloat16_bits(x) if dtype == "bfloat16" else x.astype(dtype)}
+
+
 def _counted(state: HookState | None, used: np.ndarray) -> HookState:
     return (state or HookState()).add(np.linalg.norm(used, axis=1), used.sum(axis=0, dtype=np.float64))
 
@@ -52,6 +60,7 @@ def make_store(tmp_path: Path) -> MakeStore:
         fill: Callable[[int, int, int], np.ndarray] = sparse_mixture,
         seed: int = 0,
         hook_points: tuple[str, ...] = (HOOK_POINT,),
+        store_dtype: str = "float32",
     ) -> ActivationStore:
         first = fill(n_sequences * ctx, d_model, seed).reshape(n_sequences, ctx, d_model)
         xs = {
@@ -67,7 +76,7 @@ def make_store(tmp_path: Path) -> MakeStore:
             text_fingerprint="x",
             hook_points=hook_points,
             ctx=ctx,
-            store_dtype="float32",
+            store_dtype=store_dtype,
             compute_dtype="float32",
             batch_tokens=2048,
             commit_sequences=chunk,
@@ -80,7 +89,7 @@ def make_store(tmp_path: Path) -> MakeStore:
                 tokens = np.tile(ids[:, None], (1, ctx))
                 hooks = {name: _counted(writer.state.hooks.get(name), x[part][mask[part]]) for name, x in xs.items()}
                 state = StoreState(hooks=hooks, tokens=hooks[hook_points[0]].n_tokens)
-                group = {name: x[part] for name, x in xs.items()}
+                group = {k: v for name, x in xs.items() for k, v in stored(name, x[part], store_dtype).items()}
                 writer.append(Group(tokens, mask[part], ids // document, group), state)
             writer.finish(complete=complete)
         return ActivationStore.open(tmp_path / name)

@@ -19,14 +19,13 @@ from activations.store_schema import HookStats
 from sae.architectures import ARCHITECTURES
 from sae.artefact import SaeArtefact
 from sae.config import SaeConfig, SweepConfig, TrainConfig
-from sae.data import Activations, TokenOrder
 from sae.log import read_log
 from sae.plan import plan
 from sae.step import Plan, StepMetrics, TrainState, create, make_step, start
 from sae.sweep import make_sweep_step, owned, points, stack, unstack, widest
 from sae.train import train
 from sae.wiring import Wiring
-from tests.sae.runs import BATCH, HOOK, OTHERS, WIRINGS, short_run
+from tests.sae.runs import BATCH, HOOK, OTHERS, WIRINGS, before_batch, short_run
 
 D_MODEL, STEPS = 16, 25
 MakeStore = Callable[..., ActivationStore]
@@ -170,17 +169,6 @@ def test_on_an_accelerator_a_sweep_is_one_batched_step() -> None:
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
-
-
-def before_batch(monkeypatch: pytest.MonkeyPatch, at: int, do: Callable[[], Any]) -> None:
-    read = TokenOrder.batch
-
-    def batch(self: TokenOrder, i: int) -> Activations:
-        if i == at:
-            do()
-        return read(self, i)
-
-    monkeypatch.setattr(TokenOrder, "batch", batch)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from activations.store import ActivationStore
 from sae.architectures import ARCHITECTURES
 from sae.artefact import SaeArtefact
 from sae.config import LogConfig, SaeConfig, TrainConfig
-from sae.data import Activations, TokenOrder, held_out, holdout
+from sae.data import held_out, holdout
 from sae.jax_view import JaxSae
 from sae.log import read_log
 from sae.metrics import Evaluation
@@ -40,7 +40,7 @@ from sae.orthogonality import closest
 from sae.step import create
 from sae.train import TrainedSae, TrainResult, prepare, train
 from sae.wiring import Wiring, side_by_side
-from tests.sae.runs import BATCH, HOOK, OTHERS, WIRINGS, short_run
+from tests.sae.runs import BATCH, HOOK, OTHERS, WIRINGS, before_batch, short_run
 
 STEPS = 40
 MakeStore = Callable[..., ActivationStore]
@@ -76,17 +76,6 @@ def rows(path: Path) -> list[dict[str, Any]]:
     """Of the log, without what depends on the clock."""
     clock = ("tok_s", "eta_s")
     return [{key: row[key] for key in row if key not in clock} for row in read_log(path / "train.jsonl")]
-
-
-def before_batch(monkeypatch: pytest.MonkeyPatch, at: int, do: Callable[[], Any]) -> None:
-    """Do something just before batch `at` is read."""
-    read = TokenOrder.batch
-
-    def batch(self: TokenOrder, i: int) -> Activations:
-        replaced = do() if i == at else None
-        return read(self, i) if replaced is None else replaced
-
-    monkeypatch.setattr(TokenOrder, "batch", batch)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -177,7 +166,7 @@ def test_checkpoints_of_another_store_are_refused(config: TrainConfig, make_stor
 def test_nan_stops_the_run_and_names_the_last_good_checkpoint(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before_batch(monkeypatch, 17, lambda: {HOOK: np.full((BATCH, 16), np.nan, np.float32)})
+    before_batch(monkeypatch, 17, lambda: {HOOK: jnp.full((BATCH, 16), jnp.nan)})
     with pytest.raises(NumericsError, match=r"resid_post.1, step 20: .*loss nan.*checkpoints/15 is good"):
         train(config)
     assert not (config.out / "sae").exists()
