@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from sae.kernels import gpu
 from sae.kernels.choice import triton_is_chosen
-from sae.kernels.devices import AT_REST, DATA, LATENT, WHOLE, n_along, on_each
+from sae.kernels.devices import AT_REST, WHOLE, n_devices, on_each
 
 EPSILON = 1e-8
 _WIDEST = 2**14
@@ -49,7 +49,7 @@ def descend(
     rate, correction = rate / (1 - beta1**steps), 1 / (1 - beta2**steps)
     if triton_is_chosen() and W.ndim == 2 and W.shape[1] <= _WIDEST:
         scalars = jnp.stack([jnp.float32(value) for value in (scale, beta1, beta2, rate, correction)])
-        is_split = len(W) % (n_along(LATENT) * n_along(DATA)) == 0  # rows stand alone, so that any split will do
+        is_split = len(W) % n_devices() == 0  # rows stand alone, so that any split will do
         split = AT_REST if is_split else WHOLE
         here = partial(gpu.descend, on_sphere=on_sphere)
         return on_each(here, (split,) * 4 + (WHOLE,), (split,) * 3)(W, g, mean, square, scalars)

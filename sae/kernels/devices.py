@@ -85,6 +85,11 @@ def n_along(axis: str) -> int:
     return grid.shape[axis] if grid is not None else 1
 
 
+def n_devices() -> int:
+    """Devices of the grid."""
+    return n_along(LATENT) * n_along(DATA)
+
+
 def sum_along(axis: str, values: Any) -> Any:
     """The sum over the devices along an axis; all of them have it."""
     return lax.psum(values, axis) if n_along(axis) > 1 else values

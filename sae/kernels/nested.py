@@ -23,7 +23,7 @@ from sae.kernels.devices import (
     BY_LATENT,
     BY_TOKEN,
     LATENT,
-    n_along,
+    n_devices,
     on_each,
     share_sum,
     sum_along,
@@ -47,7 +47,7 @@ def decode_nested(
     if triton_is_chosen():
         return _decode_in_one_pass(bounds, codes, W_dec)
     groups = pairwise(bounds)
-    if n_along(LATENT) > 1:  # a group's latents lie with several devices, and its slots with them
+    if n_devices() > 1:  # which lie with all of them, each group's latents and their slots
         within = (on_each(partial(_within, *group), (BY_BOTH,), BY_BOTH)(codes) for group in groups)
         added = [decode(part, W_dec) for part in within]
     else:
