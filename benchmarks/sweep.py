@@ -4,10 +4,10 @@
     python benchmarks/sweep.py --n 1,4,16 --d-sae 16384 --arch topk
 
 1. Times the training step of one SAE as `sae.train` compiles it. 2. For each N, times the step of a sweep of N learning
-rates, which `sae.sweep` compiles, on the same batch. Prints one JSON line an N: `ms_step` is of the whole sweep,
-`tok_s` are tokens of the stream a second, each of which trains N SAEs, and `ratio_to_one` is over `ms_step` of the one
-SAE. `--record` keeps them. Batches are random and on the device already; left out is reading them, which a sweep does
-once for all of its SAEs.
+rates, which `sae.sweep` compiles, on the same batch; both in the middle of a run, where k is no longer annealed. Prints
+one JSON line an N: `ms_step` is of the whole sweep, `tok_s` are tokens of the stream a second, each of which trains N
+SAEs, and `ratio_to_one` is over `ms_step` of the one SAE. `--record` keeps them. Batches are random and on the device
+already; left out is reading them, which a sweep does once for all of its SAEs.
 """
 
 import argparse
@@ -38,6 +38,12 @@ def plan_of(config: TrainConfig, d_model: int) -> Plan:
     return Plan.make(config, Wiring.parse(HOOK_POINT), {HOOK_POINT: stats})
 
 
+def midway(config: TrainConfig, plan: Plan) -> TrainState:
+    """An SAE that has learnt nothing in half of its steps."""
+    state = start(config, plan, create(config, plan))
+    return state._replace(step=state.step + plan.n_steps // 2)
+
+
 def milliseconds(step: Step, state: TrainState, x: jax.Array, plan: Plan, steps: int) -> float:
     """Median time of a step in five runs of `steps` each, after one that compiles."""
 
@@ -55,14 +61,14 @@ def measure(config: TrainConfig, ns: list[int], d_model: int, steps: int) -> lis
     """A line an N."""
     plan = plan_of(config, d_model)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(config.batch_size, d_model)), jnp.float32)
-    one = milliseconds(make_step(config, plan), start(config, plan, create(config, plan)), x, plan, steps)
+    one = milliseconds(make_step(config, plan), midway(config, plan), x, plan, steps)
     name = device_name("cuda" if jax.default_backend() == "gpu" else "cpu")
     lines = []
     for n in ns:
         swept = config.model_copy(update={"sweep": SweepConfig(lr=tuple(LR * (1 + SPREAD * i) for i in range(n)))})
         own = list(points(swept).values())
         plans = [plan_of(point, d_model) for point in own]
-        state = stack([start(point, its, create(point, its)) for point, its in zip(own, plans, strict=True)])
+        state = stack([midway(point, its) for point, its in zip(own, plans, strict=True)])
         ms = milliseconds(make_sweep_step(widest(swept), plans[0], owned(own, plans)), state, x, plan, steps)
         lines.append(
             {

@@ -67,6 +67,8 @@ class Own(NamedTuple):
     """peak learning rate"""
     d_sae: Int[Array, ""] | None = None
     """number of latents, which come first; the others are never active and count nowhere"""
+    some_dead: Bool[Array, ""] | None = None
+    """whether any SAE of the sweep has a dead latent; of all of them, not of one"""
 
 
 class StepMetrics(NamedTuple):
@@ -203,16 +205,16 @@ def step_of(config: TrainConfig, plan: Plan) -> Callable[..., tuple[TrainState, 
     """The training step, to be compiled; its fifth argument, which may be left out, is what an SAE has of its own."""
     settings, grid = config.sae, grid_of(config)
 
-    def loss(params: Any, oldest: Rows, state: TrainState, x: Array, y: Array, k: Array | None) -> tuple[Array, Any]:
+    def loss(params: Any, oldest: Rows, state: TrainState, x: Array, y: Array, own: Own) -> tuple[Array, Any]:
         sae = assemble(settings, state._replace(params=params))
-        out = sae.loss(x, y, _context(state, y.shape[1], k)._replace(oldest=oldest))
+        out = sae.loss(x, y, _context(state, y.shape[1], own)._replace(oldest=oldest))
         if settings.orthogonality:
             alike = alikeness(params["W_dec"][...], state.step, settings, config.seed)
             out = out._replace(loss=out.loss + settings.orthogonality * alike, terms=out.terms | {"alike": alike})
         return out.loss, out
 
-    def _context(state: TrainState, d_out: int, k: Array | None) -> Context:
-        return Context(float(d_out), state.idle, plan.dead_after, state.step, plan.n_steps, k)
+    def _context(state: TrainState, d_out: int, own: Own) -> Context:
+        return Context(float(d_out), state.idle, plan.dead_after, state.step, plan.n_steps, own.k, own.some_dead)
 
     def step(
         state: TrainState, inputs: Array, targets: Array, scaling: Scaling, own: Own = ALONE
@@ -222,13 +224,13 @@ def step_of(config: TrainConfig, plan: Plan) -> Callable[..., tuple[TrainState, 
         latents = sae.oldest(state.idle)
         with matmul(config), kernels.using(config.compute.kernels, grid):
             both = jax.value_and_grad(loss, (0, 1), has_aux=True)
-            (_, out), (grads, to_oldest) = both(state.params, sae.rows(latents), state, x, y, own.k)
+            (_, out), (grads, to_oldest) = both(state.params, sae.rows(latents), state, x, y, own)
             for name, rows in to_oldest._asdict().items():  # a few rows, where one sum would be as large as the weights
                 grads[name][...] = grads[name][...].at[latents].add(rows, unique_indices=True)
             rate = schedule(config, plan if own.lr is None else replace(plan, lr=own.lr))(state.step)
             params, moments, norm = advance(config, state, grads, rate)
         sae = assemble(settings, state._replace(params=params))
-        sae.observe(out, _context(state, y.shape[1], own.k))
+        sae.observe(out, _context(state, y.shape[1], own))
         idle = count_idle(state.idle, out.active, len(x))
         if own.d_sae is not None:
             idle = jnp.where(jnp.arange(len(idle)) < own.d_sae, idle, NEVER_IDLE)

@@ -112,10 +112,11 @@ def make_sweep_step(config: TrainConfig, plan: Plan, own: Own) -> Step:
     def all_steps(
         states: TrainState, inputs: Array, targets: Array, scaling: Scaling, own: Own
     ) -> tuple[TrainState, StepMetrics]:
-        done = states.step[0]  # the same for all, and then what depends on it is decided once
+        # The same for all, so that what depends on these is decided once.
+        done, some_dead = states.step[0], (states.idle >= plan.dead_after).any()
 
         def one(its: tuple[TrainState, Own]) -> tuple[TrainState, StepMetrics]:
-            return step(its[0]._replace(step=done), inputs, targets, scaling, its[1])
+            return step(its[0]._replace(step=done), inputs, targets, scaling, its[1]._replace(some_dead=some_dead))
 
         return lax.platform_dependent((states, own), cpu=partial(lax.map, one), default=jax.vmap(one))
 

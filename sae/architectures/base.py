@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from sae.artefact import SaeArtefact, SavedArchitecture
 from sae.config import SaeConfig
@@ -65,6 +65,8 @@ class Context(NamedTuple):
     """steps of the whole run"""
     k: Float[Array, ""] | None = None
     """in a sweep of k: this SAE's own, where the config has the largest"""
+    some_dead: Bool[Array, ""] | None = None
+    """in a sweep: whether any of its SAEs has a dead latent, so that all take the same branch"""
     oldest: Rows | None = None
     """weights of `SparseCoder.oldest`, where their gradients are wanted apart from the others"""
 
@@ -158,9 +160,10 @@ class SparseCoder(nnx.Module):
             pre = (x - lax.stop_gradient(self.centre)) @ rows.W_enc.T + rows.b_enc
             error = residual - jnp.where(dead, jax.nn.relu(pre), 0) @ rows.W_dec
             centred = residual - residual.mean(axis=0)
-            return (error**2).sum() / jnp.maximum((centred**2).sum(), 1e-12)
+            return jnp.where(dead.any(), (error**2).sum() / jnp.maximum((centred**2).sum(), 1e-12), 0)
 
-        return lax.cond(dead.any(), unexplained, lambda: jnp.float32(0))
+        some_dead = dead.any() if context.some_dead is None else context.some_dead
+        return lax.cond(some_dead, unexplained, lambda: jnp.float32(0))
 
     def saved(self) -> tuple[SavedArchitecture, np.ndarray | None, int | None]:
         """Name of the saved form, its thresholds or none, its k or none."""

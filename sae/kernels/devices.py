@@ -105,6 +105,12 @@ def all_slots(values: Shaped[Array, "batch width"]) -> Shaped[Array, "batch all_
     return lax.all_gather(values, LATENT, axis=1, tiled=True) if n_along(LATENT) > 1 else values
 
 
+def on_all(values: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """The whole array on each device; not inside `on_each`."""
+    grid = grid_in_use.get()
+    return values if grid is None else lax.with_sharding_constraint(values, NamedSharding(grid, WHOLE))
+
+
 def position(axis: str) -> int | Int[Array, ""]:
     """Which device along an axis this is."""
     return lax.axis_index(axis) if n_along(axis) > 1 else 0

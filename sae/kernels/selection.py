@@ -24,6 +24,7 @@ from sae.kernels.devices import (
     WHOLE,
     all_slots,
     n_along,
+    on_all,
     on_each,
     position,
     sum_along,
@@ -119,7 +120,8 @@ def kth_largest(values: Float[Array, "..."], k: int | float | Float[Array, ""]) 
     >>> float(kth_largest(jnp.array([[0.5, 3.0], [0.0, 2.0]]), 2))
     2.0
     """
-    bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32).ravel()
+    values = on_all(values.astype(jnp.float32))  # a few values a token, and then devices need not agree on each count
+    bits = lax.bitcast_convert_type(values, jnp.uint32).ravel()
     digit = 1 if jax.default_backend() == "cpu" else 4  # bits: more counts a pass, where a pass costs its launch
     found = jnp.uint32(0)
     for shift in range(32 - digit, -1, -digit):

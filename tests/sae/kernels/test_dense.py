@@ -99,7 +99,9 @@ def test_low_products_change_a_loss_and_its_gradients_by_their_rounding_alone(na
 def a_step(name: str, matmul: str) -> tuple[Any, tuple[Any, ...]]:
     """A step, and what to call it with."""
     sae = SaeConfig(architecture=name, d_sae=D_SAE, k=K, aux_k=8)
-    config = TrainConfig.model_validate({"sae": sae, "batch_size": BATCH, "train_tokens": 10 * BATCH, "compute": {"matmul": matmul}})
+    config = TrainConfig.model_validate(
+        {"sae": sae, "batch_size": BATCH, "train_tokens": 10 * BATCH, "compute": {"matmul": matmul}}
+    )
     one, zero = np.ones(D, np.float32), np.zeros(D, np.float32)
     plan = Plan(10, 1e-3, Scaling(one, one), Means(zero, zero), dead_after=BATCH)
     x, state = np.zeros((BATCH, D), np.float32), start(config, plan, create(config, plan))
