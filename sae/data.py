@@ -32,7 +32,7 @@ N_BLOCKS = 2
 """in memory at a time: one that batches are taken from, and the next, which is read meanwhile"""
 GATHERED_ROWS = 1024
 """tokens of a batch that one thread copies at a time"""
-_BATCH_DTYPES = {"uint16": ml_dtypes.bfloat16}
+_BATCH_DTYPES = {"uint16": ml_dtypes.bfloat16, "int8": np.float32}
 """dtypes of batches, where those of the store's arrays are others"""
 
 
@@ -50,18 +50,6 @@ class Block(NamedTuple):
 
     chunks: tuple[int, ...]
     n_batches: int
-
-
-class Landing(NamedTuple):
-    """Where the parts of a batch go."""
-
-    put: Callable[[np.ndarray], Any]
-    """called for each part, in the thread that gathered it"""
-    join: Callable[[list[Any]], Any]
-    """makes the batch of them"""
-
-
-ON_HOST = Landing(lambda part: part, np.concatenate)
 
 
 class Loaded(NamedTuple):
@@ -182,15 +170,12 @@ class TokenOrder:
         """Activations of batch i; reads its whole block."""
         return next(self.batches(i, i + 1))
 
-    def batches(
-        self, start: int, stop: int, read: Map = map, gather: Map = map, landing: Landing = ON_HOST
-    ) -> Iterator[dict[str, Any]]:
+    def batches(self, start: int, stop: int, read: Map = map, gather: Map = map) -> Iterator[Activations]:
         """Batches start..stop.
 
         Args:
           read: as `map`, for the chunks of a block: one that works at once reads a block ahead.
           gather: as `map`, for the parts of a batch.
-          landing: where these go.
         """
         parts = self._parts(start, stop)
         loaded, loading = None, self._begin(next(parts, None), None, read)
@@ -198,10 +183,7 @@ class TokenOrder:
             loaded = loading()
             loading = self._begin(next(parts, None), loaded, read)
             for rows in loaded.batches:
-                gathered = {
-                    name: _gathered(stored, rows, gather, landing.put) for name, stored in loaded.stored.items()
-                }
-                yield {name: landing.join(batch) for name, batch in gathered.items()}
+                yield {name: _gathered(stored, rows, gather) for name, stored in loaded.stored.items()}
 
     def is_ready(self, i: int) -> bool:
         """Always: the store is whole."""
@@ -261,21 +243,20 @@ class TokenOrder:
         return philox(self._seed, *place)
 
 
-def _gathered(
-    stored: Stored, rows: Int[np.ndarray, " token"], gather: Map, put: Callable[[np.ndarray], Any]
-) -> list[Any]:
-    """Activations at these positions in parts, of the store's own type but for int8, which is widened."""
+def _gathered(stored: Stored, rows: Int[np.ndarray, " token"], gather: Map) -> Float[np.ndarray, "token d_model"]:
+    """Activations at these positions, of the store's own type but for int8, which is widened."""
     values, scale = rearrange(stored.values, "seq ctx d -> (seq ctx) d"), stored.scale
+    out = np.empty((len(rows), values.shape[-1]), _BATCH_DTYPES.get(values.dtype.name, values.dtype))
 
-    def take(start: int) -> Any:
-        part = rows[start : start + GATHERED_ROWS]
+    def take(start: int) -> None:
+        part, into = rows[start : start + GATHERED_ROWS], out[start : start + GATHERED_ROWS]
         if scale is not None:
-            return put(to_float32(values[part], scale.ravel()[part]))
-        # "clip", since numpy goes through a buffer where it may have to raise
-        taken = np.take(values, part, axis=0, mode="clip")
-        return put(taken.view(_BATCH_DTYPES.get(taken.dtype.name, taken.dtype)))
+            into[:] = to_float32(values[part], scale.ravel()[part])
+        else:  # "clip", since numpy goes through a buffer where it may have to raise
+            np.take(values, part, axis=0, out=into.view(values.dtype), mode="clip")
 
-    return list(gather(take, range(0, len(rows), GATHERED_ROWS)))
+    list(gather(take, range(0, len(rows), GATHERED_ROWS)))
+    return out
 
 
 def used_tokens(store: ActivationStore, hook_point: str, start: int, stop: int) -> Float[np.ndarray, "token d_model"]:

@@ -1,7 +1,7 @@
 """Batches on the device before the step asks for them.
 
 1. Threads read the chunks of the next block while batches are taken from this one. 2. Others gather the rows of a
-batch, and copy them to the device part by part. 3. One takes the batches in order, AHEAD of the step. 4. The loop takes
+batch. 3. One takes the batches in order, AHEAD of the step, and starts to copy each to the device. 4. The loop takes
 them, and waits for the device where it is IN_FLIGHT steps ahead of it.
 
 What a thread raises is raised where its batch is asked for; leaving the context drops what is not begun and waits for
@@ -18,11 +18,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from sae.data import DataOrder, Landing, TokenOrder
+from sae.data import DataOrder, TokenOrder
 
 DeviceActivations = dict[str, Float[Array, "token d_model"]]
 """activations of the same tokens by hook point, on the device"""
@@ -48,21 +46,14 @@ def feed(
         return
     pools = [ThreadPoolExecutor(min(n, cores())) for n in (READERS, GATHERERS, 1)]
     readers, gatherers, thread = pools
-    batches = order.batches(start, stop, readers.map, gatherers.map, _landing(sharding))
+    batches = order.batches(start, stop, readers.map, gatherers.map)
     try:
-        yield _ahead(thread, lambda: next(batches), stop - start)
+        yield _ahead(thread, lambda: jax.device_put(next(batches), sharding), stop - start)
     finally:
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
         for pool in pools:
             pool.shutdown()
-
-
-def _landing(sharding: jax.sharding.Sharding | None) -> Landing:
-    """On one device part by part: copies run side by side, and memory of this size is used again by the next batch."""
-    if sharding is None:
-        return Landing(jax.device_put, jnp.concatenate)
-    return Landing(lambda part: part, lambda parts: jax.device_put(np.concatenate(parts), sharding))
 
 
 def cores() -> int:

@@ -24,6 +24,7 @@ from sae.kernels.devices import (
     WHOLE,
     all_slots,
     n_along,
+    n_devices,
     on_all,
     on_each,
     position,
@@ -90,7 +91,8 @@ def _choose_among_devices(codes: Codes, k: Array, slots: int, d_sae: int) -> Cod
 
 def _top(values: Array, n: int) -> tuple[Array, Array]:
     """`lax.top_k`; under `jax.vmap` a stack of batches is one long batch, since XLA's fast form takes two axes."""
-    settings = {} if jax.default_backend() == "cpu" else _UNSTABLE
+    # Where one process has several GPUs, XLA's fast form gives wrong values (jaxlib 0.11.2, docs/LOG.md).
+    settings = {} if jax.default_backend() == "cpu" or n_devices() > 1 else _UNSTABLE
 
     @custom_vmap
     def top(values: Array) -> tuple[Array, Array]:

@@ -29,8 +29,8 @@ def before_batch(monkeypatch: pytest.MonkeyPatch, at: int, do: Callable[[], Any]
     """Do something just before the loop takes batch `at`; what it returns, if anything, is taken instead."""
 
     @contextmanager
-    def watched(order: DataOrder, start: int, stop: int) -> Iterator[Iterator[DeviceActivations]]:
-        with feed(order, start, stop) as batches:
+    def watched(order: DataOrder, start: int, stop: int, where: Any) -> Iterator[Iterator[DeviceActivations]]:
+        with feed(order, start, stop, where) as batches:
             yield ((do() if i == at else None) or next(batches) for i in range(start, stop))
 
     monkeypatch.setattr(sae.train, "feed", watched)

@@ -31,7 +31,7 @@ from activations.errors import (
 from activations.store import ActivationStore
 from sae.architectures import ARCHITECTURES
 from sae.artefact import SaeArtefact
-from sae.config import LogConfig, SaeConfig, TrainConfig
+from sae.config import ComputeConfig, LogConfig, SaeConfig, TrainConfig
 from sae.data import held_out, holdout
 from sae.jax_view import JaxSae
 from sae.log import read_log
@@ -188,6 +188,9 @@ def test_divergence_stops_the_run(config: TrainConfig) -> None:
         ({"sae": SaeConfig(architecture="matryoshka", d_sae=48, groups=(0.5, 0.6))}, ConfigError, "add up to 1"),
         ({"batch_size": 4096, "train_tokens": 4096}, ShapeError, "at least one batch of 4096"),
         ({"sae": SaeConfig(d_sae=8, k=8)}, ConfigError, "less than d_sae=8, got 8"),
+        ({"compute": ComputeConfig(latent_parallel=9)}, ConfigError, "at most the 8 cpu devices that JAX sees, got 9"),
+        ({"compute": ComputeConfig(latent_parallel=5)}, ConfigError, "sae.d_sae: expected a multiple of the 5 devices"),
+        ({"compute": ComputeConfig(data_parallel=6)}, ConfigError, "batch_size: expected a multiple of compute.data"),
         ({"sae": SaeConfig(architecture="relu")}, UnknownNameError, "one of standard, gated, topk, batchtopk"),
     ],
 )
@@ -294,6 +297,29 @@ def test_a_resumed_run_of_several_saes_ends_with_the_same_bits(
     assert train(broken).resumed_from == 21
     assert weights(broken.out) == weights(whole.out)
     assert rows(broken.out) == rows(whole.out)
+
+
+def test_a_run_on_several_devices_equals_that_on_one(config: TrainConfig, tmp_path: Path) -> None:
+    many = config.model_copy(
+        update={"out": tmp_path / "many", "compute": ComputeConfig(data_parallel=2, latent_parallel=4)}
+    )
+    alone, together = only(train(config)), only(train(many))
+    for name, tensor in alone.artefact.tensors().items():
+        np.testing.assert_allclose(together.artefact.tensors()[name], tensor, rtol=1e-3, atol=1e-5)
+    assert together.metrics["fvu"] == pytest.approx(alone.metrics["fvu"], rel=1e-4)
+
+
+def test_a_run_resumes_on_other_devices(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = only(train(config))
+    moved = config.model_copy(update={"out": tmp_path / "moved", "compute": ComputeConfig(latent_parallel=4)})
+    with monkeypatch.context() as patch:
+        before_batch(patch, 20, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(InterruptedRunError):
+            train(moved)
+    result = train(moved.model_copy(update={"compute": ComputeConfig(data_parallel=2)}))
+    assert result.resumed_from > 15
+    for name, tensor in whole.artefact.tensors().items():
+        np.testing.assert_allclose(only(result).artefact.tensors()[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("frozen", ["encoder", "decoder"])

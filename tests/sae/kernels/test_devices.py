@@ -51,6 +51,13 @@ def test_steps_equal_those_of_one_device(architecture: str) -> None:
                 assert shares == {D_SAE // 8}, f"each device keeps its share of {name}"
 
 
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka"])
+def test_dense_steps_equal_those_of_one_device(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an accelerator without Triton computes."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, default, **_: default(*arguments))
+    same(steps(architecture, GRIDS["both"]), steps(architecture))
+
+
 def part(spec: PartitionSpec, device: dict[str, int], shape: tuple[int, ...]) -> tuple[slice, ...]:
     """What a device of a grid of 2 x 2 has of an array."""
     slices = []

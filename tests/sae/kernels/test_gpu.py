@@ -13,7 +13,8 @@ from sae import kernels
 from sae.architectures.base import Means, Scaling
 from sae.config import ComputeConfig, SaeConfig, TrainConfig
 from sae.kernels import choice, gpu
-from sae.step import Plan, StepMetrics, TrainState, create, make_step, start
+from sae.step import Own, Plan, StepMetrics, TrainState, create, make_step, start
+from sae.sweep import make_sweep_step, stack
 from tests.sae.kernels.test_triton_programs import triton_programs
 
 BATCH, D, D_SAE, K, N_STEPS = 16, 20, 48, 4, 4
@@ -111,6 +112,47 @@ def test_steps_equal_the_plain_ones(
         assert float(got.grad_norm) == pytest.approx(float(wanted.grad_norm), rel=1e-4)
     assert float(metrics[-1].dead_fraction) > 0, "so that AuxK has worked"
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), state, plain)
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
+def test_a_sweep_takes_one_call_of_a_program_for_all_its_saes(
+    take_triton: Callable[[], None], monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, default, **_: default(*arguments))
+    sae = SaeConfig(architecture=architecture, d_sae=D_SAE, k=K, aux_k=6, groups=(0.25, 0.75))
+    config = TrainConfig(sae=sae, batch_size=BATCH, train_tokens=BATCH * N_STEPS, grad_clip=0.2)
+    one, zero = np.ones(D, np.float32), np.zeros(D, np.float32)
+    plan = Plan(N_STEPS, 0.01, Scaling(one, one), Means(zero, zero), dead_after=2 * BATCH)
+    own = Own(k=jnp.array([2.0, 4.0, 3.0]), lr=jnp.array([0.005, 0.01, 0.002]))
+
+    def run() -> tuple[TrainState, list[StepMetrics]]:
+        saes = [create(config.model_copy(update={"seed": seed}), plan) for seed in range(3)]
+        for sae in saes:
+            sae.b_enc[...] = sae.b_enc[...].at[:3].set(-9)
+        state, step = stack([start(config, plan, sae) for sae in saes]), make_sweep_step(config, plan, own)
+        metrics = []
+        for i in range(N_STEPS):
+            x = jax.random.normal(jax.random.key(i), (BATCH, D))
+            state, found = step(state, x, x, plan.scaling)
+            metrics.append(found)
+        return state, metrics
+
+    plain, expected = run()
+    take_triton()
+    rows = []
+
+    def note(program: str, *inputs: jax.Array, **settings: Any) -> Any:
+        rows.extend([len(inputs[0])] if program == "keep_largest" else [])
+        return interpret(program, *inputs, **settings)
+
+    monkeypatch.setattr(gpu, "_call", note)
+    state, metrics = run()
+    assert rows == [BATCH, 3 * BATCH], "traced for one SAE, and then for all of them at once"
+    assert (metrics[-1].dead_fraction > 0).all(), "so that AuxK has worked"
+    for got, wanted in zip(metrics, expected, strict=True):
+        np.testing.assert_allclose(got.loss, wanted.loss, rtol=1e-5)
+        np.testing.assert_allclose(got.l0, wanted.l0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), state, plain)
 
 
 def test_products_are_rounded_only_where_products_are_low(take_triton: Callable[[], None]) -> None:
