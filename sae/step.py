@@ -177,7 +177,7 @@ def start(config: TrainConfig, plan: Plan, sae: SparseCoder) -> TrainState:
     """The state before the first step of `sae`, split over the devices of the config."""
     _, params, statistics = nnx.split(sae, nnx.Param, ...)
     params = place(_transposed(params), grid_of(config), sae.d_sae)
-    moments = Moments(*(jax.tree.map(lambda leaf: jnp.zeros_like(leaf), params) for _ in Moments._fields))
+    moments = Moments(*(jax.tree.map(jnp.zeros_like, params) for _ in Moments._fields))
     rest = statistics, jnp.zeros(sae.d_sae, jnp.int32), jnp.int32(0)
     statistics, idle, step = place(rest, grid_of(config), sae.d_sae)
     return TrainState(params, statistics, moments, idle, step)
