@@ -1,8 +1,10 @@
 """The active latents of each token: a few of many, kept as values and indices."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 
@@ -42,3 +44,8 @@ def positive_first(codes: Codes) -> Codes:
     """The codes in the order that `Codes` promises."""
     order = jnp.argsort(codes.values <= 0, axis=1, stable=True)
     return Codes(*(jnp.take_along_axis(slots, order, axis=1) for slots in codes))
+
+
+def no_gradient(indices: Int[Array, "batch width"]) -> Any:
+    """What a gradient rule returns for indices."""
+    return np.zeros(indices.shape, jax.dtypes.float0)

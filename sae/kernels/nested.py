@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from sae.kernels import gpu
 from sae.kernels.choice import operand, triton_is_chosen
-from sae.kernels.codes import Codes, positive_first, restrict
+from sae.kernels.codes import Codes, no_gradient, positive_first, restrict
 from sae.kernels.devices import (
     AT_REST,
     BY_BOTH,
@@ -80,7 +80,7 @@ def _backward(bounds: Bounds, saved: tuple[Codes, Array], g: Array) -> tuple[Cod
     to_groups = operand(jnp.stack(list(from_largest)[::-1], axis=1))
     split = (BY_BOTH, BY_LATENT, BY_TOKEN, BY_LATENT)
     to_values, to_W_dec = on_each(_gradients_here, split, (BY_BOTH, AT_REST))(codes, operand(W_dec), to_groups, groups)
-    return Codes(to_values, np.zeros(codes.indices.shape, jax.dtypes.float0)), to_W_dec  # type: ignore[arg-type]
+    return Codes(to_values, no_gradient(codes.indices)), to_W_dec
 
 
 def _gradients_here(codes: Codes, W: Array, g: Array, groups: Array) -> tuple[Array, Array]:

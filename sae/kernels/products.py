@@ -6,17 +6,15 @@ slowly. Functions that end in `_here` compute what one device has of it (`sae.ke
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from sae.kernels import gpu
 from sae.kernels.choice import operand, triton_is_chosen
-from sae.kernels.codes import Codes, densify
+from sae.kernels.codes import Codes, densify, no_gradient
 from sae.kernels.devices import (
     AT_REST,
     BY_BOTH,
@@ -53,7 +51,7 @@ def _decode_backward(saved: tuple[Codes, Array], g: Array) -> tuple[Codes, Array
     codes, W_dec = saved
     W, to_y = (operand(W_dec), operand(g)) if triton_is_chosen() else (W_dec, g)
     to_values = on_each(_dot_here, (BY_BOTH, BY_LATENT, BY_TOKEN), BY_BOTH)(codes, W, to_y)
-    return Codes(to_values, _no_gradient(codes.indices)), sum_rows(codes, codes.values, g, len(W_dec))[0]
+    return Codes(to_values, no_gradient(codes.indices)), sum_rows(codes, codes.values, g, len(W_dec))[0]
 
 
 def _dot_here(codes: Codes, W: Array, g: Array) -> Array:
@@ -89,7 +87,7 @@ def _attach_backward(saved: tuple[Codes, Array, Array, Array], g: Codes) -> tupl
     codes, x, W_enc, b_dec = saved
     to_pre = jnp.where(codes.values > 0, g.values, 0)
     to_W_enc, to_b_enc = sum_rows(codes, to_pre, x - b_dec, W_enc.shape[1])
-    nothing = Codes(jnp.zeros_like(codes.values), _no_gradient(codes.indices))
+    nothing = Codes(jnp.zeros_like(codes.values), no_gradient(codes.indices))
     return nothing, jnp.zeros_like(x), to_W_enc.T, to_b_enc, -W_enc @ to_b_enc
 
 
@@ -193,7 +191,3 @@ def _total_rows(d_sae: int, indices: Array, weights: Array) -> Array:
 def _total_dense(d_sae: int, indices: Array, weights: Array) -> Array:
     # Atomic additions to few addresses take a GPU a hundred times as long as the whole step otherwise does.
     return densify(Codes(weights, indices), d_sae).sum(axis=0)
-
-
-def _no_gradient(indices: Array) -> Any:
-    return np.zeros(indices.shape, jax.dtypes.float0)
