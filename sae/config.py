@@ -41,6 +41,9 @@ class SaeConfig(Config):
     bandwidth: float = Field(
         default=2.0, gt=0, description="jumprelu: width around a threshold in which its step passes gradients on"
     )
+    step_tokens: int = Field(
+        default=4, gt=0, description="jumprelu: tokens of which one gives the gradient of steps, weighted by as many"
+    )
     groups: tuple[float, ...] = Field(
         default=(1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32),
         min_length=1,

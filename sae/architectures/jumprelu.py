@@ -7,6 +7,10 @@ d latents / d pre is threshold / bandwidth more than it would be, d [pre > thres
 thresholds get the same with a minus sign. That it reaches the pre-activations too, over a bandwidth of 2, is what keeps
 latents alive (docs/LOG.md).
 
+Few latents are active, but many are within the bandwidth. So active ones are decoded, and get their gradient, as in
+`Selecting`, while the gradient of the step, which takes three dense products, is estimated from one token in
+`step_tokens` and weighted by as much: batches are random, so that its mean is the same.
+
 `JumpReLU` adds coefficient * (L0 / target - 1)^2, with a target that is moved from k until L0 is k, since
 reconstruction pulls L0 above it. `TanhJumpReLU` adds coefficient * sum_j tanh(4 latents_j) / d_model. Thresholds are
 parameters themselves, not their logarithms, whose steps are far too small, and start where k of d_sae normally
@@ -17,23 +21,32 @@ Source: Rajamanoharan et al. 2024, arXiv:2407.14435 (straight-through gradients 
 transformer-circuits.pub/2025/january-update (tanh, gradients to everything, the bandwidth).
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.scipy.special import ndtri
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from sae.architectures.base import Context, Means, Output
-from sae.architectures.penalised import Penalised, mean_norm, tally
+from sae.architectures.penalised import Attempt, Penalised
 from sae.artefact import SavedArchitecture
 from sae.config import SaeConfig
+from sae.kernels import Codes, attach, count_active, decode, largest, stored_product
 
 TANH_SLOPE = 4.0
 FARTHEST = 4.0
 """how many times k, or what part of it, the target of L0 may become"""
+SPARE = 4
+"""how many times k a token may take at most in training; of more that pass, those nearest their thresholds are left"""
+
+Results = tuple[Float[Array, "batch d_out"], Float[Array, ""]]
+"""what the latents reconstruct, and the mean over tokens of what the penalty measures"""
 
 
 class JumpReLU(Penalised):
@@ -48,11 +61,37 @@ class JumpReLU(Penalised):
         self.threshold = nnx.Param(jnp.full(self.d_sae, jnp.maximum(ndtri(1 - config.k / self.d_sae), 0.01)))
         self.target = nnx.BatchStat(jnp.float32(config.k))
 
-    def activate(self, x: Float[Array, "batch d_in"]) -> tuple[Float[Array, "batch d_sae"], dict[str, Array]]:
-        """pre where it passes, and how far L0 is from the target."""
-        pre, threshold, bandwidth = self.preactivations(x), self.threshold[...], self.config.bandwidth
-        latents, l0 = jump(pre, threshold, bandwidth)
-        return latents, {"sparsity": (l0 / self.target[...] - 1) ** 2}
+    def attempt(self, x: Float[Array, "batch d_in"], context: Context) -> Attempt:
+        """What the latents that pass reconstruct and cost, with the gradient of their steps."""
+        chosen, passing = self.select(x, context)
+        codes, l0 = attach(chosen, x, self.W_enc[...], self.b_enc[...], self.centre), passing.mean(dtype=jnp.float32)
+        results = decode(codes, self.W_dec[...]), self.measured(codes, l0)
+        pre = self.preactivations(one_in(self.config.step_tokens, x))
+        weights = self.threshold[...], lax.stop_gradient(self.W_dec[...])
+        y_hat, measured = with_steps(self.of_step, results, pre, *weights, self.config.bandwidth)
+        return Attempt(y_hat, {"sparsity": self.penalty(measured, x.shape[1])}, count_active(chosen, self.d_sae), l0)
+
+    def select(self, x: Float[Array, "batch d_in"], context: Context) -> tuple[Codes, Int[Array, " batch"]]:
+        """The latents that pass, without a gradient, and how many of each token do."""
+        threshold, k = lax.stop_gradient(jax.nn.relu(self.threshold[...])), self.config.k
+        weights = self.W_enc[...], self.b_enc[...] - threshold
+        above, passing = largest(x - self.centre, *weights, SPARE * self.aim(context), min(SPARE * k, self.d_sae))
+        passed = jnp.where(above.values == 0, 0, threshold[jnp.minimum(above.indices, self.d_sae - 1)])
+        return above._replace(values=above.values + passed), passing
+
+    def measured(self, codes: Codes, l0: Float[Array, ""]) -> Float[Array, ""]:
+        """What the penalty measures, mean over tokens: L0."""
+        return l0
+
+    def of_step(
+        self, pre: Float[Array, "n d_sae"], threshold: Float[Array, " d_sae"]
+    ) -> Float[Array, "n d_sae"] | float:
+        """What a token's measure gains by the step of each latent."""
+        return 1.0
+
+    def penalty(self, measured: Float[Array, ""], d_in: int) -> Float[Array, ""]:
+        """How far L0 is from the target."""
+        return (measured / self.target[...] - 1) ** 2
 
     def observe(self, output: Output, context: Context) -> None:
         """Move the target; the weight stays. Bounds keep an L0 that is slow to follow from driving it away."""
@@ -73,34 +112,63 @@ class JumpReLU(Penalised):
 class TanhJumpReLU(JumpReLU):
     """A penalty that counts latents, smoothly, as far as they are small."""
 
-    def activate(self, x: Float[Array, "batch d_in"]) -> tuple[Float[Array, "batch d_sae"], dict[str, Array]]:
-        """pre where it passes, and the sum of their tanh."""
-        latents, _ = jump(self.preactivations(x), self.threshold[...], self.config.bandwidth)
-        return latents, {"sparsity": mean_norm(jnp.tanh(TANH_SLOPE * latents)) / x.shape[1]}
+    def measured(self, codes: Codes, l0: Float[Array, ""]) -> Float[Array, ""]:
+        """The sum of the latents' tanh."""
+        return jnp.tanh(TANH_SLOPE * codes.values).sum(axis=1).mean()
+
+    def of_step(self, pre: Float[Array, "n d_sae"], threshold: Float[Array, " d_sae"]) -> Float[Array, "n d_sae"]:
+        """The slope of tanh at the latent, along a step as high as the threshold."""
+        latents = jnp.where(pre > threshold, jax.nn.relu(pre), 0)
+        return threshold * TANH_SLOPE * (1 - jnp.tanh(TANH_SLOPE * latents) ** 2)
+
+    def penalty(self, measured: Float[Array, ""], d_in: int) -> Float[Array, ""]:
+        """That sum, a dimension."""
+        return measured / d_in
 
     def observe(self, output: Output, context: Context) -> None:
         """Move the weight of the penalty, as with all penalties but the quadratic one."""
         super(JumpReLU, self).observe(output, context)
 
 
-@jax.custom_vjp
-def jump(
-    pre: Float[Array, "batch d_sae"], threshold: Float[Array, " d_sae"], bandwidth: float | Float[Array, ""]
-) -> tuple[Float[Array, "batch d_sae"], Float[Array, ""]]:
-    """relu(pre) where pre > threshold, else 0, and their L0; the step passes the gradients of both on."""
-    latents = jnp.where(pre > threshold, jax.nn.relu(pre), 0)
-    return latents, tally(latents)[1]
+def one_in(n: int, rows: Float[Array, "batch d"]) -> Float[Array, "share d"]:
+    """Every n-th row, beginning with the first; the last n - 1 may be left out.
+
+    Devices that split rows keep theirs, which they would not if it were a slice of all.
+    """
+    batch, d = rows.shape
+    n = min(n, batch)
+    return rows[: batch // n * n].reshape(-1, n, d)[:, 0]
 
 
-def _jump_forward(pre: Array, threshold: Array, bandwidth: Any) -> tuple[tuple[Array, Array], tuple[Array, Array, Any]]:
-    return jump(pre, threshold, bandwidth), (pre, threshold, bandwidth)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def with_steps(
+    of_step: Callable[[Array, Array], Array | float],
+    results: Results,
+    pre: Float[Array, "share d_sae"],
+    threshold: Float[Array, " d_sae"],
+    W_dec: Float[Array, "d_sae d_out"],
+    bandwidth: float | Float[Array, ""],
+) -> Results:
+    """Return `results`, with the gradient that steps of latents pass on to pre-activations and thresholds.
+
+    Args:
+      of_step: what the second of the results gains, for a token, by the step of each latent.
+      pre: of every n-th token, which stands for n.
+    """
+    return results
 
 
-def _jump_backward(saved: tuple[Array, Array, Any], g: tuple[Array, Array]) -> tuple[Array, Array, None]:
-    (pre, threshold, bandwidth), (to_latents, to_l0) = saved, g
-    of_step = (to_latents * threshold + to_l0 / len(pre)) / bandwidth
-    of_step = jnp.where(jnp.abs(pre - threshold) < bandwidth / 2, of_step, 0)
-    return jnp.where((pre > threshold) & (pre > 0), to_latents, 0) + of_step, -of_step.sum(axis=0), None
+def _with_steps_forward(of_step: Any, results: Results, *weights: Any) -> tuple[Results, tuple[Any, ...]]:
+    return results, weights
 
 
-jump.defvjp(_jump_forward, _jump_backward)
+def _with_steps_backward(of_step: Any, weights: tuple[Any, ...], g: Results) -> tuple[Any, ...]:
+    (pre, threshold, W_dec, bandwidth), (to_y, to_measured) = weights, g
+    stands_for = len(to_y) / len(pre)
+    to_latents = stored_product(one_in(int(stands_for), to_y), W_dec.T)
+    to_step = stands_for * to_latents * threshold + to_measured / len(pre) * of_step(pre, threshold)
+    to_step = jnp.where(jnp.abs(pre - threshold) < bandwidth / 2, to_step / bandwidth, 0)
+    return g, to_step, -to_step.sum(axis=0), None, None
+
+
+with_steps.defvjp(_with_steps_forward, _with_steps_backward)

@@ -1,4 +1,4 @@
-"""Sparse autoencoders whose latents a penalty pushes to 0, computed for all latents of a token.
+"""Sparse autoencoders whose latents a penalty pushes to 0.
 
     loss = ||y - y_hat||^2 / variance + coefficient * penalty + aux_coefficient * aux
 
@@ -10,6 +10,8 @@ follow. The weight starts at 0.1, in units in which predicting the mean costs 1 
 short run that starts far lower learns dense latents first, and one that starts higher loses some early (docs/LOG.md).
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
@@ -19,6 +21,19 @@ from sae.config import SaeConfig
 from sae.kernels import reconstruct
 
 START, GAIN, FASTEST = 0.1, 20.0, 0.02
+
+
+class Attempt(NamedTuple):
+    """What the latents of a batch give."""
+
+    y_hat: Float[Array, "batch d_out"]
+    """their reconstruction, without b_dec"""
+    terms: dict[str, Float[Array, ""]]
+    """of the loss, by name; `sparsity` is weighted by the coefficient"""
+    active: Int[Array, " d_sae"]
+    """tokens on which each latent is active"""
+    l0: Float[Array, ""]
+    """mean number of active latents a token"""
 
 
 class Penalised(SparseCoder):
@@ -32,15 +47,21 @@ class Penalised(SparseCoder):
         given = config.sparsity_coefficient
         self.coefficient = nnx.BatchStat(jnp.float32(START if given is None else given))
 
+    def attempt(self, x: Float[Array, "batch d_in"], context: Context) -> Attempt:
+        """What a batch's latents reconstruct and cost; here all latents of a token are computed."""
+        latents, terms = self.activate(x)
+        active = (latents > 0).sum(axis=0, dtype=jnp.int32)
+        l0 = active.sum(dtype=jnp.float32) / len(latents)  # a sum along rows would be another pass
+        return Attempt(reconstruct(latents, self.W_dec[...]), terms, active, l0)
+
     def activate(self, x: Float[Array, "batch d_in"]) -> tuple[Float[Array, "batch d_sae"], dict[str, Array]]:
-        """Latents of a batch, and the terms of its loss by name; `sparsity` is weighted by the coefficient."""
+        """Latents of a batch, and terms of its loss, as in `Attempt`."""
         raise NotImplementedError
 
     def loss(self, x: Float[Array, "batch d_in"], y: Float[Array, "batch d_out"], context: Context) -> Output:
         """Reconstruction, penalty, and the revival of dead latents."""
-        latents, terms = self.activate(x)
-        active, l0 = tally(latents)
-        residual = y - self.b_dec[...] - reconstruct(latents, self.W_dec[...])
+        y_hat, terms, active, l0 = self.attempt(x, context)
+        residual = y - self.b_dec[...] - y_hat
         fvu = (residual**2).sum(axis=1).mean() / context.variance
         aux = self.revival(x, residual, context)
         others = sum((term for name, term in terms.items() if name != "sparsity"), jnp.float32(0))
@@ -61,12 +82,6 @@ class Penalised(SparseCoder):
         """(L0 / k)^rate, which is above 1 while too many latents are active."""
         ratio = jnp.clip(jnp.log(jnp.maximum(output.l0, 1e-3) / self.aim(context)), -1, 1)
         return jnp.exp(min(GAIN / context.n_steps, FASTEST) * ratio)
-
-
-def tally(latents: Float[Array, "batch d_sae"]) -> tuple[Int[Array, " d_sae"], Float[Array, ""]]:
-    """Tokens on which each latent is active, and L0, by these counts: a sum along rows would be another pass."""
-    active = (latents > 0).sum(axis=0, dtype=jnp.int32)
-    return active, active.sum(dtype=jnp.float32) / len(latents)
 
 
 def mean_norm(latents: Float[Array, "batch d_sae"]) -> Float[Array, ""]:

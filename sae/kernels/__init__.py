@@ -7,7 +7,7 @@ decoder rows; 4. `descend` moves the weights.
     codes.py            Codes, the sparse form, and its dense form
     selection.py        largest, keep_above, kth_largest
     products.py         decode, attach, sum_rows, count_active, with hand-written gradients
-    dense.py            project, reconstruct, where any number of latents may be active
+    dense.py            project, reconstruct, stored_product, where any number of latents may be active
     nested.py           decode_nested, the same for nested dictionaries
     descent.py          descend, Adam for matrices whose rows may be unit vectors
     choice.py           which of the ways below a step takes
@@ -21,7 +21,7 @@ them equal. Left out: which latents an architecture selects.
 
 from sae.kernels.choice import LOW, Kernels, using, why_not_triton
 from sae.kernels.codes import Codes, densify
-from sae.kernels.dense import project, reconstruct
+from sae.kernels.dense import project, reconstruct, stored_product
 from sae.kernels.descent import Rates, descend, project_gradient, squared_norm, unit_rows
 from sae.kernels.nested import decode_nested
 from sae.kernels.products import attach, count_active, decode, sum_rows, total
@@ -45,6 +45,7 @@ __all__ = [
     "project_gradient",
     "reconstruct",
     "squared_norm",
+    "stored_product",
     "sum_rows",
     "total",
     "unit_rows",

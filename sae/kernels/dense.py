@@ -22,7 +22,7 @@ def project(
     x: Float[Array, "batch d_in"], W_enc: Float[Array, "d_in d_sae"], centre: Float[Array, " d_in"]
 ) -> Float[Array, "batch d_sae"]:
     """(x - centre) @ W_enc; the gradient reaches W_enc and centre. `x` is data and gets none."""
-    return _stored_product(x - centre, W_enc)
+    return stored_product(x - centre, W_enc)
 
 
 def _project_forward(x: Array, W_enc: Array, centre: Array) -> tuple[Array, tuple[Array, Array, Array]]:
@@ -52,7 +52,7 @@ def _reconstruct_forward(latents: Array, W_dec: Array) -> tuple[Array, tuple[Arr
 
 def _reconstruct_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     latents, W_dec = saved
-    return _stored_product(g, W_dec.T), _product(latents.T, g)
+    return stored_product(g, W_dec.T), _product(latents.T, g)
 
 
 reconstruct.defvjp(_reconstruct_forward, _reconstruct_backward)
@@ -63,7 +63,7 @@ def _product(a: Float[Array, "n d"], b: Float[Array, "d ..."]) -> Float[Array, "
     return _multiply(operand(a), operand(b), jnp.float32)
 
 
-def _stored_product(a: Float[Array, "n d"], b: Float[Array, "d m"]) -> Float[Array, "n m"]:
+def stored_product(a: Float[Array, "n d"], b: Float[Array, "d m"]) -> Float[Array, "n m"]:
     """a @ b, where the result is as large as the latents and stored as they are."""
     a, b = operand(a), operand(b)
     return _multiply(a, b, a.dtype).astype(jnp.float32)

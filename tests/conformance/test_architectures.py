@@ -29,6 +29,7 @@ GROUPS = (0.1, 0.2, 0.3, 0.4)
 VARIANCE, NEVER, ALWAYS, N_STEPS = 12.0, 10**6, 0, 100
 WIRINGS = {"one": "resid_post.1", "pair": "resid_mid.1->mlp_out.1", "several": "resid_post.1+resid_post.2"}
 SELECTING = [name for name, kind in ARCHITECTURES.items() if issubclass(kind, Selecting)]
+JUMPING = ["jumprelu", "jumprelu_tanh"]
 PENALISED = [name for name, kind in ARCHITECTURES.items() if issubclass(kind, Penalised)]
 Parameters = dict[str, jax.Array]
 
@@ -36,7 +37,7 @@ Parameters = dict[str, jax.Array]
 def build(name: str, **changes: Any) -> SparseCoder:
     """One whose encoder is no longer tied and whose biases are not zero, as after some training."""
     settings = {"architecture": name, "d_sae": D_SAE, "k": K, "k_anneal": 0.0, "aux_k": 10, "groups": GROUPS}
-    config = SaeConfig(**settings | changes)
+    config = SaeConfig(**settings | {"step_tokens": 1} | changes)
     d_out = D_OUT.get(name, D_IN)
     means = Means(jnp.ones(D_IN) / 2, jnp.linspace(0, 1, d_out) if name in D_OUT else jnp.ones(d_out) / 2)
     sae = find(name)(config, means, jax.random.key(0))
@@ -228,6 +229,40 @@ def test_loss_and_gradients_equal_the_dense_reference(
     assert got.keys() == grads.keys()
     for tensor, value in got.items():
         np.testing.assert_allclose(value, grads[tensor], rtol=1e-4, atol=2e-6, err_msg=tensor)
+
+
+@pytest.mark.parametrize("name", JUMPING)
+def test_gradients_of_steps_from_every_nth_token_are_right_on_average(name: str, x: jax.Array, y: jax.Array) -> None:
+    every, some = build(name), build(name, step_tokens=4)
+    exact = gradients(every, lambda s: s.loss(x, y, context()).loss)
+    rolled = [(jnp.roll(x, i, axis=0), jnp.roll(y, i, axis=0)) for i in range(4)]
+    estimates = [gradients(some, lambda s, pair=pair: s.loss(*pair, context()).loss) for pair in rolled]
+    assert not np.allclose(estimates[0]["threshold"], exact["threshold"], rtol=0.1), "one estimate is not it"
+    for tensor, value in exact.items():
+        mean = sum(estimate[tensor] for estimate in estimates) / 4
+        np.testing.assert_allclose(mean, value, rtol=1e-4, atol=2e-6, err_msg=tensor)
+
+
+@pytest.mark.parametrize("name", JUMPING)
+def test_a_batch_need_not_divide_into_nth_tokens(name: str, x: jax.Array, y: jax.Array) -> None:
+    for step_tokens in (5, 2 * BATCH):
+        sae = build(name, step_tokens=step_tokens)
+        got = gradients(sae, lambda s: s.loss(x, y, context()).loss)
+        assert all(np.isfinite(value).all() for value in got.values())
+        assert np.abs(got["threshold"]).max() > 0
+
+
+def test_of_many_that_pass_those_farthest_above_their_thresholds_are_kept(x: jax.Array) -> None:
+    sae = build("jumprelu", k=2)
+    assert isinstance(sae, JumpReLU)
+    sae.threshold[...] *= 0.1
+    codes, passing = sae.select(x, context())
+    pre, threshold = np.asarray(sae.preactivations(x)), np.asarray(jax.nn.relu(sae.threshold[...]))
+    above = np.maximum(pre - threshold, 0)
+    kept = (above >= np.sort(above, axis=1)[:, -8][:, None]) & (above > 0)
+    np.testing.assert_array_equal(passing, (above > 0).sum(axis=1))
+    assert (passing > 8).any(), "four times k is not enough here"
+    np.testing.assert_allclose(densify(codes, D_SAE), np.where(kept, pre, 0), rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_counted_as_active_is_active(name: str, sae: SparseCoder, x: jax.Array, y: jax.Array) -> None:

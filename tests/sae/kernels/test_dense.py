@@ -12,6 +12,7 @@ from flax import nnx
 
 from sae.architectures import ARCHITECTURES
 from sae.architectures.base import Context, Means, Output, Scaling, SparseCoder
+from sae.architectures.jumprelu import JumpReLU
 from sae.architectures.penalised import Penalised
 from sae.config import SaeConfig, TrainConfig
 from sae.kernels import LOW, project, reconstruct
@@ -19,6 +20,7 @@ from sae.step import Plan, create, make_step, start
 
 BATCH, D, D_SAE, K = 601, 24, 64, 5  # a count of tokens that bfloat16 does not hold
 PENALISED = [name for name, kind in ARCHITECTURES.items() if issubclass(kind, Penalised)]
+JUMPING = [name for name in PENALISED if issubclass(ARCHITECTURES[name], JumpReLU)]
 ROUNDING = 2.0**-8
 """of a product of two numbers, each rounded to bfloat16"""
 
@@ -108,21 +110,29 @@ def a_step(name: str, matmul: str) -> tuple[Any, tuple[Any, ...]]:
     return make_step(config, plan), (state, x, x, plan.scaling)
 
 
-def products_as_large_as_the_latents(name: str, matmul: str) -> list[str]:
+def products_as_large_as_the_latents(name: str, matmul: str, tokens: int = BATCH) -> list[str]:
     """Types of what is multiplied and of what comes out, in a step for an NVIDIA GPU."""
     step, arguments = a_step(name, matmul)
     text = step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    large = rf"tensor<({BATCH}x{D_SAE}|{D_SAE}x{BATCH})x"
+    large = rf"tensor<({tokens}x{D_SAE}|{D_SAE}x{tokens})x"
     return [line for line in re.findall(r"stablehlo\.dot_general.* : (.*)", text) if re.search(large, line)]
 
 
-@pytest.mark.parametrize("name", PENALISED)
+@pytest.mark.parametrize("name", [name for name in PENALISED if name not in JUMPING])
 def test_a_step_has_five_products_and_stores_nothing_large_in_float32(name: str) -> None:
     found = products_as_large_as_the_latents(name, "bfloat16")
     assert len(found) == (7 if name == "gated" else 5), "gates are decoded on their own, and that has one gradient"
     for product in found:
         assert not re.search(rf"x{D_SAE}xf32|{D_SAE}x{BATCH}xf32", product)
     assert all("bf16" not in product for product in products_as_large_as_the_latents(name, "float32"))
+
+
+@pytest.mark.parametrize("name", JUMPING)
+def test_gradients_of_steps_take_three_products_with_every_fourth_token(name: str) -> None:
+    found = products_as_large_as_the_latents(name, "bfloat16", BATCH // 4)
+    assert len(found) == 3
+    for product in found:
+        assert not re.search(rf"x{D_SAE}xf32|{D_SAE}x{BATCH // 4}xf32", product)
 
 
 def test_a_cpu_takes_low_products_too() -> None:
