@@ -28,6 +28,8 @@ Activations = dict[str, Float[np.ndarray, "token d_model"]]
 """activations of the same tokens by hook point"""
 Map = Callable[..., Iterator[Any]]
 """`map`, or that of an executor, which begins at once"""
+Room = Callable[[tuple[int, ...], np.dtype], np.ndarray]
+"""`np.empty`, or what gives memory that was used before"""
 N_BLOCKS = 2
 """in memory at a time: one that batches are taken from, and the next, which is read meanwhile"""
 GATHERED_ROWS = 1024
@@ -56,8 +58,8 @@ class Loaded(NamedTuple):
     """A block in memory, and what is asked for of it."""
 
     chunks: tuple[int, ...]
-    stored: dict[str, Stored]
-    """by hook point, in the order of the store"""
+    room: dict[str, Stored]
+    """what was read, by hook point, in the order of the store"""
     used: Int[np.ndarray, " token"]
     """positions that are not masked"""
     batches: Int[np.ndarray, "n_batches batch"]
@@ -170,20 +172,25 @@ class TokenOrder:
         """Activations of batch i; reads its whole block."""
         return next(self.batches(i, i + 1))
 
-    def batches(self, start: int, stop: int, read: Map = map, gather: Map = map) -> Iterator[Activations]:
+    def batches(
+        self, start: int, stop: int, read: Map = map, gather: Map = map, room: Room = np.empty
+    ) -> Iterator[Activations]:
         """Batches start..stop.
 
         Args:
           read: as `map`, for the chunks of a block: one that works at once reads a block ahead.
           gather: as `map`, for the parts of a batch.
+          room: memory for a batch of one hook point.
         """
-        parts = self._parts(start, stop)
-        loaded, loading = None, self._begin(next(parts, None), None, read)
+        parts, spare = self._parts(start, stop), None
+        loaded, loading = None, self._begin(next(parts, None), None, None, read)
         while loading:
-            loaded = loading()
-            loading = self._begin(next(parts, None), loaded, read)
+            before, loaded = loaded, loading()
+            if before and before.room is not loaded.room:
+                spare = before.room
+            loading = self._begin(next(parts, None), loaded, spare, read)
             for rows in loaded.batches:
-                yield {name: _gathered(stored, rows, gather) for name, stored in loaded.stored.items()}
+                yield {name: _gathered(stored, rows, gather, room) for name, stored in loaded.room.items()}
 
     def is_ready(self, i: int) -> bool:
         """Always: the store is whole."""
@@ -207,17 +214,20 @@ class TokenOrder:
             is_last = place.block == len(blocks) - 1
             place = Place(place.epoch + 1, 0, 0) if is_last else Place(place.epoch, place.block + 1, 0)
 
-    def _begin(self, part: tuple[Place, int] | None, before: Loaded | None, read: Map) -> Callable[[], Loaded] | None:
+    def _begin(
+        self, part: tuple[Place, int] | None, before: Loaded | None, spare: dict[str, Stored] | None, read: Map
+    ) -> Callable[[], Loaded] | None:
         """Begin to read the block of a part, if there is one; returns what waits for it.
 
-        Tokens are in the order of the store, so that a store of one block is read once for all epochs.
+        Tokens are in the order of the store, so that a store of one block is read once for all epochs. Blocks are read
+        to memory that was used before: the first touch of new memory costs as much as a read.
         """
         if part is None:
             return None
         place, n = part
         chunks = tuple(sorted(self.epoch(place.epoch)[place.block].chunks))
         same = before if before is not None and before.chunks == chunks else None
-        room = same.stored if same else {name: self._store.room(self._rows * len(chunks)) for name in self._hook_points}
+        room = same.room if same else spare or self._new_room()
         orders = read(self._order, [place])
         masks = iter(()) if same else read(partial(self._read, room), range(len(chunks)), chunks)
 
@@ -227,6 +237,10 @@ class TokenOrder:
             return Loaded(chunks, room, used, rows.reshape(n, self._batch_size))
 
         return wait
+
+    def _new_room(self) -> dict[str, Stored]:
+        n_chunks = min(self._block_chunks, len(self._counts))
+        return {name: self._store.room(self._rows * n_chunks) for name in self._hook_points}
 
     def _read(self, room: dict[str, Stored], number: int, chunk: int) -> Bool[np.ndarray, " position"]:
         """Read a chunk to its place among those of its block; returns which of its tokens may be used."""
@@ -243,10 +257,12 @@ class TokenOrder:
         return philox(self._seed, *place)
 
 
-def _gathered(stored: Stored, rows: Int[np.ndarray, " token"], gather: Map) -> Float[np.ndarray, "token d_model"]:
+def _gathered(
+    stored: Stored, rows: Int[np.ndarray, " token"], gather: Map, room: Room
+) -> Float[np.ndarray, "token d_model"]:
     """Activations at these positions, of the store's own type but for int8, which is widened."""
     values, scale = rearrange(stored.values, "seq ctx d -> (seq ctx) d"), stored.scale
-    out = np.empty((len(rows), values.shape[-1]), _BATCH_DTYPES.get(values.dtype.name, values.dtype))
+    out = room((len(rows), values.shape[-1]), np.dtype(_BATCH_DTYPES.get(values.dtype.name, values.dtype)))
 
     def take(start: int) -> None:
         part, into = rows[start : start + GATHERED_ROWS], out[start : start + GATHERED_ROWS]

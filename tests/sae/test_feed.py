@@ -106,9 +106,33 @@ def test_no_more_blocks_are_in_memory_than_said(store: ActivationStore, monkeypa
 
     monkeypatch.setattr(store, "room", counted)
     with feed(order_of(store), 0, 60) as batches:
-        most = max(sum(ref() is not None for ref in made) for _ in batches)
-    assert len(made) > 10 * len(HOOKS)
-    assert most <= N_BLOCKS * len(HOOKS)
+        assert len(list(batches)) == 60, "of more than ten blocks"
+    assert len(made) == N_BLOCKS * len(HOOKS), "memory is used again"
+    assert not any(ref() is not None for ref in made), "and given up in the end"
+
+
+def test_memory_of_batches_is_used_again_where_the_device_has_copied_them(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[np.ndarray] = []
+
+    class Empty(sae.feed.Memory):
+        def room(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+            made.append(super().room(shape, dtype))
+            return made[-1]
+
+    put = jax.device_put
+    monkeypatch.setattr(sae.feed, "Memory", Empty)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_put", lambda batch, _: put(jax.tree.map(np.array, batch)))
+    order = order_of(store)
+    with feed(order, 0, 40) as batches:
+        fed = [{name: np.array(x) for name, x in batch.items()} for batch in batches]
+    assert len(made) == 40 * len(HOOKS)
+    assert len({id(x) for x in made}) <= (AHEAD + 2) * len(HOOKS)
+    for got, wanted in zip(fed, order.batches(0, 40), strict=True):
+        for name in HOOKS:
+            np.testing.assert_array_equal(got[name], wanted[name])
 
 
 def test_the_next_block_is_read_beside_this_one_and_nothing_behind_the_last(
@@ -217,10 +241,15 @@ def test_as_many_are_made_ahead_as_said() -> None:
         def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
             begun.append(fn)
             done: Future[Any] = Future()
-            done.set_result({})
+            done.set_result(fn())
             return done
 
-    for i, _ in enumerate(sae.feed._ahead(Inline(), dict, 20)):
+    def make() -> Future[Any]:
+        made: Future[Any] = Future()
+        made.set_result({})
+        return made
+
+    for i, _ in enumerate(sae.feed._ahead(Inline(), make, 20)):
         assert len(begun) == min(i + 1 + AHEAD, 20)
 
 
