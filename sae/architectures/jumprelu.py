@@ -8,8 +8,8 @@ thresholds get the same with a minus sign. That it reaches the pre-activations t
 latents alive (docs/LOG.md).
 
 Few latents are active, but many are within the bandwidth. So active ones are decoded, and get their gradient, as in
-`Selecting`, while the gradient of the step, which takes three dense products, is estimated from one token in
-`step_tokens` and weighted by as much: batches are random, so that its mean is the same.
+`Selecting`, while the gradient of the step, which takes three dense products, is estimated from at most `step_tokens`
+of a batch, each of which stands for as many: batches are random, so that its mean is the same.
 
 `JumpReLU` adds coefficient * (L0 / target - 1)^2, with a target that is moved from k until L0 is k, since
 reconstruction pulls L0 above it. `TanhJumpReLU` adds coefficient * sum_j tanh(4 latents_j) / d_model. Thresholds are
@@ -66,9 +66,10 @@ class JumpReLU(Penalised):
         chosen, passing = self.select(x, context)
         codes, l0 = attach(chosen, x, self.W_enc[...], self.b_enc[...], self.centre), passing.mean(dtype=jnp.float32)
         results = decode(codes, self.W_dec[...]), self.measured(codes, l0)
-        pre = self.preactivations(one_in(self.config.step_tokens, x))
-        weights = self.threshold[...], lax.stop_gradient(self.W_dec[...])
-        y_hat, measured = with_steps(self.of_step, results, pre, *weights, self.config.bandwidth)
+        every = -(-len(x) // self.config.step_tokens)
+        weights = self.threshold[...], lax.stop_gradient(self.W_dec[...]), self.config.bandwidth
+        pre = self.preactivations(one_in(every, x))
+        y_hat, measured = with_steps(every, self.of_step, results, pre, *weights)
         return Attempt(y_hat, {"sparsity": self.penalty(measured, x.shape[1])}, count_active(chosen, self.d_sae), l0)
 
     def select(self, x: Float[Array, "batch d_in"], context: Context) -> tuple[Codes, Int[Array, " batch"]]:
@@ -136,12 +137,12 @@ def one_in(n: int, rows: Float[Array, "batch d"]) -> Float[Array, "share d"]:
     Devices that split rows keep theirs, which they would not if it were a slice of all.
     """
     batch, d = rows.shape
-    n = min(n, batch)
     return rows[: batch // n * n].reshape(-1, n, d)[:, 0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def with_steps(
+    every: int,
     of_step: Callable[[Array, Array], Array | float],
     results: Results,
     pre: Float[Array, "share d_sae"],
@@ -152,21 +153,21 @@ def with_steps(
     """Return `results`, with the gradient that steps of latents pass on to pre-activations and thresholds.
 
     Args:
+      every: how many tokens each of those in `pre` stands for.
       of_step: what the second of the results gains, for a token, by the step of each latent.
-      pre: of every n-th token, which stands for n.
+      pre: of one token in `every`.
     """
     return results
 
 
-def _with_steps_forward(of_step: Any, results: Results, *weights: Any) -> tuple[Results, tuple[Any, ...]]:
+def _with_steps_forward(every: int, of_step: Any, results: Results, *weights: Any) -> tuple[Results, tuple[Any, ...]]:
     return results, weights
 
 
-def _with_steps_backward(of_step: Any, weights: tuple[Any, ...], g: Results) -> tuple[Any, ...]:
+def _with_steps_backward(every: int, of_step: Any, weights: tuple[Any, ...], g: Results) -> tuple[Any, ...]:
     (pre, threshold, W_dec, bandwidth), (to_y, to_measured) = weights, g
-    stands_for = len(to_y) / len(pre)
-    to_latents = stored_product(one_in(int(stands_for), to_y), W_dec.T)
-    to_step = stands_for * to_latents * threshold + to_measured / len(pre) * of_step(pre, threshold)
+    to_latents = stored_product(one_in(every, to_y), W_dec.T) * (len(to_y) / len(pre))
+    to_step = to_latents * threshold + to_measured / len(pre) * of_step(pre, threshold)
     to_step = jnp.where(jnp.abs(pre - threshold) < bandwidth / 2, to_step / bandwidth, 0)
     return g, to_step, -to_step.sum(axis=0), None, None
 

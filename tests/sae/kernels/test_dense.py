@@ -18,6 +18,7 @@ from sae.config import SaeConfig, TrainConfig
 from sae.kernels import LOW, project, reconstruct
 from sae.step import Plan, create, make_step, start
 
+STEP_TOKENS = 151
 BATCH, D, D_SAE, K = 601, 24, 64, 5  # a count of tokens that bfloat16 does not hold
 PENALISED = [name for name, kind in ARCHITECTURES.items() if issubclass(kind, Penalised)]
 JUMPING = [name for name in PENALISED if issubclass(ARCHITECTURES[name], JumpReLU)]
@@ -100,7 +101,7 @@ def test_low_products_change_a_loss_and_its_gradients_by_their_rounding_alone(na
 
 def a_step(name: str, matmul: str) -> tuple[Any, tuple[Any, ...]]:
     """A step, and what to call it with."""
-    sae = SaeConfig(architecture=name, d_sae=D_SAE, k=K, aux_k=8)
+    sae = SaeConfig(architecture=name, d_sae=D_SAE, k=K, aux_k=8, step_tokens=STEP_TOKENS)
     config = TrainConfig.model_validate(
         {"sae": sae, "batch_size": BATCH, "train_tokens": 10 * BATCH, "compute": {"matmul": matmul}}
     )
@@ -130,7 +131,7 @@ def test_a_step_has_five_products_and_stores_nothing_large_in_float32(name: str)
 @pytest.mark.parametrize("name", JUMPING)
 def test_gradients_of_steps_take_three_products_with_every_fourth_token(name: str) -> None:
     found = products_as_large_as_the_latents(name, "bfloat16", BATCH // 4)
-    assert len(found) == 3
+    assert len(found) == 3, "the encoder's, and the gradients of latents and encoder"
     for product in found:
         assert not re.search(rf"x{D_SAE}xf32|{D_SAE}x{BATCH // 4}xf32", product)
 
