@@ -42,7 +42,7 @@ class SaeConfig(Config):
         default=2.0, gt=0, description="jumprelu: width around a threshold in which its step passes gradients on"
     )
     step_tokens: int = Field(
-        default=2048, gt=0, description="jumprelu: tokens of a batch, at most, that the gradient of steps is taken from"
+        default=1536, gt=0, description="jumprelu: tokens of a batch, about, that the gradient of steps is taken from"
     )
     groups: tuple[float, ...] = Field(
         default=(1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32),

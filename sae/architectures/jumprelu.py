@@ -8,8 +8,9 @@ thresholds get the same with a minus sign. That it reaches the pre-activations t
 latents alive (docs/LOG.md).
 
 Few latents are active, but many are within the bandwidth. So active ones are decoded, and get their gradient, as in
-`Selecting`, while the gradient of the step, which takes three dense products, is estimated from at most `step_tokens`
-of a batch, each of which stands for as many: batches are random, so that its mean is the same.
+`Selecting`, while the gradient of the step, which takes three dense products, is estimated from `step_tokens` of a
+batch, each of which stands for as many: batches are random, so that its mean is the same. In large batches that is even
+better than all of them (docs/LOG.md).
 
 `JumpReLU` adds coefficient * (L0 / target - 1)^2, with a target that is moved from k until L0 is k, since
 reconstruction pulls L0 above it. `TanhJumpReLU` adds coefficient * sum_j tanh(4 latents_j) / d_model. Thresholds are
@@ -66,10 +67,10 @@ class JumpReLU(Penalised):
         chosen, passing = self.select(x, context)
         codes, l0 = attach(chosen, x, self.W_enc[...], self.b_enc[...], self.centre), passing.mean(dtype=jnp.float32)
         results = decode(codes, self.W_dec[...]), self.measured(codes, l0)
-        every = -(-len(x) // self.config.step_tokens)
-        weights = self.threshold[...], lax.stop_gradient(self.W_dec[...]), self.config.bandwidth
-        pre = self.preactivations(one_in(every, x))
-        y_hat, measured = with_steps(every, self.of_step, results, pre, *weights)
+        every = max(round(len(x) / self.config.step_tokens), 1)
+        above = self.preactivations(one_in(every, x)) - self.threshold[...]
+        weights = lax.stop_gradient((self.threshold[...], self.W_dec[...]))
+        y_hat, measured = with_steps(every, self.of_step, results, above, *weights, self.config.bandwidth)
         return Attempt(y_hat, {"sparsity": self.penalty(measured, x.shape[1])}, count_active(chosen, self.d_sae), l0)
 
     def select(self, x: Float[Array, "batch d_in"], context: Context) -> tuple[Codes, Int[Array, " batch"]]:
@@ -85,9 +86,9 @@ class JumpReLU(Penalised):
         return l0
 
     def of_step(
-        self, pre: Float[Array, "n d_sae"], threshold: Float[Array, " d_sae"]
+        self, above: Float[Array, "n d_sae"], threshold: Float[Array, " d_sae"]
     ) -> Float[Array, "n d_sae"] | float:
-        """What a token's measure gains by the step of each latent."""
+        """What a token's measure gains by the step of each latent, of which `above` is pre - threshold."""
         return 1.0
 
     def penalty(self, measured: Float[Array, ""], d_in: int) -> Float[Array, ""]:
@@ -117,9 +118,9 @@ class TanhJumpReLU(JumpReLU):
         """The sum of the latents' tanh."""
         return jnp.tanh(TANH_SLOPE * codes.values).sum(axis=1).mean()
 
-    def of_step(self, pre: Float[Array, "n d_sae"], threshold: Float[Array, " d_sae"]) -> Float[Array, "n d_sae"]:
+    def of_step(self, above: Float[Array, "n d_sae"], threshold: Float[Array, " d_sae"]) -> Float[Array, "n d_sae"]:
         """The slope of tanh at the latent, along a step as high as the threshold."""
-        latents = jnp.where(pre > threshold, jax.nn.relu(pre), 0)
+        latents = jnp.where(above > 0, jax.nn.relu(above + threshold), 0)
         return threshold * TANH_SLOPE * (1 - jnp.tanh(TANH_SLOPE * latents) ** 2)
 
     def penalty(self, measured: Float[Array, ""], d_in: int) -> Float[Array, ""]:
@@ -145,17 +146,17 @@ def with_steps(
     every: int,
     of_step: Callable[[Array, Array], Array | float],
     results: Results,
-    pre: Float[Array, "share d_sae"],
+    above: Float[Array, "share d_sae"],
     threshold: Float[Array, " d_sae"],
     W_dec: Float[Array, "d_sae d_out"],
     bandwidth: float | Float[Array, ""],
 ) -> Results:
-    """Return `results`, with the gradient that steps of latents pass on to pre-activations and thresholds.
+    """Return `results`, with the gradient that the steps of latents pass on to `above`.
 
     Args:
-      every: how many tokens each of those in `pre` stands for.
+      every: how many tokens each of those in `above` stands for.
       of_step: what the second of the results gains, for a token, by the step of each latent.
-      pre: of one token in `every`.
+      above: pre - threshold, of one token in `every`.
     """
     return results
 
@@ -165,11 +166,10 @@ def _with_steps_forward(every: int, of_step: Any, results: Results, *weights: An
 
 
 def _with_steps_backward(every: int, of_step: Any, weights: tuple[Any, ...], g: Results) -> tuple[Any, ...]:
-    (pre, threshold, W_dec, bandwidth), (to_y, to_measured) = weights, g
-    to_latents = stored_product(one_in(every, to_y), W_dec.T) * (len(to_y) / len(pre))
-    to_step = to_latents * threshold + to_measured / len(pre) * of_step(pre, threshold)
-    to_step = jnp.where(jnp.abs(pre - threshold) < bandwidth / 2, to_step / bandwidth, 0)
-    return g, to_step, -to_step.sum(axis=0), None, None
+    (above, threshold, W_dec, bandwidth), (to_y, to_measured) = weights, g
+    to_latents = stored_product(one_in(every, to_y), W_dec.T) * (len(to_y) / len(above))
+    to_step = to_latents * threshold + to_measured / len(above) * of_step(above, threshold)
+    return g, jnp.where(jnp.abs(above) < bandwidth / 2, to_step / bandwidth, 0), None, None, None
 
 
 with_steps.defvjp(_with_steps_forward, _with_steps_backward)
