@@ -1,8 +1,8 @@
 """Which latents are active together, counted exactly on a uniform sample of tokens.
 
-Counting all pairs takes d_sae^2 numbers, 17 GB at 65,536 latents, and L0^2 additions a token. So the codes of a bottom-k
-sample of tokens are kept (`sae.priorities`): all of them while the text has no more, else as many of a uniform sample
-without replacement, whichever blocks, runs or merges they came in. Pairs of the sample are counted exactly at the end.
+Counting all pairs takes d_sae^2 numbers, 17 GB at 65,536 latents, and L0^2 additions a token. So the codes of a
+bottom-k sample of tokens are kept (`sae.priorities`): all of them while the text has no more, else as many of a uniform
+sample without replacement, whichever blocks, runs or merges they came in. Pairs of it are counted exactly at the end.
 With n_i, n_j and n_ij tokens of N on which i, j and both are active:
 
     Jaccard = n_ij / (n_i + n_j - n_ij)   0..1, 1 where they are always active together; it orders the list
@@ -58,7 +58,8 @@ def add(sample: TokenSample, codes: Codes, priority: Int[Tensor, " row"], n: int
     entry = is_in[codes.row]
     counts = torch.bincount(codes.row[entry], minlength=len(priority))[is_in]
     more = priority[is_in], counts, codes.latent[entry].int()
-    sample = TokenSample(*(torch.cat(parts) for parts in zip(sample[:3], more, strict=True)), sample.bound)
+    joined = (torch.cat(parts) for parts in zip(sample[:3], more, strict=True))
+    sample = TokenSample(*joined, bound=sample.bound)
     return first(sample, n) if len(sample.priority) > 2 * n else sample
 
 

@@ -151,9 +151,7 @@ class Statistics:
 
         self.near.add(Offer(latent, peaks[sequence, latent], priority, rows.document[start]), cut)
 
-    def _cut(
-        self, rows: "Rows", values: "Values", row: Int[Tensor, " new"], latent: Int[Tensor, " new"]
-    ) -> Window:
+    def _cut(self, rows: "Rows", values: "Values", row: Int[Tensor, " new"], latent: Int[Tensor, " new"]) -> Window:
         """Windows around rows, with the activations of a latent in each."""
         block, ctx = rows.block, rows.block.tokens.shape[1]
         place = rows.place[row]
