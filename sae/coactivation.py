@@ -22,7 +22,7 @@ from sae.priorities import LARGEST
 
 MIN_TOGETHER = 2
 """tokens on which two latents must be active together; one is chance"""
-_COUNTERS = 1 << 25
+_COUNTERS = 1 << 23
 
 
 class TokenSample(NamedTuple):

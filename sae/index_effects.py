@@ -19,9 +19,11 @@ Amplified means AMPLIFY times the largest activation of any latent on the prompt
 row there, as in the code of 2505.20063. Left out: generated text, which `steer.effect` measures.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from typing import NamedTuple
+from copy import deepcopy
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -45,6 +47,9 @@ PROMPT = "From my experience,"
 AMPLIFY = 10.0
 LENS_TOKENS = 20
 BATCH_TOKENS = 1024
+"""of windows that run together"""
+STEERED = 256
+"""latents that are amplified together"""
 
 
 class Effects(NamedTuple):
@@ -84,16 +89,16 @@ def steering_scores(
     latents: Int[Tensor, " n"],
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Output score and confidence change of each of `latents`; NaN if no latent is active on the prompt."""
-    ids = torch.tensor(loaded.tokenizer(PROMPT)["input_ids"], device=loaded.device)
-    x, logits = _read(loaded, wiring, ids[None])
+    ids = torch.tensor([loaded.tokenizer(PROMPT)["input_ids"]], device=loaded.device)
+    x, logits = _read(loaded, wiring, ids)
     before = logits[0, -1].log_softmax(-1)
     strength = AMPLIFY * float(sae.encode(x[:, -1]).max())
     scores = [(torch.zeros(0), torch.zeros(0))]
+    next_token = _LastToken(loaded, ids)
     with progress("output scores", len(latents), "latents") as advance:
-        for part in latents.split(max(1, BATCH_TOKENS // len(ids))):
-            delta = torch.zeros(len(part), len(ids), sae.W_dec.shape[1], device=loaded.device)
-            delta[:, -1] = strength * sae.W_dec[part.to(loaded.device)]
-            after = _edited(loaded, wiring, ids.expand(len(part), -1), delta)[:, -1].log_softmax(-1)
+        for part in latents.split(STEERED):
+            delta = strength * sae.W_dec[part.to(loaded.device)]
+            after = next_token.logits(wiring, delta).log_softmax(-1)
             said = after.gather(1, lens_tokens[part].to(after.device)).amax(1)
             rank = (after > said[:, None]).sum(1)
             change = _confidence(after) - _confidence(before)
@@ -101,6 +106,21 @@ def steering_scores(
             advance(len(part))
     output, confidence = (torch.cat(column) for column in zip(*scores, strict=True))
     return (output, confidence) if strength else (output * torch.nan, confidence * torch.nan)
+
+
+class _LastToken:
+    """A prompt whose last token is run with all kinds of things added to it; what is before it is run once."""
+
+    def __init__(self, loaded: LoadedModel, ids: Int[Tensor, "1 pos"]):
+        self._loaded, self._last = loaded, ids[:, -1:]
+        self._before = run_until(loaded.model, {"input_ids": ids[:, :-1], "use_cache": True}).past_key_values
+
+    def logits(self, wiring: Wiring, delta: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch vocab"]:
+        """Logits behind the prompt, with `delta` added to what the SAE writes at its last token."""
+        cache = deepcopy(self._before)  # which the pass adds to
+        cache.batch_repeat_interleave(len(delta))
+        inputs = {"past_key_values": cache, "use_cache": True}
+        return _edited(self._loaded, wiring, self._last.expand(len(delta), -1), delta[:, None], inputs)[:, -1]
 
 
 def ablation_effects(
@@ -159,14 +179,18 @@ def _read(
 
 
 def _edited(
-    loaded: LoadedModel, wiring: Wiring, ids: Int[Tensor, "batch pos"], delta: Float[Tensor, "batch pos d_out"]
+    loaded: LoadedModel,
+    wiring: Wiring,
+    ids: Int[Tensor, "batch pos"],
+    delta: Float[Tensor, "batch pos d_out"],
+    inputs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Float[Tensor, "batch pos vocab"]:
     """The logits with `delta` added to what the SAE writes."""
     with ExitStack() as stack:
         for name, part in zip(wiring.writes, delta.split(loaded.d_model, dim=-1), strict=True):
             point = HookPoint.parse(name)
             stack.enter_context(edit(loaded.model, loaded.family, point, lambda h, part=part: h + part.to(h)))
-        return run_until(loaded.model, {"input_ids": ids}).logits.float()
+        return run_until(loaded.model, {"input_ids": ids, **inputs}).logits.float()
 
 
 def _losses(logits: Float[Tensor, "batch pos vocab"], ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch next"]:
