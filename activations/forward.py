@@ -98,7 +98,7 @@ class GroupRunner:
         used = self._to_device(mask)
         total = torch.zeros(self._loaded.d_model, dtype=torch.float64, device=self._loaded.device)
         for rows in self._slices(len(mask)):
-            x = _widened(buffer.device, name, rows)
+            x = widened(buffer.device, name, rows)
             total += (x * used[rows, :, None]).sum(dim=1).sum(dim=0, dtype=torch.float64)
         return total.cpu().numpy()
 
@@ -138,7 +138,7 @@ class GroupRunner:
         return tensor.pin_memory().to(self._loaded.device, non_blocking=True) if self._is_cuda else tensor
 
     def _norms(self, buffer: Buffer, name: str, n: int) -> Float[Tensor, "seq ctx"]:
-        parts = [torch.linalg.vector_norm(_widened(buffer.device, name, rows), dim=-1) for rows in self._slices(n)]
+        parts = [torch.linalg.vector_norm(widened(buffer.device, name, rows), dim=-1) for rows in self._slices(n)]
         return torch.cat(parts)
 
     def _slices(self, n: int) -> list[slice]:
@@ -242,7 +242,8 @@ def _keep(
         target[rows, :width] = resid.to(target.dtype)
 
 
-def _widened(device: Mapping[str, Tensor], name: str, rows: slice) -> Float[Tensor, "row ctx d_model"]:
+def widened(device: Mapping[str, Tensor], name: str, rows: slice) -> Float[Tensor, "row ctx d_model"]:
+    """What a buffer holds of one hook point, in float32."""
     x = device[name][rows].float()
     return x * device[scale_name(name)][rows][..., None] if scale_name(name) in device else x
 

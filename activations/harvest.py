@@ -19,13 +19,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import count, islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int32
 
+from activations.ahead import ahead
 from activations.config import HarvestConfig
 from activations.errors import ConfigError, InterruptedRunError, NumericsError, TextError
 from activations.forward import Buffer, GroupRunner, Running
@@ -43,7 +43,7 @@ from activations.tokens import TokenSequence, bos_ids, pack
 CONFIG_KEY = "harvest.yaml"
 N_BUFFERS = 3
 RING_GROUPS = 4
-_PREFETCHED = 2
+PREFETCHED = 2
 _T = TypeVar("_T")
 
 
@@ -67,7 +67,7 @@ class HarvestResult(NamedTuple):
         return self.new_tokens / max(self.seconds, 1e-9)
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """The sequences of one group; see TokenSequence."""
 
     tokens: Int32[np.ndarray, "seq ctx"]
@@ -75,6 +75,11 @@ class _Rows(NamedTuple):
     special: Bool[np.ndarray, "seq ctx"]
     documents: Int32[np.ndarray, " seq"]
     after: tuple[int, int]
+
+    @property
+    def is_text(self) -> Bool[np.ndarray, "seq ctx"]:
+        """True for tokens that are neither padding nor special."""
+        return self.attend & ~self.special
 
 
 def find_hook_points(config: HarvestConfig, loaded: LoadedModel) -> list[HookPoint]:
@@ -198,7 +203,7 @@ class _Harvest:
         written: deque[Future[None]] = deque()
         # Tokens there will be once what is under way is measured, if none of them is masked.
         at_most = known = self._state.tokens
-        with _ahead(self._groups(self._state), _PREFETCHED) as groups:
+        with ahead(read_groups(self._config, self._loaded.tokenizer, self._state.position), PREFETCHED) as groups:
             for number in count():
                 while measured and (measured[0].done() or at_most >= budget):
                     tokens, text = measured.popleft().result()[2:]
@@ -223,28 +228,16 @@ class _Harvest:
             known = tokens
         return new_tokens, known < budget
 
-    def _groups(self, state: StoreState) -> Iterator[_Rows]:
-        config = self._config
-        sequences = pack(
-            documents(config.text),
-            self._loaded.tokenizer,
-            config.ctx,
-            start=state.position,
-            cross_documents=config.cross_documents,
-        )
-        while rows := list(islice(sequences, config.commit_sequences)):
-            yield _stack(rows)
-
-    def _measure(self, rows: _Rows, running: Running, buffer: Buffer) -> _Measured:
+    def _measure(self, rows: Rows, running: Running, buffer: Buffer) -> _Measured:
         """Mask one group and count it in; `self._state` becomes the state that its commit leads to."""
         with self._runner.beside():
             norms = running.norms()
-            self._check_finite(norms, rows)
+            check_finite(self._writer.meta, norms, rows)
             state, attend, special = self._state, rows.attend, rows.special & rows.attend
-            text = attend & ~special
-            hooks = {name: self._hook_state(state, name, of_hook[text]) for name, of_hook in norms.items()}
-            above = [norms[name] > hook.outlier_limit for name, hook in hooks.items()]
-            outlier = np.any(above, axis=0) & text
+            limits = {name: hook.outlier_limit for name, hook in state.hooks.items()}
+            limits = limits or outlier_limits(self._config, rows, norms)
+            hooks = {name: state.hooks.get(name, HookState(outlier_limit=limit)) for name, limit in limits.items()}
+            text, outlier = rows.is_text, find_outliers(rows, norms, limits)
             mask, is_bos = text & ~outlier, special & (np.arange(attend.shape[1]) < self._n_bos)
             masked = {"padding": ~attend, "bos": is_bos, "control": special & ~is_bos, "norm_outlier": outlier}
             sums = {name: self._runner.sums(buffer, name, mask) for name in hooks}
@@ -258,12 +251,6 @@ class _Harvest:
             )
             group = Group(rows.tokens, mask, rows.documents, buffer.arrays(len(mask)))
         return _Measured(group, self._state, self._state.tokens, int(text.sum()))
-
-    def _hook_state(self, state: StoreState, name: str, norms: Float[np.ndarray, " token"]) -> HookState:
-        if name in state.hooks:
-            return state.hooks[name]
-        median = float(np.median(norms)) if norms.size else 1.0
-        return HookState(outlier_limit=self._config.outlier_norm * median)
 
     def _write(self, measured: Future[_Measured]) -> None:
         """The writer thread's part."""
@@ -286,22 +273,9 @@ class _Harvest:
             time.sleep(POLL_S)
         return True
 
-    def _check_finite(self, norms: Mapping[str, Float[np.ndarray, "seq ctx"]], rows: _Rows) -> None:
-        for name, values in norms.items():
-            bad = ~np.isfinite(values) & rows.attend
-            if bad.any():
-                sequence, position = np.argwhere(bad)[0]
-                raise NumericsError(
-                    f"{name} in document {rows.documents[sequence]}, position {position}",
-                    expected="finite activations",
-                    got="NaN or infinity",
-                    fix="Try compute_dtype=float32 and store_dtype=bfloat16; "
-                    f"now {self._writer.meta.compute_dtype}, {self._config.store_dtype}.",
-                )
 
-
-def _stack(rows: Sequence[TokenSequence]) -> _Rows:
-    return _Rows(
+def stack(rows: Sequence[TokenSequence]) -> Rows:
+    return Rows(
         np.stack([row.tokens for row in rows]),
         np.stack([row.attend for row in rows]),
         np.stack([row.special for row in rows]),
@@ -310,21 +284,43 @@ def _stack(rows: Sequence[TokenSequence]) -> _Rows:
     )
 
 
-@contextmanager
-def _ahead(items: Iterator[_T], n: int) -> Iterator[Iterator[_T]]:
-    """The same items, of which a thread makes up to `n` before they are asked for."""
-    with ThreadPoolExecutor(1) as pool:
-        made = deque(pool.submit(next, items, None) for _ in range(n))
+def read_groups(config: HarvestConfig, tokenizer: Any, position: tuple[int, int]) -> Iterator[Rows]:
+    """The sequences of a text from a position on, in groups of `commit_sequences`."""
+    sequences = pack(
+        documents(config.text), tokenizer, config.ctx, start=position, cross_documents=config.cross_documents
+    )
+    while rows := list(islice(sequences, config.commit_sequences)):
+        yield stack(rows)
 
-        def take() -> Iterator[_T]:
-            while (item := made.popleft().result()) is not None:
-                made.append(pool.submit(next, items, None))
-                yield item
 
-        try:
-            yield take()
-        finally:
-            pool.shutdown(cancel_futures=True)
+def outlier_limits(
+    config: HarvestConfig, rows: Rows, norms: Mapping[str, Float[np.ndarray, "seq ctx"]]
+) -> dict[str, float]:
+    """What a text's first group sets for all of it: `outlier_norm` times its median norm, by hook point."""
+    used = {name: of_hook[rows.is_text] for name, of_hook in norms.items()}
+    return {name: config.outlier_norm * (float(np.median(x)) if x.size else 1.0) for name, x in used.items()}
+
+
+def find_outliers(
+    rows: Rows, norms: Mapping[str, Float[np.ndarray, "seq ctx"]], limits: Mapping[str, float]
+) -> Bool[np.ndarray, "seq ctx"]:
+    """Tokens of text whose norm is above the limit of some hook point."""
+    return np.any([norms[name] > limit for name, limit in limits.items()], axis=0) & rows.is_text
+
+
+def check_finite(meta: StoreMeta, norms: Mapping[str, Float[np.ndarray, "seq ctx"]], rows: Rows) -> None:
+    """Raise NumericsError naming the first token whose activation is NaN or infinite."""
+    for name, values in norms.items():
+        bad = ~np.isfinite(values) & rows.attend
+        if bad.any():
+            sequence, position = np.argwhere(bad)[0]
+            raise NumericsError(
+                f"{name} in document {rows.documents[sequence]}, position {position}",
+                expected="finite activations",
+                got="NaN or infinity",
+                fix="Try compute_dtype=float32 and store_dtype=bfloat16; "
+                f"now {meta.compute_dtype}, {meta.store_dtype}.",
+            )
 
 
 def _finish(pending: deque[Future[None]], but: int = 0) -> None:

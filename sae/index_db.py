@@ -1,48 +1,62 @@
 """The feature index on disk: one SQLite file (or any SQLAlchemy URL) with a row a latent.
 
-Small values are columns, so that a list can be sorted and filtered in the database; contexts are one blob a latent
-(`sae.contexts`). Left out: building an index (`sae.index`) and labels.
+Small values are columns, so that a list can be sorted and filtered in the database; contexts are one blob a latent and
+kind (`sae.contexts`). The words that a latent says or stands on are full-text indexed (FTS5). Writing replaces the
+tables below in one transaction and leaves others alone, so that labels may live in the same file. Left out: building
+an index (`sae.index`) and labels.
 """
 
-import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
-from sqlalchemy import Engine, orm
+from sqlalchemy import Engine, event, orm
 from sqlalchemy.exc import DatabaseError
 
 from activations.errors import CorruptArtefactError, MissingArtefactError, SaekitError, UnknownNameError
 from sae.contexts import Context, pack_contexts, unpack_contexts
+from sae.histogram import quantile, share_below
 
 FILE_NAME = "index.sqlite"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+BLOBS = ("contexts", "sampled", "near_misses")
+_BATCH = 1000
+_SEARCH = "CREATE VIRTUAL TABLE IF NOT EXISTS search USING fts5(body, kind UNINDEXED, latent UNINDEXED)"
 
 
-class _Base(orm.DeclarativeBase):
-    pass
+class Base(orm.DeclarativeBase):
+    """Of every table of an index."""
 
 
-class _Info(_Base):
+class _Info(Base):
     __tablename__ = "info"
     key: orm.Mapped[str] = orm.mapped_column(primary_key=True)
     value: orm.Mapped[Any] = orm.mapped_column(sql.JSON)
 
 
-class _Latent(_Base):
+class _Latent(Base):
     __tablename__ = "latents"
     latent: orm.Mapped[int] = orm.mapped_column(primary_key=True)
     density: orm.Mapped[float] = orm.mapped_column(index=True)
     max_activation: orm.Mapped[float] = orm.mapped_column(index=True)
     mean_activation: orm.Mapped[float]
     histogram: orm.Mapped[Any] = orm.mapped_column(sql.JSON)
+    histogram_start: orm.Mapped[int]
     top_logits: orm.Mapped[Any] = orm.mapped_column(sql.JSON)
     bottom_logits: orm.Mapped[Any] = orm.mapped_column(sql.JSON)
+    logit_entropy: orm.Mapped[float | None] = orm.mapped_column(index=True)
     neighbours: orm.Mapped[Any] = orm.mapped_column(sql.JSON)
+    coactivations: orm.Mapped[Any] = orm.mapped_column(sql.JSON)
+    output_score: orm.Mapped[float | None] = orm.mapped_column(index=True)
+    confidence_change: orm.Mapped[float | None] = orm.mapped_column(index=True)
     contexts: orm.Mapped[bytes]
+    sampled: orm.Mapped[bytes]
+    near_misses: orm.Mapped[bytes]
 
 
 @dataclass(frozen=True)
@@ -58,7 +72,7 @@ class LatentRow:
     mean_activation: float
     """mean activation over the tokens on which it is active"""
     histogram: list[int]
-    """active tokens by activation, in equal bins from 0 to max_activation"""
+    """active tokens by activation, in the bins of `sae.histogram` from `histogram_start` on"""
     top_logits: list[tuple[str, float]]
     """tokens whose logits its decoder row raises most, with the rise per unit of activation"""
     bottom_logits: list[tuple[str, float]]
@@ -67,6 +81,32 @@ class LatentRow:
     """latents with the most similar decoder rows, with the cosine"""
     contexts: list[Context]
     """where it was strongest, at most one context a document, strongest first"""
+    sampled: list[Context] = field(default_factory=list)
+    """a uniform sample of the places where it is active, at most one a document, in random order"""
+    near_misses: list[Context] = field(default_factory=list)
+    """the largest pre-activations in sequences where it is never active, at most one a document, largest first"""
+    histogram_start: int = 0
+    """number of the first bin of `histogram`"""
+    logit_entropy: float | None = None
+    """entropy in nats of what its decoder row alone would predict (`sae.index_weights`); None where not computed"""
+    coactivations: list[tuple[int, float, float]] = field(default_factory=list)
+    """latents that are active together with it, with Jaccard index and lift (`sae.coactivation`)"""
+    output_score: float | None = None
+    """0..1, how much steering with it says what its logits say (`sae.index_effects`); None where not measured"""
+    confidence_change: float | None = None
+    """change of the next token's confidence, in nats, when it is amplified (`sae.index_effects`)"""
+
+    def quantile(self, share: float) -> float:
+        """Activation below which this share of its active tokens lies, within a bin of the histogram."""
+        return quantile(self.histogram, self.histogram_start, share)
+
+    def quantile_bins(self, n: int) -> list[list[Context]]:
+        """The uniformly sampled contexts by quantile of their activation, in `n` bins of equal share, weakest first."""
+        bins: list[list[Context]] = [[] for _ in range(n)]
+        for context in sorted(self.sampled, key=lambda context: context.score):
+            share = share_below(self.histogram, self.histogram_start, context.score)
+            bins[min(int(share * n), n - 1)].append(context)
+        return bins
 
 
 class FeatureIndex:
@@ -84,9 +124,10 @@ class FeatureIndex:
         file = Path(path) / FILE_NAME
         if not file.is_file():
             raise MissingArtefactError(path, expected="a feature index", got="none", fix="Make one with: saekit index")
-        engine = sql.create_engine(
-            sql.URL.create("sqlite", database=file.absolute().as_uri(), query={"mode": "ro", "uri": "true"})
-        )
+        query = {"mode": "ro", "uri": "true"}
+        if not os.access(file.parent, os.W_OK):
+            query["immutable"] = "1"  # a WAL database otherwise needs a file beside it, even to be read
+        engine = sql.create_engine(sql.URL.create("sqlite", database=file.absolute().as_uri(), query=query))
         try:
             with orm.Session(engine) as session:
                 info = {row.key: row.value for row in session.scalars(sql.select(_Info))}
@@ -132,45 +173,71 @@ class FeatureIndex:
         with self._session() as session:
             return [_read(row) for row in session.scalars(query)]
 
+    def search(self, text: str, limit: int = 50) -> list[int]:
+        """Latents whose words hold all words of `text`, by bm25; a word may be cut short."""
+        words = " ".join('"' + word.replace('"', '""') + '"*' for word in text.split())
+        query = sql.text("SELECT latent FROM search WHERE search MATCH :words GROUP BY latent ORDER BY min(rank)")
+        if not words:
+            return []
+        with self._session() as session:
+            return [int(row[0]) for row in session.execute(query, {"words": words}).fetchmany(limit)]
+
 
 def write_index(path: Path, info: dict[str, Any], rows: Iterable[LatentRow]) -> None:
-    """Write a whole index into directory `path`, replacing one that is there only once the new one is complete."""
+    """Write a whole index into directory `path`, in one transaction: until it ends readers see what was there."""
     path.mkdir(parents=True, exist_ok=True)
-    partial = path / (FILE_NAME + ".partial")
-    partial.unlink(missing_ok=True)
-    engine = sql.create_engine(sql.URL.create("sqlite", database=str(partial)))
-    _Base.metadata.create_all(engine)
-    with orm.Session(engine) as session:
-        session.add_all(
-            _Info(key=key, value=value) for key, value in {**info, "schema_version": SCHEMA_VERSION}.items()
-        )
-        session.add_all(_write_rows(rows))
-        session.commit()
-    engine.dispose()
-    partial.replace(path / FILE_NAME)
+    engine = open_for_writing(path)
+    try:
+        with engine.begin() as connection:
+            Base.metadata.create_all(connection)
+            connection.execute(sql.text(_SEARCH))
+            connection.execute(sql.text("DELETE FROM search WHERE kind = 'words'"))
+            for table in (_Info, _Latent):
+                connection.execute(sql.delete(table))
+            whole = {**info, "schema_version": SCHEMA_VERSION}
+            connection.execute(sql.insert(_Info), [{"key": key, "value": value} for key, value in whole.items()])
+            remaining = iter(rows)
+            while batch := list(islice(remaining, _BATCH)):
+                connection.execute(sql.insert(_Latent), [_columns(row) for row in batch])
+                words = [{"latent": row.latent, "body": _words(row)} for row in batch]
+                connection.execute(sql.text("INSERT INTO search VALUES (:body, 'words', :latent)"), words)
+    finally:
+        engine.dispose()
 
 
-def _write_rows(rows: Iterable[LatentRow]) -> Iterator[_Latent]:
-    for row in rows:
-        values = {key: value for key, value in vars(row).items() if key != "contexts"}
-        yield _Latent(**json.loads(json.dumps(values)), contexts=pack_contexts(row.contexts))
+def open_for_writing(path: Path) -> Engine:
+    """The database of the index in directory `path`, in WAL mode: one process writes while others read."""
+    engine = sql.create_engine(sql.URL.create("sqlite", database=str(path / FILE_NAME)))
+
+    @event.listens_for(engine, "connect")
+    def begin(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # pysqlite otherwise commits before CREATE
+        connection.execute("PRAGMA journal_mode=WAL")
+
+    @event.listens_for(engine, "begin")
+    def start(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _columns(row: LatentRow) -> dict[str, Any]:
+    return {name: pack_contexts(value) if name in BLOBS else value for name, value in vars(row).items()}
+
+
+def _words(row: LatentRow) -> str:
+    return " ".join(text for text, _ in row.top_logits)
 
 
 def _read(row: _Latent) -> LatentRow:
     def pairs(values: list[list[Any]]) -> list[tuple[Any, float]]:
         return [(key, value) for key, value in values]
 
-    return LatentRow(
-        latent=row.latent,
-        density=row.density,
-        max_activation=row.max_activation,
-        mean_activation=row.mean_activation,
-        histogram=row.histogram,
-        top_logits=pairs(row.top_logits),
-        bottom_logits=pairs(row.bottom_logits),
-        neighbours=pairs(row.neighbours),
-        contexts=unpack_contexts(row.contexts),
-    )
+    values: dict[str, Any] = {column.key: getattr(row, column.key) for column in sql.inspect(_Latent).columns}
+    values |= {name: pairs(values[name]) for name in ("top_logits", "bottom_logits", "neighbours")}
+    values |= {name: unpack_contexts(values[name]) for name in BLOBS}
+    values["coactivations"] = [(latent, jaccard, lift) for latent, jaccard, lift in row.coactivations]
+    return LatentRow(**values)
 
 
 def _not_an_index(path: str | Path, got: str) -> CorruptArtefactError:

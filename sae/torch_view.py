@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from activations.errors import ShapeError
 from sae.artefact import SaeArtefact
@@ -43,9 +44,13 @@ class TorchSae(nn.Module):
         """Number of latents."""
         return self.W_dec.shape[0]
 
+    def preactivations(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
+        """(x - b_dec) @ W_enc + b_enc, or without b_dec: what the rule picks active latents from."""
+        return self._linear(x, self.W_enc, self.b_enc)
+
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
         """All latents of each token; raises ShapeError for another width."""
-        pre = self._preactivations(x, self.W_enc, self.b_enc)
+        pre = self.preactivations(x)
         if self.architecture == "topk":
             values, indices = torch.relu(pre).topk(cast(int, self.k), dim=-1)
             return torch.zeros_like(pre).scatter(-1, indices, values)
@@ -55,7 +60,7 @@ class TorchSae(nn.Module):
         """`encode(x)[..., latents]`; unless it is topk, at the cost of n latents instead of d_sae."""
         if self.architecture == "topk":
             return self.encode(x)[..., latents]
-        return self._activate(self._preactivations(x, self.W_enc[:, latents], self.b_enc[latents]), latents)
+        return self._activate(self._linear(x, self.W_enc[:, latents], self.b_enc[latents]), latents)
 
     def decode(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
         """latents @ W_dec + b_dec: what the latents write."""
@@ -77,7 +82,7 @@ class TorchSae(nn.Module):
             return torch.relu(pre)
         return torch.where(pre > self.threshold[latents], torch.relu(pre), 0)
 
-    def _preactivations(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    def _linear(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         if x.shape[-1] != self.d_model:
             raise ShapeError(
                 "TorchSae: activations",
@@ -86,4 +91,4 @@ class TorchSae(nn.Module):
                 fix="Use an SAE that was trained on this model.",
             )
         x = x.to(W_enc.dtype)
-        return (x - self.b_dec if self.apply_b_dec_to_input else x) @ W_enc + b_enc
+        return functional.linear(x - self.b_dec if self.apply_b_dec_to_input else x, W_enc.mT, b_enc)

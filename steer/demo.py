@@ -62,7 +62,7 @@ def run_demo(config: DemoConfig, *, on_status: Status | None = None) -> dict[str
     with _stage(say, "evaluating it on held-out text, and inside the model"):
         scores = evaluate(EvaluateConfig(**paths, ce_sequences=config.ce_sequences), loaded)
     with _stage(say, "indexing what each latent responds to"):
-        index_path = build_index(IndexConfig(**paths, out=config.out / "index"), loaded)
+        index_path = build_index(IndexConfig(**paths, out=config.out / "index", output_scores=False), loaded)
     index = FeatureIndex.open(index_path)
     with _stage(say, f"trying {config.candidates} latents for steering"):
         trials = _try(config, loaded, index, SaeArtefact.load(paths["sae"]))

@@ -15,6 +15,7 @@ import numpy as np
 from jinja2 import Environment
 
 from sae.contexts import Context
+from sae.histogram import edges
 from sae.index_db import FeatureIndex, LatentRow
 from steer.vectors import SteeringVector
 
@@ -113,8 +114,8 @@ def _density(density: np.ndarray) -> str:
 
 def _histogram(row: LatentRow) -> str:
     figure, (axis,) = _figure(1, 1, (2.4, 1.0))
-    edges = np.linspace(0, row.max_activation, len(row.histogram) + 1)
-    axis.stairs(row.histogram, edges, fill=True, color=BLUE)
+    axis.stairs(row.histogram, edges(row.histogram_start, len(row.histogram)), fill=True, color=BLUE)
+    axis.set_xscale("log")
     axis.set_yscale("symlog")
     axis.set_yticks([])
     return _svg(figure)

@@ -1,5 +1,6 @@
 """Contexts as blobs: what is packed is unpacked, and nothing that a file may hold does more than raise one error."""
 
+import math
 import tracemalloc
 import zlib
 from typing import Any
@@ -20,7 +21,9 @@ def context(draw: Any) -> Context:
     values = draw(st.lists(st.floats(0, 1e5, width=32), min_size=1, max_size=40))
     tokens = draw(st.lists(st.integers(0, 2**31 - 1), min_size=len(values), max_size=len(values)))
     document, peak = draw(st.integers(0, 2**31 - 1)), draw(st.integers(0, len(values) - 1))
-    return Context(document, peak, np.array(tokens, np.int32), np.array(values, np.float32))
+    source = draw(st.integers(0, 255))
+    score, effect = draw(st.floats(-1e5, 1e5, width=32)), draw(st.one_of(st.just(math.nan), st.floats(-9, 9, width=32)))
+    return Context(document, peak, np.array(tokens, np.int32), np.array(values, np.float32), source, score, effect)
 
 
 def sample(n: int = 2, window: int = 3) -> list[Context]:
@@ -30,7 +33,8 @@ def sample(n: int = 2, window: int = 3) -> list[Context]:
 
 def blob(count: int, head: list[list[int]], n_tokens: int, n_values: int, rest: bytes = b"") -> bytes:
     """A blob with any header, however wrong."""
-    numbers = np.array([count, *np.ravel(head)], "<i4").tobytes()
+    whole = [[0, *row] for row in head]
+    numbers = np.array([count, *np.ravel(whole)], "<i4").tobytes() + bytes(8 * len(head))
     return zlib.compress(numbers + bytes(4 * n_tokens) + bytes(2 * n_values) + rest)
 
 
@@ -39,7 +43,8 @@ def test_unpacking_gives_back_what_was_packed_with_activations_rounded_to_float1
     again = unpack_contexts(pack_contexts(contexts))
     assert len(again) == len(contexts)
     for one, other in zip(contexts, again, strict=True):
-        assert (one.document, one.peak) == (other.document, other.peak)
+        assert (one.source, one.document, one.peak) == (other.source, other.document, other.peak)
+        np.testing.assert_array_equal([one.score, one.effect], [other.score, other.effect])
         np.testing.assert_array_equal(one.tokens, other.tokens)
         rounded = np.minimum(one.activations, 65504).astype(np.float16)
         np.testing.assert_array_equal(rounded.astype(np.float32), other.activations)
@@ -52,8 +57,9 @@ def test_no_contexts_and_long_ones() -> None:
 
 
 def test_the_bytes_are_the_documented_layout() -> None:
-    expected = np.array([1, 7, 1, 2, 5, 6], "<i4").tobytes() + np.array([0.5, 2], "<f2").tobytes()
-    packed = pack_contexts([Context(7, 1, np.array([5, 6], np.int32), np.array([0.5, 2], np.float32))])
+    expected = np.array([1, 3, 7, 1, 2], "<i4").tobytes() + np.array([2, -1], "<f4").tobytes()
+    expected += np.array([5, 6], "<i4").tobytes() + np.array([0.5, 2], "<f2").tobytes()
+    packed = pack_contexts([Context(7, 1, np.array([5, 6], np.int32), np.array([0.5, 2], np.float32), 3, 2.0, -1.0)])
     assert zlib.decompress(packed) == expected
 
 

@@ -23,11 +23,12 @@ from activations.errors import (
 from activations.harvest import harvest
 from activations.models import LoadedModel, load_model
 from activations.store import ActivationStore
-from sae import index as index_module
+from sae import index_source
 from sae.artefact import SaeArtefact
 from sae.config import IndexConfig
+from sae.histogram import edges
 from sae.index import build_index
-from sae.index_db import FILE_NAME, FeatureIndex, LatentRow, write_index
+from sae.index_db import FILE_NAME, FeatureIndex, LatentRow, open_for_writing, write_index
 from sae.wiring import Wiring
 
 HOOK, CTX, D_MODEL, D_SAE, DEAD = "resid_post.1", 16, 32, 24, (3, 17)
@@ -39,7 +40,7 @@ KINDS = {
     "crosscoder": ("jumprelu", f"{HOOK}+resid_post.2"),
 }
 """name -> architecture as it is saved, and what it reads and writes"""
-N_CONTEXTS, BEFORE, AFTER, BINS = 5, 3, 2, 7
+N_CONTEXTS, BEFORE, AFTER = 5, 3, 2
 
 
 class Made(NamedTuple):
@@ -98,7 +99,6 @@ def store(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Activat
     )  # fmt: skip
     store = ActivationStore.open(harvest(config).path)
     assert store.n_sequences > store.documents().max() + 1, "some documents have several sequences"
-    assert np.bincount(store.documents()).max() <= index_module.SPARE
     return store
 
 
@@ -124,10 +124,10 @@ def made(
     artefact = SaeArtefact.load(folder / "sae")
     config = IndexConfig(
         store=store.path, sae=folder / "sae", model=loaded.spec, out=folder / "index", n_contexts=N_CONTEXTS,
-        window_before=BEFORE, window_after=AFTER, n_logits=4, n_neighbours=3, histogram_bins=BINS,
+        window_before=BEFORE, window_after=AFTER, n_logits=4, n_neighbours=3, n_sampled=4, n_near_misses=3, n_ablated=2,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_module, "BLOCK_TOKENS", 4 * CTX)  # so that several blocks are merged
+        patch.setattr(index_source, "block_tokens", lambda *_: 4 * CTX)  # so that several blocks are merged
         out = build_index(config, loaded)
     latents = encode(artefact, x) * mask[..., None]
     return Made(loaded, store, artefact, config, FeatureIndex.open(out), latents)
@@ -147,10 +147,44 @@ def test_the_histogram_counts_every_active_token(made: Made) -> None:
     flat = made.latents.reshape(-1, D_SAE)
     for row in made.index.rows(min_density=1e-9):
         active = flat[:, row.latent][flat[:, row.latent] > 0]
-        expected = np.histogram(active, BINS, range=(0, active.max()))[0]
+        bounds = edges(row.histogram_start, len(row.histogram))
+        expected = np.histogram(active, bounds)[0]
         assert sum(row.histogram) == len(active)
         assert np.abs(expected - row.histogram).sum() <= 2, "but for a value on an edge, rounded to either side"
-        assert row.histogram[-1] >= 1
+        assert row.histogram[0] * row.histogram[-1] >= 1
+        for share in (0.1, 0.5, 0.9):
+            at = np.searchsorted(bounds, np.quantile(active, share)) - 1
+            low, high = bounds[max(at - 1, 0)], bounds[min(at + 2, len(bounds) - 1)]
+            assert low <= row.quantile(share) <= high
+
+
+def test_sampled_contexts_are_places_where_the_latent_is_active(made: Made) -> None:
+    documents, peaks = made.store.documents(), made.latents.max(axis=1)
+    for row in made.index.rows(min_density=1e-9):
+        active = {int(d) for d in np.unique(documents) if peaks[documents == d, row.latent].any()}
+        shown = [context.document for context in row.sampled]
+        assert len(set(shown)) == len(shown) == min(4, len(active))
+        assert set(shown) <= active
+        assert all(c.activations[c.peak] == pytest.approx(c.score, rel=1e-3) for c in row.sampled)
+        bins = row.quantile_bins(2)
+        assert sum(map(len, bins)) == len(shown)
+        assert max((c.score for c in bins[0]), default=0) <= min((c.score for c in bins[1]), default=np.inf)
+
+
+def test_near_misses_are_sequences_in_which_the_latent_is_silent(made: Made) -> None:
+    documents, tokens = made.store.documents(), made.store.tokens()
+    for row in made.index.rows():
+        assert len({c.document for c in row.near_misses}) == len(row.near_misses)
+        scores = [c.score for c in row.near_misses]
+        assert scores == sorted(scores, reverse=True)
+        for context in row.near_misses:
+            assert not context.activations.any()
+            silent = (documents == context.document) & ~made.latents[..., row.latent].any(axis=1)
+            text = context.tokens.tolist()
+            starts = range(CTX - len(text) + 1)
+            assert any(tokens[s, a : a + len(text)].tolist() == text for s in np.flatnonzero(silent) for a in starts)
+        if row.latent in DEAD:
+            assert len(row.near_misses) == 3
 
 
 def test_contexts_are_the_strongest_of_different_documents(made: Made) -> None:
@@ -171,10 +205,10 @@ def test_a_context_is_a_window_of_the_store_around_the_peak(made: Made) -> None:
         for context in row.contexts:
             sequences = np.flatnonzero(documents == context.document)
             sequence = sequences[made.latents[sequences, :, row.latent].max(axis=1).argmax()]
-            values = made.latents[sequence, :, row.latent]
-            peak, length = int(values.argmax()), len(context.tokens)
-            start = max(0, peak - BEFORE)
-            assert context.peak == peak - start
+            values, length = made.latents[sequence, :, row.latent], len(context.tokens)
+            ties = np.flatnonzero(values >= values.max() * (1 - 1e-5)).tolist()  # one token twice, at the very start
+            peak = next(p for p in ties if context.peak == p - max(0, p - BEFORE))
+            start = peak - context.peak
             np.testing.assert_array_equal(context.tokens, tokens[sequence, start : start + length])
             np.testing.assert_allclose(context.activations, values[start : start + length], rtol=1e-3, atol=1e-6)
             end = 1 + int(np.flatnonzero(used[sequence]).max())
@@ -237,7 +271,9 @@ def test_info_says_what_it_was_made_from(made: Made) -> None:
         made.artefact.hook_point,
         int(made.store.mask().sum()),
     )
-    assert (info["sae_sha256"], info["store_fingerprint"]) == (made.artefact.sha256, made.store.fingerprint)
+    assert info["sae_sha256"] == made.artefact.sha256
+    (source,) = info["sources"]
+    assert (source["name"], source["sequences"]) == (made.store.path, made.store.n_sequences)
     assert info["model"]["fingerprint"] == made.loaded.fingerprint
     assert IndexConfig.load(made.config.out / "index.yaml") == made.config
 
@@ -276,7 +312,10 @@ def test_an_sae_that_does_not_belong_is_refused(
 
 
 def row(latent: int) -> LatentRow:
-    return LatentRow(latent, 0.5, 2.0, 1.0, [1, 2], [("a", 1.0)], [("b", -1.0)], [(0, 0.5)], [])
+    coactivations = [(0, 0.25, 2.0)]
+    return LatentRow(
+        latent, 0.5, 2.0, 1.0, [1, 2], [("mill", 1.0)], [("b", -1.0)], [(0, 0.5)], [], coactivations=coactivations
+    )
 
 
 def test_an_index_is_replaced_only_once_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -292,7 +331,7 @@ def test_an_index_is_replaced_only_once_the_new_one_is_whole(tmp_path: Path) -> 
     assert [r.latent for r in FeatureIndex.open(tmp_path).rows()] == [0]
     write_index(tmp_path, {"d_sae": 2}, [row(0), row(1)])
     assert [r.latent for r in FeatureIndex.open(tmp_path).rows()] == [0, 1]
-    assert os.listdir(tmp_path) == [FILE_NAME]
+    assert {name.removesuffix("-wal").removesuffix("-shm") for name in os.listdir(tmp_path)} == {FILE_NAME}
 
 
 @pytest.mark.parametrize("name", ["with space", "a#b", "a?b=c", "100%25", "ümlaut"])
@@ -310,6 +349,28 @@ def test_opening_does_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(Exception, match="readonly"), index._engine.begin() as connection:
         connection.exec_driver_sql("DELETE FROM latents")
     assert (tmp_path / FILE_NAME).read_bytes() == before
+
+
+def test_other_tables_outlive_a_new_index(tmp_path: Path) -> None:
+    write_index(tmp_path, {"d_sae": 1}, [row(0)])
+    with open_for_writing(tmp_path).begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE labels (latent INTEGER, text TEXT)")
+        connection.exec_driver_sql("INSERT INTO labels VALUES (0, 'mills')")
+        connection.exec_driver_sql("INSERT INTO search VALUES ('water', 'label', 0)")
+    write_index(tmp_path, {"d_sae": 2}, [row(0), row(1)])
+    index = FeatureIndex.open(tmp_path)
+    with index._engine.begin() as connection:
+        assert connection.exec_driver_sql("SELECT text FROM labels").scalar() == "mills"
+    assert index.search("water") == [0]
+    assert sorted(index.search("mill")) == sorted(index.search(" MI ")) == [0, 1]
+    assert index.search('"; drop') == index.search("") == index.search("sea") == []
+
+
+def test_an_index_is_read_while_another_process_writes(tmp_path: Path) -> None:
+    write_index(tmp_path, {"d_sae": 1}, [row(0)])
+    with open_for_writing(tmp_path).begin() as connection:
+        connection.exec_driver_sql("DELETE FROM latents")
+        assert FeatureIndex.open(tmp_path).latent(0) == row(0)
 
 
 def test_an_unknown_latent(tmp_path: Path) -> None:

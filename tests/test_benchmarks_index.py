@@ -1,0 +1,26 @@
+"""benchmarks/index.py times indexing beside encoding, and prints one line."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "topk"])
+def test_it_prints_one_line(
+    architecture: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    arguments = {"--architecture": architecture, "--d-model": 8, "--d-sae": 64, "--k": 3, "--tokens": 1280}
+    monkeypatch.setattr(sys, "argv", ["index.py", *(str(part) for pair in arguments.items() for part in pair)])
+    runpy.run_path(str(FOLDER / "index.py"), run_name="__main__")
+    (text,) = capsys.readouterr().out.splitlines()
+    line = json.loads(text)
+    assert (line["d_sae"], line["architecture"]) == (64, architecture)
+    assert line["tokens"] >= 1280
+    assert line["l0"] == pytest.approx(3, rel=0.3)
+    assert line["ratio"] == pytest.approx(line["index_s"] / line["encode_s"], rel=0.5)
