@@ -32,15 +32,16 @@ def _bits(values):
 def _largest(bits, k):
     """Which k of each row of a block of integers are largest; only those above 0, and the first of equal ones.
 
-    The k-th largest is the largest integer that k of them reach, found by bisection.
+    The k-th largest is the largest integer that k of them reach, found by bisection, which ends as soon as just k reach
+    some integer: where few are equal, after half of the 31 rounds.
     """
     low = tl.zeros_like(tl.max(bits, axis=1))
     high = tl.max(bits, axis=1) + 1
-    for _ in range(31):
+    while tl.max(high - low, axis=0) > 1:
         middle = low + (high - low) // 2
-        enough = tl.sum((bits >= middle[:, None]).to(tl.int32), axis=1) >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
+        n = tl.sum((bits >= middle[:, None]).to(tl.int32), axis=1)
+        low = tl.where(n >= k, middle, low)
+        high = tl.where(n > k, high, middle + (n == k).to(tl.int32))
     above = bits > low[:, None]
     equal = (bits == low[:, None]).to(tl.int32)
     n_above = tl.sum(above.to(tl.int32), axis=1)
