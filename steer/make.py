@@ -14,7 +14,7 @@ from activations.errors import ConfigError, MissingArtefactError
 from activations.models import LoadedModel, load_model
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
-from sae.index import check_belongs, check_store
+from sae.belongs import check_belongs, check_store
 from sae.torch_view import TorchSae
 from steer.config import MeasureConfig, VectorConfig
 from steer.effect import Concept, choose_dose, contrast_reader, latent_reader, measure, sweep_doses
