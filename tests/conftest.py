@@ -4,6 +4,7 @@ Types and shapes of all rooms are checked by beartype through jaxtyping's import
 the first import of a room. The cache folder outlives the session, so that a GGUF file is converted once.
 """
 
+import importlib
 import ipaddress
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import socket
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -163,6 +165,14 @@ def start_process() -> Iterator[Callable[..., Any]]:
         process.kill()
         process.join()
         process.close()
+
+
+@pytest.fixture(scope="module")
+def load_benchmark() -> Iterator[Callable[[str], ModuleType]]:
+    """Import a script of benchmarks/, which is no package, by its name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield importlib.import_module
 
 
 @pytest.fixture(scope="session")
