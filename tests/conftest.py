@@ -24,8 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read on Triton's import
-# Eight devices, for what is split over several; all else takes the first of them.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Eight devices, for what is split over several; all else takes the first of them. Programs of tiny sizes run for less
+# time than XLA takes to optimise them: without that, compiling a step costs a quarter.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+)
 # Tiny models on threads that wait for each other take several times longer, above all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HOME", str(ROOT / ".pytest_cache" / "huggingface"))
