@@ -60,11 +60,15 @@ def _exact(dtype: np.dtype) -> np.dtype:
 
 @pytest.fixture
 def take_triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From when it is called, steps are traced through Triton's programs; a row of latents takes several chunks."""
+    """From when it is called, steps are traced through Triton's programs; a row of latents takes several chunks.
+
+    The interpreter takes as long for many rows as for one.
+    """
 
     def take() -> None:
         monkeypatch.setattr(gpu, "_call", interpret)
         monkeypatch.setattr(gpu, "LEAST_CHUNK", 16)
+        monkeypatch.setattr(gpu, "ROWS", 8)
         monkeypatch.setattr(choice, "why_not_triton", lambda: None)
 
     return take
