@@ -41,8 +41,8 @@ from activations.store_writer import Group, StoreWriter
 from sae.config import TrainConfig
 from sae.data import TokenOrder
 from sae.feed import GATHERERS, READERS, InFlight, cores, feed
+from sae.run import Run, prepare
 from sae.step import Step, TrainState, create, make_step, start
-from sae.train import Run, prepare
 
 ROWS, CTX = 16, 1024
 """sequences a commit, and tokens a sequence"""

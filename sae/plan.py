@@ -12,7 +12,7 @@ import jax
 from activations.store import ActivationStore
 from sae.config import TrainConfig
 from sae.data import TokenOrder
-from sae.train import Job, prepare
+from sae.run import Job, prepare
 
 
 class SaePlan(NamedTuple):

@@ -1,8 +1,8 @@
 """Train SAEs on an activation store, one for each hook point and point of a sweep, in one pass over its tokens.
 
-1. Check the config against the store, before anything is written. 2. Resume from the newest checkpoint, if there is
-one. 3. For each step: take batch i from the feed (`sae.feed`), and a step of each SAE; now and then log, evaluate on
-held-out tokens, keep a checkpoint. 4. Save each SAE with its provenance and metrics under OUT/sae.
+1. Check the config against the store, before anything is written (`sae.run`). 2. Resume from the newest checkpoint, if
+there is one. 3. For each step: take batch i from the feed (`sae.feed`), and a step of each SAE; now and then log,
+evaluate on held-out tokens, keep a checkpoint. 4. Save each SAE with its provenance and metrics under OUT/sae.
 
 A ring (`sae.live`) is trained on while it is harvested: the loop waits where it is ahead, and each checkpoint lets the
 ring release what lies before it. Batch i and the step are pure functions, so a resumed run gives the same bits as one
@@ -17,8 +17,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,30 +25,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from activations.errors import (
-    ConfigError,
-    DeviceMemoryError,
-    InterruptedRunError,
-    MismatchError,
-    NumericsError,
-    SaekitError,
-)
+from activations.errors import DeviceMemoryError, InterruptedRunError, NumericsError, SaekitError
 from activations.ring import POLL_S
-from activations.store import ActivationStore
-from activations.store_schema import HookStats
-from sae.architectures import check_wiring
 from sae.artefact import SaeArtefact
 from sae.checkpoints import Checkpoints, States
-from sae.config import ComputeConfig, TrainConfig
-from sae.data import Activations, DataOrder, TokenOrder, held_out, holdout, statistics
+from sae.config import TrainConfig
 from sae.feed import DeviceActivations, InFlight, feed
-from sae.formats import read_any
 from sae.jax_view import JaxSae
-from sae.kernels import using, why_not_triton
-from sae.live import LiveOrder, check_length
+from sae.kernels import why_not_triton
 from sae.log import Row, run_log
 from sae.metrics import Evaluation, density_histogram
 from sae.provenance import provenance
+from sae.run import Job, Run, prepare
 from sae.step import (
     Plan,
     Step,
@@ -58,16 +44,14 @@ from sae.step import (
     TrainState,
     assemble,
     create,
-    grid_of,
     make_step,
     schedule,
     start,
     where_tokens_go,
 )
-from sae.sweep import check as check_sweep
-from sae.sweep import is_sweep, make_sweep_step, owned, points, stack, unstack, widest
+from sae.sweep import is_sweep, make_sweep_step, owned, points, stack, widest
 from sae.watch import live_view
-from sae.wiring import Wiring, side_by_side
+from sae.wiring import side_by_side
 
 DIVERGED = 1e3
 """a loss this large, where predicting the mean costs 1, does not come back"""
@@ -94,60 +78,6 @@ class TrainResult(NamedTuple):
     """steps of the whole run"""
     resumed_from: int
     """step that this call began after"""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One SAE of a run."""
-
-    wiring: Wiring
-    plan: Plan
-    path: Path
-    config: TrainConfig
-    """the run's, but for what the SAE has of its own in a sweep"""
-
-    @cached_property
-    def like(self) -> TrainState:
-        """Shapes of its state."""
-        return jax.eval_shape(lambda: start(self.config, self.plan, create(self.config, self.plan)))
-
-
-@dataclass(frozen=True)
-class Run:
-    """A config that was checked against its store."""
-
-    config: TrainConfig
-    store: ActivationStore
-    order: DataOrder
-    stats: dict[str, HookStats]
-    jobs: dict[str, Job]
-    """by name, which rows of the log and the result go by"""
-    held_out: Activations
-    initial: SaeArtefact | None
-
-    @property
-    def n_steps(self) -> int:
-        """Steps of the whole run."""
-        return next(iter(self.jobs.values())).plan.n_steps
-
-    @cached_property
-    def stacks(self) -> dict[str, dict[str, Job]]:
-        """Names and jobs of what shares a state: one SAE, or all of a sweep that are wired alike; by their wiring."""
-        stacks: dict[str, dict[str, Job]] = {}
-        for name, job in self.jobs.items():
-            stacks.setdefault(str(job.wiring), {})[name] = job
-        return stacks
-
-    def state(self, name: str, states: States) -> TrainState:
-        """The state of one SAE."""
-        job, wiring = self.jobs[name], str(self.jobs[name].wiring)
-        if not is_sweep(self.config):
-            return states[wiring]
-        return unstack(states[wiring], list(self.stacks[wiring]).index(name), job.like)
-
-    def is_saved(self) -> bool:
-        """Whether all its SAEs are there."""
-        return all(job.path.exists() for job in self.jobs.values())
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -178,100 +108,6 @@ def train(config: TrainConfig) -> TrainResult:
 def _say_what_is_missing(config: TrainConfig) -> None:
     if config.compute.kernels == "auto" and jax.default_backend() == "gpu" and (missing := why_not_triton()):
         sys.stderr.write(f"  slower kernels: {missing}\n")
-
-
-def prepare(config: TrainConfig) -> Run:
-    """Check a config against its store and this machine, without writing anything."""
-    with using(config.compute.kernels, grid_of(config)):  # raises where these can't run
-        pass
-    store = ActivationStore.open(config.store)
-    if store.meta.ring:
-        store = _begun(store)
-        check_length(store, config.train_tokens)
-    elif not store.is_complete:
-        got = f"one that stopped after {store.n_sequences} sequences"
-        raise MismatchError(config.store, expected="a finished harvest", got=got, fix="Run saekit harvest again.")
-    wirings = _wirings(config)
-    names = tuple(dict.fromkeys(name for wiring in wirings for name in wiring.hook_points))
-    stats = {name: statistics(store, name) for name in names}
-    jobs = _jobs(config, wirings, stats)
-    initial = read_any(config.finetune) if config.finetune else None
-    for job in jobs.values():
-        _check(config, job, initial)
-    first, stop = held_out(store, config.holdout_fraction)
-    x = holdout(store, names, first, stop, config.eval_tokens)
-    return Run(config, store, _order(config, store, names, first), stats, jobs, x, initial)
-
-
-def _wirings(config: TrainConfig) -> list[Wiring]:
-    wirings = [Wiring.parse(text) for text in config.hook_points]
-    for wiring in wirings:
-        check_wiring(config.sae.architecture, wiring)
-    if len(set(wirings)) < len(wirings):
-        got = ", ".join(config.hook_points)
-        raise ConfigError("hook_points", expected="each one once", got=got, fix="Drop the repeats.")
-    return wirings
-
-
-def _jobs(config: TrainConfig, wirings: list[Wiring], stats: dict[str, HookStats]) -> dict[str, Job]:
-    check_sweep(config)
-    jobs = {}
-    for wiring in wirings:
-        for point, own in points(config).items():
-            folders = [wiring.file_name] * (len(wirings) > 1) + [point] * bool(point)
-            parts = [str(wiring)] * (len(wirings) > 1 or not point) + [point] * bool(point)
-            path = config.out.joinpath("sae", *folders)
-            jobs["/".join(parts)] = Job(wiring, Plan.make(own, wiring, stats), path, own)
-    return jobs
-
-
-def _check(config: TrainConfig, job: Job, initial: SaeArtefact | None) -> None:
-    d_in, d_out = len(job.plan.scaling.inputs), len(job.plan.scaling.outputs)
-    k, d_sae = job.config.sae.k, job.config.sae.width(d_in)
-    if k >= d_sae:
-        where = "sweep.k" if config.sweep.k else "sae.k"
-        raise ConfigError(where, expected=f"less than d_sae={d_sae}", got=k, fix="Lower k or raise d_sae.")
-    _check_devices(config.compute, config.batch_size, d_sae)
-    if initial is not None:
-        wanted, got = (d_in, d_sae, d_out), (initial.d_model, initial.d_sae, initial.d_out)
-        if wanted != got or initial.transcodes != job.wiring.transcodes:
-            kind = {False: "an SAE", True: "a transcoder"}
-            raise MismatchError(
-                f"finetune: {config.finetune}",
-                expected=f"{kind[job.wiring.transcodes]} of widths d_in, d_sae, d_out = {wanted}",
-                got=f"{kind[initial.transcodes]} of {got}",
-                fix="Set sae.d_sae and hook_points to fit it.",
-            )
-    _ = job.like  # whatever an architecture has against its settings
-
-
-def _check_devices(compute: ComputeConfig, batch_size: int, d_sae: int) -> None:
-    fix = "Change it, or compute.data_parallel and compute.latent_parallel."
-    if d_sae % compute.n_devices:
-        expected = f"a multiple of the {compute.n_devices} devices, which share the latents"
-        raise ConfigError("sae.d_sae", expected=expected, got=d_sae, fix=fix)
-    if batch_size % compute.data_parallel:
-        expected = f"a multiple of compute.data_parallel={compute.data_parallel}"
-        raise ConfigError("batch_size", expected=expected, got=batch_size, fix=fix)
-
-
-def _order(config: TrainConfig, store: ActivationStore, names: tuple[str, ...], stop: int) -> DataOrder:
-    common: dict[str, int] = {"batch_size": config.batch_size, "seed": config.seed, "memory_mb": config.memory_mb}
-    if store.meta.ring:
-        return LiveOrder(store, names, owner=str(config.out.absolute()), **common)
-    return TokenOrder(store, names, stop=stop, **common)
-
-
-def _begun(store: ActivationStore) -> ActivationStore:
-    """A ring whose held-out part is harvested; waits for it."""
-    said = False
-    while store.n_sequences < store.meta.pinned_sequences and not store.is_complete:
-        if not said:
-            sys.stderr.write(f"  waiting for the harvest of {store.path}\n")
-        said = True
-        time.sleep(POLL_S)
-        store = ActivationStore.open(store.path)
-    return store
 
 
 def _save(run: Run, job: Job, state: TrainState, tok_s: float) -> None:

@@ -4,6 +4,7 @@ Types and shapes of all rooms are checked by beartype through jaxtyping's import
 the first import of a room. The cache folder outlives the session, so that a GGUF file is converted once.
 """
 
+import importlib
 import ipaddress
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import socket
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,15 +24,21 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read on Triton's import
-# Eight devices, for what is split over several; all else takes the first of them.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Eight devices, for what is split over several; all else takes the first of them. Programs of tiny sizes run for less
+# time than XLA takes to optimise them: without that, compiling a step costs a quarter.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+)
 # Tiny models on threads that wait for each other take several times longer, above all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HOME", str(ROOT / ".pytest_cache" / "huggingface"))
 os.environ.setdefault("SAEKIT_CACHE", str(ROOT / ".pytest_cache" / "saekit"))
 
 # Compiling a training step takes seconds, and many tests, also in processes of their own, train with the same shapes.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+# Not one folder for all workers of pytest-xdist: an entry can be read while another process still writes it.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax" / WORKER))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 settings.register_profile("saekit", deadline=None, derandomize=True)
@@ -163,6 +171,14 @@ def start_process() -> Iterator[Callable[..., Any]]:
         process.kill()
         process.join()
         process.close()
+
+
+@pytest.fixture(scope="module")
+def load_benchmark() -> Iterator[Callable[[str], ModuleType]]:
+    """Import a script of benchmarks/, which is no package, by its name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield importlib.import_module
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,7 @@
 """benchmarks/feed.py: its store is what it says, it times whole blocks, and it names what binds."""
 
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,19 +11,10 @@ import pytest
 
 from sae.data import TokenOrder
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(FOLDER))
-    spec = importlib.util.spec_from_file_location("benchmark_feed", FOLDER / "feed.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(FOLDER))
+def bench(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("feed")
 
 
 def test_its_store_has_the_statistics_of_what_it_holds(bench: ModuleType, tmp_path: Path) -> None:

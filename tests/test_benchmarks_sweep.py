@@ -1,18 +1,17 @@
 """benchmarks/sweep.py prints a line for each number of SAEs."""
 
 import json
-import runpy
-from pathlib import Path
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
-
-def test_it_prints_a_line_a_number_of_saes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    main = runpy.run_path(str(FOLDER / "sweep.py"))["main"]
-    main(["--n", "1,3", "--d-sae", "32", "--d-model", "8", "--k", "2", "--batch", "16", "--steps", "2"])
+def test_it_prints_a_line_a_number_of_saes(
+    load_benchmark: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--n", "1,3", "--d-sae", "32", "--d-model", "8", "--k", "2", "--batch", "16", "--steps", "2"]
+    load_benchmark("sweep").main(words)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["n"], line["d_sae"]) for line in lines] == [(1, 32), (3, 32)]
     for line in lines:

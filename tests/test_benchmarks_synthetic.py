@@ -1,8 +1,6 @@
 """benchmarks/synthetic.py: what it draws is what it says, and its measures see what they are made to see."""
 
-import importlib.util
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -12,25 +10,10 @@ import torch
 
 from activations.store import ActivationStore
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-def load(name: str) -> ModuleType:
-    """A module of benchmarks/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture(scope="module")
-def synthetic() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(FOLDER))
-    yield load("synthetic")
-    sys.path.remove(str(FOLDER))
+def synthetic(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("synthetic")
 
 
 @pytest.mark.parametrize("name", ["plain", "correlated", "hierarchical"])
@@ -141,9 +124,8 @@ def test_absorption_by_hand(synthetic: ModuleType) -> None:
     assert synthetic.absorption(turned, active, fires, world) == {"absorption": 0, "missed_alone": 0, "pairs": 3}
 
 
-def test_agreement_by_hand(synthetic: ModuleType) -> None:
-    del synthetic  # puts benchmarks/ on the path
-    matching = load("_matching")
+def test_agreement_by_hand(load_benchmark: Callable[[str], ModuleType]) -> None:
+    matching = load_benchmark("_matching")
     a = matching.unit_rows(np.array([[1.0, 0.0], [0.0, 3.0]], np.float32))
     b = matching.unit_rows(np.array([[2.0, 0.0], [0.8, 0.6], [1.0, 0.0]], np.float32))
     np.testing.assert_allclose(torch.linalg.norm(a, dim=1), 1)

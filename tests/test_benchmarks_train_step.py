@@ -1,9 +1,7 @@
 """benchmarks/train_step.py: its data and its dead latents are what it says, and it compares what it claims to."""
 
-import importlib.util
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,22 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = ["--d-model", "16", "--d-sae", "64", "--k", "4", "--batch", "32", "--steps", "2", "--repeats", "3"]
 Lines = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(FOLDER))
-    spec = importlib.util.spec_from_file_location("train_step", FOLDER / "train_step.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_step"] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(FOLDER))
+def bench(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("train_step")
 
 
 @pytest.fixture
@@ -73,13 +62,15 @@ def test_every_architecture_gives_one_line(run: Lines, arch: str) -> None:
     assert not {"loss", "peak_bytes", "ratio_to_fastest_peer"} & line.keys()
 
 
-def test_repeats_last_long_enough_unless_steps_are_given(bench: ModuleType) -> None:
+def test_repeats_last_long_enough_unless_steps_are_given(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which a step takes 10 ms: half a second, found out in 1, 2, 4, 8 and 16 steps."""
+    monkeypatch.setattr("_steps._clock", lambda run, steps: (run(steps), 0.01 * steps)[1])
     settings = tiny(bench, repeats=2, warm=3)
     config = bench.make_config(settings, {}, bench.LONG)
     trainer = bench.Trainer(settings, config, bench.make_data(settings), at=bench.LONG // 2)
     timing = bench.measure(trainer.run, settings)
-    assert min(timing.seconds) > 0.2
-    assert int(trainer.state.step) > bench.LONG // 2 + 3 + 2 * timing.steps
+    assert timing.steps == 50
+    assert int(trainer.state.step) == bench.LONG // 2 + 3 + 31 + 2 * 50
 
 
 @pytest.mark.parametrize("arch", ["topk", "batchtopk", "gated", "jumprelu"])
@@ -140,7 +131,7 @@ def test_memory_is_told_where_jax_knows_it(run: Lines) -> None:
 
 
 def test_record_appends_a_row_a_line(run: Lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["_results"], "FOLDER", tmp_path)
+    monkeypatch.setattr("_results.FOLDER", tmp_path)
     (line,) = run("--record")
     written = (tmp_path / f"{line['device']}.csv").read_text()
     assert written.count("train_step") == 1

@@ -124,7 +124,7 @@ def loaded(statement: str) -> set[str]:
             "steer.runtime, steer.generate, steer.demo, sae.evaluate, sae.index, sae.torch_view, activations.harvest",
             JAX,
         ),
-        ("activations.store, activations.text, sae.artefact, sae.formats.convert", TORCH | JAX),
+        ("activations.store, activations.text, sae.artefact, sae.formats.convert, sae.metrics", TORCH | JAX),
         ("sae.index_db, sae.config, steer.cli", TORCH | JAX),
     ],
 )

@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Int
 from sae.kernels.codes import Codes
 
 LEAST_CHUNK = 2048
+ROWS = 1
+"""whose largest a program looks for at a time"""
 Groups = Int[Array, " latents"] | None
 """of each latent, where rows of tokens come once a group"""
 
@@ -80,8 +82,8 @@ def keep_largest(
         "keep_largest", products, b, k.ravel(), threshold.ravel(),
         out=(_shape(batch, slots), _shape(batch, slots, dtype=jnp.int32), _shape(batch, dtype=jnp.int32),
              _shape(batch, padded, dtype=jnp.int32)),
-        grid=(batch,), BATCH=batch, D_SAE=d_sae, SLOTS=slots, PADDED=padded, CHUNK=chunk,
-        DEPTH=_power_of_2(-(-d_sae // chunk)), ROWS=1, ROWS_A_SAE=batch // n_saes,
+        grid=(-(-batch // ROWS),), BATCH=batch, D_SAE=d_sae, SLOTS=slots, PADDED=padded, CHUNK=chunk,
+        DEPTH=_power_of_2(-(-d_sae // chunk)), ROWS=ROWS, ROWS_A_SAE=batch // n_saes,
         num_warps=min(4 * chunk // LEAST_CHUNK, 32),
     )  # fmt: skip
     return Codes(values, indices), passing

@@ -1,5 +1,8 @@
-"""One training step: the schedule, the decoder's norm, idle counts, and what the plan derives."""
+"""One training step: the schedule, the decoder's norm, idle counts, what the plan derives, and how XLA compiles it."""
 
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -103,3 +106,34 @@ def test_clipping_bounds_the_first_moment(stats: HookStats) -> None:
     first = sum(float((m**2).sum()) for m in moments[: len(moments) // 2]) ** 0.5
     assert float(metrics.grad_norm) > 1e-3
     assert first == pytest.approx(0.1 * 1e-3, rel=1e-3)
+
+
+def three_steps(architecture: str, stats: HookStats) -> list[np.ndarray]:
+    """Weights, Adam's moments and the last step's numbers, with a latent that dies."""
+    config = config_with(sae=SaeConfig(architecture=architecture, d_sae=24, k=3, aux_k=4), dead_fraction=0.02)
+    plan = plan_of(config, stats)
+    state, step = begin(config, plan), make_step(config, plan)
+    state.params["b_enc"][...] = state.params["b_enc"][...].at[5].set(-1e3)
+    for seed in range(3):
+        state, metrics = step(state, batch(seed), batch(seed), plan.scaling)
+    assert float(metrics.dead_fraction) > 0
+    return [np.asarray(leaf) for leaf in jax.tree.leaves((state, metrics))]
+
+
+def save_steps_of_a_user(path: Path, architecture: str, stats: HookStats) -> None:
+    del os.environ["XLA_FLAGS"]
+    assert jax.device_count() == 1
+    np.savez(path, *three_steps(architecture, stats))
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu"])
+def test_programs_that_xla_optimises_compute_what_those_of_tests_do(
+    architecture: str, stats: HookStats, tmp_path: Path, start_process: Callable[..., Any]
+) -> None:
+    """All other tests compile without optimising (tests/conftest.py)."""
+    process = start_process(save_steps_of_a_user, tmp_path / "user.npz", architecture, stats)
+    process.join()
+    assert process.exitcode == 0
+    with np.load(tmp_path / "user.npz") as users:
+        for got, wanted in zip(users.values(), three_steps(architecture, stats), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
 """A training step through Triton's programs equals the plain one: here with the programs interpreted on a CPU."""
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from tests.sae.kernels.test_triton_programs import triton_programs
 
 BATCH, D, D_SAE, K, N_STEPS = 16, 20, 48, 4, 4
 SCHEDULING = {"num_warps"}
+INTERPRETER = Lock()
+"""it can run one program at a time, and XLA may call back on several threads"""
 ONE = ComputeConfig()
 
 
@@ -42,7 +45,8 @@ def interpret(
         for i, shape in enumerate(shapes):
             rubbish = np.full(shape.shape, 0 if i in zeroed_outputs else -99, shape.dtype)
             made.append(given[aliases[i]] if i in aliases else torch.from_numpy(rubbish))
-        getattr(triton_programs, program)[grid](*given, *made, **constants)
+        with INTERPRETER:
+            getattr(triton_programs, program)[grid](*given, *made, **constants)
         return tuple(tensor.numpy() for tensor in made)
 
     results = jax.pure_callback(run, tuple(shapes), *inputs)
@@ -56,10 +60,15 @@ def _exact(dtype: np.dtype) -> np.dtype:
 
 @pytest.fixture
 def take_triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From when it is called, steps are traced through Triton's programs."""
+    """From when it is called, steps are traced through Triton's programs; a row of latents takes several chunks.
+
+    The interpreter takes as long for many rows as for one.
+    """
 
     def take() -> None:
         monkeypatch.setattr(gpu, "_call", interpret)
+        monkeypatch.setattr(gpu, "LEAST_CHUNK", 16)
+        monkeypatch.setattr(gpu, "ROWS", 8)
         monkeypatch.setattr(choice, "why_not_triton", lambda: None)
 
     return take
@@ -117,7 +126,7 @@ def test_steps_equal_the_plain_ones(
 def test_a_sweep_takes_one_call_of_a_program_for_all_its_saes(
     take_triton: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of Matryoshka, which takes most of the programs; compiling it takes a minute."""
+    """Of Matryoshka, which takes most of the programs."""
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, default, **_: default(*arguments))
     sae = SaeConfig(architecture="matryoshka", d_sae=D_SAE, k=K, aux_k=6, groups=(0.25, 0.75))
     config = TrainConfig(sae=sae, batch_size=BATCH, train_tokens=BATCH * N_STEPS, grad_clip=0.2)
