@@ -229,7 +229,7 @@ class AbsorptionConfig(Config):
     """Whether latents for a word's first letter fall silent where another latent has taken them in."""
 
     enabled: bool = Field(default=False, description="measure it, on words of the tokenizer's vocabulary")
-    words_per_letter: int = Field(default=100, ge=10, description="words of each first letter at most")
+    words_per_letter: int = Field(default=100, ge=20, description="words of each first letter at most")
     prompt: str = Field(
         default="The next word in the list is", description="text before the word, so that it has some context"
     )

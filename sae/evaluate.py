@@ -25,10 +25,15 @@ from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from sae.config import EvaluateConfig
 from sae.data import held_out, holdout
+from sae.evaluation.absorption import absorption
 from sae.evaluation.baselines import FIT_TOKENS, pca_sae, random_sae
-from sae.evaluation.core import decoder_spectrum, reconstruction
+from sae.evaluation.concepts import concept_detection
+from sae.evaluation.core import cosine_spectrum, reconstruction
+from sae.evaluation.probing import probing
 from sae.evaluation.report import write_report
+from sae.evaluation.saebench import write_saebench
 from sae.evaluation.splice import spliced_losses
+from sae.evaluation.stability import load_others, stability
 from sae.index import check_belongs
 from sae.metrics import Evaluation
 from sae.torch_view import TorchSae
@@ -47,6 +52,7 @@ def evaluate(config: EvaluateConfig, loaded: LoadedModel | None = None) -> dict[
     loaded = loaded or load_model(config.model, device=config.device)
     check_belongs(store, loaded, artefact)
     _check_share(config, artefact)
+    others = load_others(config.compare_to, artefact)
     start, stop = held_out(store, config.holdout_fraction)
     if not store.mask(start, stop).any():
         raise ShapeError(
@@ -60,6 +66,7 @@ def evaluate(config: EvaluateConfig, loaded: LoadedModel | None = None) -> dict[
         "format_version": FORMAT_VERSION,
         "about": _about(config, store, artefact, loaded),
         **_scalars(evaluation, config.seed),
+        **evaluation.frequent(),
         **spliced_losses(
             store, wiring, sae, loaded, _spread(start, stop, config.ce_sequences), coders, seed=config.seed
         ),
@@ -68,11 +75,36 @@ def evaluate(config: EvaluateConfig, loaded: LoadedModel | None = None) -> dict[
             for name, other in coders.items()
         },
         "quantiles": evaluation.quantiles(),
-        "histograms": {**evaluation.histograms(), "decoder_cosine": decoder_spectrum(sae, config.seed)},
+        "histograms": {
+            **evaluation.histograms(),
+            "decoder_cosine": cosine_spectrum(sae.W_dec, config.seed),
+            "encoder_cosine": cosine_spectrum(sae.W_enc.T, config.seed),
+        },
     }
+    if others:
+        result["stability"] = stability(sae, others, evaluation.density > 0, config.seed)
+    result |= _on_texts(
+        config, store, wiring, loaded, {"sae": sae} | {k: v for k, v in baselines.items() if k != "pca"}
+    )
     result = _finite(result)
     (config.sae / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     write_report(config.sae / "evaluation.html", result)
+    write_saebench(config.sae / "saebench", result, config.sae)
+    return result
+
+
+def _on_texts(
+    config: EvaluateConfig, store: ActivationStore, wiring: Wiring, loaded: LoadedModel, saes: dict[str, TorchSae]
+) -> dict[str, Any]:
+    """The families that read texts of their own, where they are asked for."""
+    given: tuple[ActivationStore, Wiring, LoadedModel, dict[str, TorchSae], int]
+    given, result = (store, wiring, loaded, saes, config.seed), {}
+    if config.probing.data:
+        result["probing"] = probing(config.probing, *given)
+    if config.concepts.data:
+        result["concepts"] = concept_detection(config.concepts, *given)
+    if config.absorption.enabled:
+        result["absorption"] = absorption(config.absorption, *given)
     return result
 
 
@@ -104,6 +136,7 @@ def _about(
         "sae_sha256": artefact.sha256,
         "store_fingerprint": store.fingerprint,
         "text": store.meta.text,
+        "ctx": store.ctx,
         "seed": config.seed,
     }
 

@@ -16,8 +16,8 @@ documents, whose tokens are not independent of each other. Left out: measures th
 which are in `sae.evaluation`.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
@@ -93,22 +93,41 @@ def density_histogram(density: Float[np.ndarray, " d_sae"]) -> Histogram:
     return {"log10_edges": edges.tolist(), "counts": [len(density) - len(above), *counts.tolist()]}
 
 
-def bootstrap(sums: Float[np.ndarray, "unit sum"], statistic: Statistic, seed: int) -> Interval | None:
-    """95% percentile interval of a statistic of column sums, rows being drawn with replacement.
+def bootstrap(
+    sums: Float[np.ndarray, "unit sum"], statistics: Mapping[str, Statistic], seed: int
+) -> dict[str, Interval]:
+    """95% percentile intervals of functions of column sums, rows being drawn with replacement.
 
     Args:
       sums: what is summed, a row for each unit that is drawn as a whole, such as a document.
-      statistic: from rows of column sums to the statistic of each.
-    Returns: none where there are fewer than two units, or where the statistic is not finite.
+      statistics: each from rows of column sums to a number for each row.
+    Returns: nothing where there are fewer than two units, nor for what is not finite in some draw.
     """
     if len(sums) < 2:
-        return None
-    generator, values = np.random.default_rng(seed), []
-    step = max(1, _WEIGHTS_AT_ONCE // len(sums))
+        return {}
+    generator, step = np.random.default_rng(seed), max(1, _WEIGHTS_AT_ONCE // len(sums))
+    sizes = [min(step, RESAMPLES - start) for start in range(0, RESAMPLES, step)]
+    drawn = np.concatenate([draw(len(sums), size, generator) @ sums for size in sizes])
     with np.errstate(divide="ignore", invalid="ignore"):
-        for start in range(0, RESAMPLES, step):
-            values.append(statistic(draw(len(sums), min(step, RESAMPLES - start), generator) @ sums))
-    return interval(np.concatenate(values))
+        found = {name: interval(statistic(drawn)) for name, statistic in statistics.items()}
+    return {name: both for name, both in found.items() if both is not None}
+
+
+def means(values: Mapping[str, Float[np.ndarray, " unit"]], seed: int) -> dict[str, Any]:
+    """Mean of each measure over the same units, and its interval under the name X_ci95.
+
+    >>> means({"hits": np.array([0.0, 1.0, 1.0, 1.0])}, seed=0)
+    {'hits': 0.75, 'hits_ci95': [0.25, 1.0]}
+    """
+    columns = np.column_stack([*values.values()]).astype(np.float64)
+    units = np.column_stack([columns, np.ones(len(columns))])
+    intervals = bootstrap(units, {name: lambda s, i=i: s[:, i] / s[:, -1] for i, name in enumerate(values)}, seed)
+    result: dict[str, Any] = {}
+    for name, column in zip(values, columns.T, strict=True):
+        result[name] = float(column.mean())
+        if name in intervals:
+            result[f"{name}_ci95"] = list(intervals[name])
+    return result
 
 
 def draw(n: int, times: int, generator: np.random.Generator) -> Float[np.ndarray, "times n"]:
@@ -253,6 +272,15 @@ class Evaluation:
             "dense_fraction": self.dense_fraction,
         }
 
+    def frequent(self) -> dict[str, float]:
+        """Share of latents with a density above 1%; share of activations that those, and dense ones, make up."""
+        density, total = self.density, max(self.density.sum(), _TINY)
+        return {
+            "above_1_percent": float((density > 0.01).mean()),
+            "activations_above_1_percent": float(density[density > 0.01].sum() / total),
+            "activations_above_10_percent": float(density[density > DENSE].sum() / total),
+        }
+
     def means(self) -> dict[str, float]:
         """Means over tokens, and quotients of them, by name; fvu and l0 are among them. NaN for 0 / 0."""
         sums = np.sum(list(self._documents.values()), axis=0)
@@ -261,12 +289,9 @@ class Evaluation:
 
     def intervals(self, seed: int) -> dict[str, Interval]:
         """95% intervals of `means` by name; nothing for a single document."""
-        columns = np.stack(list(self._documents.values()))
-        found = {
-            name: bootstrap(columns[:, [_SUMS.index(a), _SUMS.index(b)]], lambda s: s[:, 0] / s[:, 1], seed)
-            for name, (a, b) in _RATIOS.items()
-        }
-        return {name: both for name, both in found.items() if both is not None}
+        parts = {name: (_SUMS.index(a), _SUMS.index(b)) for name, (a, b) in _RATIOS.items()}
+        statistics = {name: lambda s, a=a, b=b: s[:, a] / s[:, b] for name, (a, b) in parts.items()}
+        return bootstrap(np.stack(list(self._documents.values())), statistics, seed)
 
     def quantiles(self) -> dict[str, dict[str, float]]:
         """Quantiles over tokens, of explained variance within 0.001, and over dimensions."""

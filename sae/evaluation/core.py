@@ -93,16 +93,15 @@ def max_cosines(
     return torch.cat(values), torch.cat(indices)
 
 
-def decoder_spectrum(sae: TorchSae, seed: int) -> dict[str, Any]:
-    """How alike decoder rows are: the largest cosine of each with another, beside rows of random directions.
+def cosine_spectrum(rows: Float[Tensor, "d_sae d"], seed: int) -> dict[str, Any]:
+    """How alike directions are: the largest cosine of each row with another, beside random directions.
 
-    Returns: edges from -1 to 1 by 0.02, counts of the SAE's rows and of as many random ones, and both means.
+    Returns: edges from -1 to 1 by 0.02, counts of the rows and of as many random ones, and both means.
     """
-    generator = torch.Generator(sae.W_dec.device).manual_seed(seed)
-    others = torch.randn(sae.W_dec.shape, generator=generator, device=sae.W_dec.device)
+    chance = torch.randn(rows.shape, generator=torch.Generator().manual_seed(seed)).to(rows)
     edges, result = np.linspace(-1, 1, 101), {}
-    for name, rows in (("", sae.W_dec), ("random_", others)):
-        values = max_cosines(rows, rows, same=True)[0].cpu().double().clamp(-1, 1).numpy()
+    for name, part in (("", rows), ("random_", chance)):
+        values = max_cosines(part, part, same=True)[0].cpu().double().clamp(-1, 1).numpy()
         result[f"{name}counts"] = np.histogram(values, edges)[0].tolist()
         result[f"{name}mean"] = float(values.mean())
     return {"edges": edges.round(2).tolist(), **result}

@@ -77,14 +77,10 @@ def spliced_losses(
     """
     others = others or {}
     losses = _losses(store, wiring, variants(store, wiring, sae, others, seed), loaded, sequences)
-    result: dict[str, Any] = {}
-    totals = losses.sums.sum(axis=0, keepdims=True)
-    for name, statistic in _statistics(losses, tuple(others)).items():
-        with np.errstate(divide="ignore", invalid="ignore"):
-            result[name] = float(statistic(totals)[0])
-        both = bootstrap(losses.sums, statistic, seed)
-        if both is not None:
-            result[f"{name}_ci95"] = list(both)
+    statistics, totals = _statistics(losses, tuple(others)), losses.sums.sum(axis=0, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        result: dict[str, Any] = {name: float(statistic(totals)[0]) for name, statistic in statistics.items()}
+    result |= {f"{name}_ci95": list(both) for name, both in bootstrap(losses.sums, statistics, seed).items()}
     return {**result, "ce_tokens": int(totals[0, 0])}
 
 

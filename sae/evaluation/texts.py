@@ -38,7 +38,7 @@ class Texts:
 
     x: Float[np.ndarray, "token d_in"]
     """what the SAE reads of each token; on disk"""
-    bounds: Int[np.ndarray, " text+1"]
+    bounds: Int[np.ndarray, " bound"]
     """text i has the tokens bounds[i]..bounds[i + 1]; it may have none"""
 
     @property
@@ -59,17 +59,17 @@ class Texts:
 
 def read_texts(store: ActivationStore, wiring: Wiring, loaded: LoadedModel, texts: Sequence[str]) -> Texts:
     """Run texts through the model, each up to the store's `ctx` tokens."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - the memory map keeps it
     counts, d_in = np.zeros(len(texts), np.int64), len(wiring.reads) * store.d_model
-    with progress("read texts", len(texts), "text") as advance:
+    # The memory map keeps a handle of its own.
+    with tempfile.TemporaryFile() as file, progress("read texts", len(texts), "text") as advance:
         for rows in _batches(_windows(texts, loaded, store.ctx)):
             for sequence, x in zip(rows, _activations(store, wiring, loaded, rows), strict=True):
                 counts[sequence.document] = len(x)
                 file.write(x.tobytes())
             advance(len(rows))
-    file.flush()
-    n = int(counts.sum())
-    x = np.memmap(file, np.float32, "r", shape=(n, d_in)) if n else np.zeros((0, d_in), np.float32)
+        file.flush()
+        n = int(counts.sum())
+        x = np.memmap(file, np.float32, "r", shape=(n, d_in)) if n else np.zeros((0, d_in), np.float32)
     return Texts(x, np.concatenate([[0], np.cumsum(counts)]))
 
 
@@ -127,7 +127,7 @@ def _activations(
         yield row[keep]
 
 
-def _groups(bounds: Int[np.ndarray, " text+1"], step: int) -> Iterator[tuple[int, int]]:
+def _groups(bounds: Int[np.ndarray, " bound"], step: int) -> Iterator[tuple[int, int]]:
     """Runs of whole texts of at most `step` tokens, or of one text."""
     first = 0
     while first < len(bounds) - 1:

@@ -50,6 +50,12 @@ def store(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Acti
     return ActivationStore.open(harvest(config, loaded).path)
 
 
+@pytest.fixture(autouse=True)
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing them takes longer than all the rest; tests/sae/test_evaluation_report.py looks at them."""
+    monkeypatch.setattr("sae.evaluate.write_report", lambda *_: None)
+
+
 def metadata(loaded: LoadedModel) -> dict[str, Any]:
     return {"hook_point": HOOK, "model": {"id": loaded.id, "fingerprint": loaded.fingerprint}}
 
