@@ -27,9 +27,9 @@ from sae.config import EvaluateConfig
 from sae.data import held_out, holdout
 from sae.evaluation.absorption import absorption
 from sae.evaluation.baselines import FIT_TOKENS, pca_sae, random_sae
-from sae.evaluation.concepts import concept_detection
+from sae.evaluation.concepts import concept_detection, read_concepts
 from sae.evaluation.core import cosine_spectrum, reconstruction
-from sae.evaluation.probing import probing
+from sae.evaluation.probing import check_data, probing
 from sae.evaluation.report import write_report
 from sae.evaluation.saebench import write_saebench
 from sae.evaluation.splice import spliced_losses
@@ -53,6 +53,9 @@ def evaluate(config: EvaluateConfig, loaded: LoadedModel | None = None) -> dict[
     check_belongs(store, loaded, artefact)
     _check_share(config, artefact)
     others = load_others(config.compare_to, artefact)
+    check_data(config.probing, config.seed)
+    if config.concepts.data:
+        read_concepts(config.concepts)
     start, stop = held_out(store, config.holdout_fraction)
     if not store.mask(start, stop).any():
         raise ShapeError(

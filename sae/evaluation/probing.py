@@ -68,6 +68,13 @@ def probing(
     return {path.stem: _probe_file(path, config, store, wiring, loaded, saes, seed) for path in config.data}
 
 
+def check_data(config: ProbingConfig, seed: int) -> None:
+    """Raise what `probing` would raise of its files, before anything takes long."""
+    for path in config.data:
+        labels = labelled(path, config, seed)[1]
+        balanced(path, labels, round(config.test_fraction * len(labels)), seed)
+
+
 def _probe_file(
     path: Path,
     config: ProbingConfig,
@@ -91,7 +98,8 @@ def _probe_file(
             rows[f"{name} k={k}"] = _scores(problems, test, lambda p, t=table, k=k: sparse_probe(t, p, k), seed)
     rows["dense"] = _scores(problems, test, lambda problem: dense_probe(raw, problem), seed)
     rows["majority"] = _scores(problems, test, lambda problem: np.zeros(len(problem.test)), seed)
-    return {"classes": sorted(set(labels)), "n_train": len(texts) - n_test, "n_test": n_test, "rows": rows}
+    classes = [problem.label for problem in problems]
+    return {"classes": classes, "n_train": len(texts) - n_test, "n_test": n_test, "rows": rows}
 
 
 def labelled(path: Path, config: ProbingConfig, seed: int) -> tuple[list[str], list[str]]:
@@ -109,24 +117,23 @@ def labelled(path: Path, config: ProbingConfig, seed: int) -> tuple[list[str], l
 
 
 def balanced(path: Path, labels: Sequence[str], n_test: int, seed: int) -> list[Problem]:
-    """A problem for each class; the last `n_test` texts are the test."""
+    """A problem for each class but rare ones, which are negatives only; the last `n_test` texts are the test."""
     n_train, all_labels, rng = len(labels) - n_test, np.array(labels), np.random.default_rng(seed)
     classes = sorted(set(labels))
     if len(classes) < 2:
         raise TextError(path, expected="two classes or more", got=len(classes), fix="Give texts with several labels.")
     counts = Counter(labels[:n_train]), Counter(labels[n_train:])
-    for label in classes:
-        n = min(count[label] for count in counts)
-        if n < LEAST_TEXTS:
-            raise TextError(
-                f"{path}: label '{label}'",
-                expected=f"at least {LEAST_TEXTS} texts in training and in the test",
-                got=n,
-                fix="Raise probing.max_texts, or drop rare labels.",
-            )
+    frequent = [label for label in classes if min(count[label] for count in counts) >= LEAST_TEXTS]
+    if not frequent or (len(classes) == 2 and len(frequent) < 2):
+        raise TextError(
+            f"{path}: labels",
+            expected=f"at least {LEAST_TEXTS} texts of a class, and of others, in training and in the test",
+            got=", ".join(f"{label}: {counts[0][label]} and {counts[1][label]}" for label in classes[:5]),
+            fix="Raise probing.max_texts.",
+        )
     parts = np.arange(n_train), np.arange(n_train, len(labels))
     problems = []
-    for label in classes[1:] if len(classes) == 2 else classes:
+    for label in classes[1:] if len(classes) == 2 else frequent:
         positive = all_labels == label
         train, test = (_even(part, positive, rng) for part in parts)
         problems.append(Problem(label, train, test, positive))

@@ -30,11 +30,14 @@ OUTPUTS = {
 
 
 class Tokens:
-    """The one method of an activation store that the evaluation calls: all sequences at once."""
+    """What the evaluation asks of an activation store: all sequences at once, however often."""
 
     def __init__(self, tokens: torch.Tensor):
         self.tokens = tokens
         self.store_batch_size_prompts = len(tokens)
+
+    def reset_input_dataset(self) -> None:
+        pass
 
     def get_batch_tokens(self, _: int) -> torch.Tensor:
         return self.tokens

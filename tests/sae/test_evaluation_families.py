@@ -19,7 +19,7 @@ from sae.config import AbsorptionConfig, ConceptsConfig, ProbingConfig
 from sae.evaluation.absorption import absorbed, absorption
 from sae.evaluation.baselines import pca_sae, random_sae
 from sae.evaluation.concepts import column_aurocs, concept_detection
-from sae.evaluation.probing import balanced, labelled, probing
+from sae.evaluation.probing import balanced, check_data, labelled, probing
 from sae.evaluation.stability import load_others, stability
 from sae.evaluation.texts import pooled_latents, read_texts
 from sae.torch_view import TorchSae
@@ -89,7 +89,7 @@ def test_probes_find_what_sets_texts_apart_and_the_majority_does_not(
     saes = {"sae": TorchSae(sae_of())}
     block = probing(config, store, PLACE, loaded, saes, 0)["kind"]
     rows = block["rows"]
-    assert (block["n_train"], block["n_test"], block["classes"]) == (84, 36, ["number", "word"])
+    assert (block["n_train"], block["n_test"], block["classes"]) == (84, 36, ["word"])
     assert list(rows) == [
         *(f"{name} k={k}" for k in (1, 3) for name in ("sae", "dimensions", "pca")), "dense", "majority",
     ]  # fmt: skip
@@ -113,6 +113,13 @@ def test_classes_are_balanced_and_texts_of_the_test_are_not_trained_on(tmp_path:
         assert problem.train.max() < 100 <= problem.test.min()
 
 
+def test_rare_classes_are_negatives_only(tmp_path: Path) -> None:
+    labels = [["a", "b", "rare"][min(i % 20 // 9, 2)] for i in range(200)]
+    problems = balanced(tmp_path, labels, 80, 0)
+    assert [problem.label for problem in problems] == ["a", "b"]
+    assert any("rare" in np.array(labels)[problem.train] for problem in problems)
+
+
 def test_repeated_and_blank_texts_are_read_once_or_not_at_all(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", text=["a", "a", " ", None, "b"], label=[1, 2, 1, 1, None])
     assert labelled(path, ProbingConfig(data=(path,)), 0) == (["a"], ["1"])
@@ -123,16 +130,16 @@ def test_repeated_and_blank_texts_are_read_once_or_not_at_all(tmp_path: Path) ->
     [
         ({"text": ["a"], "topic": ["x"]}, "a column 'label', got the columns text, topic. Name the columns: --set pro"),
         ({"text": [f"t{i}" for i in range(60)], "label": ["x"] * 60}, "two classes or more, got 1"),
-        ({"text": [f"t{i}" for i in range(60)], "label": ["x", "y"] * 30}, "at least 10 texts"),
+        ({"text": [f"t{i}" for i in range(20)], "label": ["x", "y"] * 10}, "at least 10 texts"),
         ({"text": [1, 2], "label": ["x", "y"]}, "text in 'text', got int"),
     ],
 )
-def test_labels_that_cannot_be_probed_are_refused(
-    store: ActivationStore, loaded: LoadedModel, tmp_path: Path, columns: dict[str, list[Any]], match: str
+def test_labels_that_cannot_be_probed_are_refused_before_anything_is_read(
+    tmp_path: Path, columns: dict[str, list[Any]], match: str
 ) -> None:
     path = write(tmp_path / "x.parquet", **columns)
     with pytest.raises(TextError, match=match):
-        probing(ProbingConfig(data=(path,)), store, PLACE, loaded, {"sae": TorchSae(sae_of())}, 0)
+        check_data(ProbingConfig(data=(path,)), 0)
 
 
 def concept_files(folder: Path) -> ConceptsConfig:
