@@ -160,7 +160,6 @@ def _read_words(
 
 def _dense_probe(words: Words, letter: str) -> Probe:
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import f1_score
 
     positive, train = words.letters == letter, ~words.is_test
     mean, scale = words.x[train].mean(axis=0), float(words.x[train].std())
@@ -168,7 +167,7 @@ def _dense_probe(words: Words, letter: str) -> Probe:
     model.fit((words.x[train] - mean) / scale, positive[train])
     said = model.decision_function((words.x - mean) / scale) > 0
     direction = model.coef_[0] / np.linalg.norm(model.coef_[0])
-    score = float(f1_score(positive[words.is_test], said[words.is_test], zero_division=0))
+    score = _f1(positive[words.is_test], said[words.is_test])
     return Probe(direction, said, score)
 
 
@@ -177,7 +176,6 @@ def _main_latents(
 ) -> tuple[list[int], float]:
     """The letter's main latents, chosen on training words, and the F1 of a probe on them on test words."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import f1_score
 
     train = ~is_test
     gap = latents[train & positive].mean(axis=0) - latents[train & ~positive].mean(axis=0)
@@ -187,12 +185,18 @@ def _main_latents(
         said = (
             LogisticRegression(max_iter=1000, class_weight="balanced").fit(rows[train], positive[train]).predict(rows)
         )
-        reached = float(f1_score(positive[train], said[train], zero_division=0))
+        reached = _f1(positive[train], said[train])
         if reached <= best + F1_JUMP:
             break
         best, main = reached, order[:k]
-        score = float(f1_score(positive[is_test], said[is_test], zero_division=0))
+        score = _f1(positive[is_test], said[is_test])
     return main, score
+
+
+def _f1(positive: Bool[np.ndarray, " word"], said: Bool[np.ndarray, " word"]) -> float:
+    """2 hits / (2 hits + misses + false alarms); 0 where there is nothing to find or say."""
+    hits, wrong = int((positive & said).sum()), int((positive != said).sum())
+    return 2 * hits / max(2 * hits + wrong, 1)
 
 
 def _of_letter(

@@ -120,9 +120,9 @@ def column_aurocs(
     """AUROC of each column, ties counting one half."""
     n_up, n_down = int(positive.sum()), int((~positive).sum())
     parts = []
-    for first in range(0, table.shape[1], FEATURES_AT_ONCE):
+    for first in range(0, table.shape[1], FEATURES_AT_ONCE):  # pyright: ignore[reportOptionalSubscript]
         block = table[:, first : first + FEATURES_AT_ONCE]
-        ranks = stats.rankdata(block.toarray() if sparse.issparse(block) else block, axis=0)
+        ranks = stats.rankdata(block.toarray() if isinstance(block, sparse.csr_array) else block, axis=0)
         parts.append((ranks[positive].sum(axis=0) - n_up * (n_up + 1) / 2) / (n_up * n_down))
     return np.concatenate(parts)
 
@@ -135,7 +135,7 @@ def _detectors(
     for name, table in tables.items():
         best = int(np.argmax(column_aurocs(table[concept.train], positive)))
         column = table[:, [best]]
-        yield name, (column.toarray() if sparse.issparse(column) else column)[:, 0]
+        yield name, (column.toarray() if isinstance(column, sparse.csr_array) else column)[:, 0]
     sides = [
         np.concatenate([read.of(i) for i in concept.train[side].tolist()]).mean(axis=0)
         for side in (positive, ~positive)

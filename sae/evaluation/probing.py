@@ -218,4 +218,4 @@ def _even(
 
 
 def _dense(table: Features) -> Float[np.ndarray, "text feature"]:
-    return table.toarray() if sparse.issparse(table) else np.asarray(table)
+    return table.toarray() if isinstance(table, sparse.csr_array) else table

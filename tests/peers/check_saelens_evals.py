@@ -34,7 +34,7 @@ class Tokens:
 
     def __init__(self, tokens: torch.Tensor):
         self.tokens = tokens
-        self.store_batch_size_prompts = len(tokens)
+        self.store_batch_size_prompts, self.context_size = tokens.shape
 
     def reset_input_dataset(self) -> None:
         pass

@@ -105,7 +105,7 @@ def test_its_evaluation_agrees_with_ours(make_peer: Any, tiny_llama: Path, tmp_p
     assert store.mask().all()
     width, stats = store.d_model, store.stats("resid_post.1")
     both = np.hstack([np.eye(width), -np.eye(width)]).astype(np.float32)
-    threshold = np.full(2 * width, 0.5 * stats.mean_norm / width**0.5, np.float32)
+    threshold = np.full(2 * width, stats.mean_norm / width**0.5, np.float32)
     metadata = {"model": {"id": loaded.id, "fingerprint": loaded.fingerprint}, "hook_point": "resid_post.1"}
     SaeArtefact(
         "jumprelu", both, np.zeros(2 * width, np.float32), both.T.copy(), stats.mean.astype(np.float32),
@@ -141,5 +141,5 @@ def test_its_evaluation_agrees_with_ours(make_peer: Any, tiny_llama: Path, tmp_p
         ("model_performance_preservation", "ce_loss_with_ablation", ours["ce_zero"]),
     ):
         assert theirs[group][name] == pytest.approx(value, rel=0.01), name
-    assert 0.5 < 1 - ours["fvu"] < 0.99, "else any formula agrees"
-    assert 0.1 < ours["ce_loss_recovered_zero"] < 0.99
+    assert 0.6 < 1 - ours["fvu"] < 0.9, "else any formula agrees"
+    assert ours["ce_loss_recovered_zero"] > 1.1, "not 1: this random model predicts better with its stream at zero"
