@@ -141,7 +141,9 @@ def test_a_perfect_transcoder_or_crosscoder_recovers_everything(
     store: ActivationStore, loaded: LoadedModel, tmp_path: Path, hook_point: str, matrix: np.ndarray
 ) -> None:
     """Each knows what it writes from what it reads: a copy, the two terms of a sum, or itself."""
-    scores = run(both_signs(loaded, hook_point, matrix), store, loaded, tmp_path)
+    scores = run(both_signs(loaded, hook_point, matrix), store, loaded, tmp_path, baselines=True)
+    transcodes = Wiring.parse(hook_point).transcodes
+    assert scores["baselines"].keys() == (set() if transcodes else {"random_sae", "pca"}), "which write what they read"
     assert scores["fvu"] == pytest.approx(0, abs=1e-9)
     assert scores["l0"] == pytest.approx(len(matrix))
     assert scores["ce_sae"] == pytest.approx(scores["ce_clean"], abs=1e-4)
