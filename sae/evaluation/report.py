@@ -116,11 +116,11 @@ def _alone(row: Row, name: str) -> dict[str, str]:
 
 
 def _spliced(result: Row) -> Iterator[tuple[str, dict[str, str]]]:
-    for name in (key.removeprefix("ce_") for key in result if f"kl_{key.removeprefix('ce_')}" in result):
-        row = {measure: result.get(f"{measure}_{name}") for measure in ("ce", "kl")}
-        row |= {f"{measure}{INTERVAL}": result.get(f"{measure}_{name}{INTERVAL}") for measure in ("ce", "kl")}
+    """Cross-entropy and KL of each variant, first of which is the untouched model."""
+    for name in ("clean", *(key[3:] for key in result if key.startswith("kl_") and f"ce_{key[3:]}" in result)):
         if not name.endswith(INTERVAL):
-            yield name, _cells(row, ("ce", "kl"))
+            measures = [f"{measure}_{name}" for measure in ("ce", "kl")]
+            yield name, dict(zip(("ce", "kl"), _cells(result, tuple(measures)).values(), strict=True))
 
 
 def _histograms(histograms: Mapping[str, Any]) -> Any:
