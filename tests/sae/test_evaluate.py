@@ -322,3 +322,15 @@ def test_held_out_text_that_is_all_masked_is_an_error_of_ours(
     monkeypatch.setattr(ActivationStore, "mask", lambda *args: mask(*args) & False)
     with pytest.raises(SaekitError, match="held-out"):
         run(perfect(loaded), store, loaded, tmp_path)
+
+
+def test_the_random_error_is_as_long_as_the_saes_at_each_hook_point(
+    store: ActivationStore, loaded: LoadedModel
+) -> None:
+    names = ("resid_post.0", "resid_post.2")
+    sae = TorchSae(both_signs(loaded, "+".join(names), np.diag([0.5] * WIDTH + [0.9] * WIDTH)))
+    x = torch.randn(3, CTX, 2 * WIDTH, generator=torch.Generator().manual_seed(1))
+    replace = splice.variants(store, Wiring.parse("+".join(names)), sae, {}, 0)["random_error"]
+    error, noise = (part.unflatten(-1, (2, WIDTH)) for part in (x - sae(x), replace(x, x) - x))
+    torch.testing.assert_close(noise.norm(dim=-1), error.norm(dim=-1))
+    assert torch.nn.functional.cosine_similarity(noise, error, dim=-1).mean().abs() < 0.1
