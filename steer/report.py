@@ -4,22 +4,18 @@ Flow: 1. read the run's artefacts; 2. draw charts as inline SVG; 3. fill the tem
 The file opens offline and loads nothing. Left out: interaction (the browser's job).
 """
 
-import io
 import json
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment
 
+from sae.charts import BLUE, ORANGE, figure, svg, template
 from sae.contexts import Context
 from sae.histogram import edges
 from sae.index_db import FeatureIndex, LatentRow
 from steer.vectors import SteeringVector
-
-INK, BLUE, ORANGE, GREY = "#1f2933", "#2f6fde", "#e07b39", "#9aa5b1"
 
 
 class Token(NamedTuple):
@@ -61,7 +57,7 @@ def write_report(
     """
     rows = index.rows()
     steps = [json.loads(line) for line in log.read_text().splitlines()]
-    page = _template().render(
+    page = template("steer", "report.html").render(
         summary=summary,
         curves=_curves(steps),
         density=_density(np.array([row.density for row in rows])),
@@ -85,14 +81,8 @@ def show_context(context: Context, max_activation: float, tokenizer: Any) -> lis
     return [Token(t, round(s, 3), i == context.peak) for i, (t, s) in enumerate(zip(texts, shades, strict=True))]
 
 
-def _template():
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    source = (resources.files("steer") / "templates" / "report.html").read_text()
-    return environment.from_string(source)
-
-
 def _curves(steps: Sequence[dict[str, Any]]) -> str:
-    figure, axes = _figure(1, 3, (11.0, 2.6))
+    drawn, axes = figure(1, 3, (11.0, 2.6))
     titles = {"loss": "training loss", "holdout_fvu": "FVU, held out", "holdout_l0": "L0, held out"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         points = [(step["tokens"] / 1e3, step[key]) for step in steps if step.get(key) is not None]
@@ -100,60 +90,35 @@ def _curves(steps: Sequence[dict[str, Any]]) -> str:
         axis.set(title=title, xlabel="thousand tokens")
     if all(step.get("loss") is None or step["loss"] > 0 for step in steps):
         axes[0].set_yscale("log")
-    return _svg(figure)
+    return svg(drawn)
 
 
 def _density(density: np.ndarray) -> str:
-    figure, (axis,) = _figure(1, 1, (5.4, 2.6))
+    drawn, (axis,) = figure(1, 1, (5.4, 2.6))
     live = density[density > 0]
     axis.hist(np.log10(live), bins=40, color=BLUE)
     dead = len(density) - len(live)
     axis.set(title=f"density of latents ({dead} of {len(density)} never active)", xlabel="log10 share of tokens")
-    return _svg(figure)
+    return svg(drawn)
 
 
 def _histogram(row: LatentRow) -> str:
-    figure, (axis,) = _figure(1, 1, (2.4, 1.0))
+    drawn, (axis,) = figure(1, 1, (2.4, 1.0))
     axis.stairs(row.histogram, edges(row.histogram_start, len(row.histogram)), fill=True, color=BLUE)
     axis.set_xscale("log")
     axis.set_yscale("symlog")
     axis.set_yticks([])
-    return _svg(figure)
+    return svg(drawn)
 
 
 def _sweep(receipt: dict[str, Any]) -> str:
     trials = receipt["sweep"]
     if not trials:
         return ""
-    figure, axes = _figure(1, 2, (7.2, 2.3))
+    drawn, axes = figure(1, 2, (7.2, 2.3))
     doses = [trial["dose"] for trial in trials]
     for axis, key, title in ((axes[0], "rate", "concept rate"), (axes[1], "nll", "cost of the text, nats a token")):
         axis.plot(doses, [trial[key] for trial in trials], color=BLUE, marker="o")
         axis.axvline(receipt["dose"], color=ORANGE, linestyle="--", linewidth=1)
         axis.set(title=title, xlabel="dose (dashed: chosen)")
-    return _svg(figure)
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float]):
-    # The object interface keeps matplotlib's global state, and with it any window system, out of the process.
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8, colors=INK)
-        axis.title.set_fontsize(9)
-        axis.xaxis.label.set_fontsize(8)
-    return figure, axes
-
-
-def _svg(figure) -> str:
-    from markupsafe import Markup
-
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return Markup(text[text.index("<svg") :])
+    return svg(drawn)

@@ -69,8 +69,8 @@ class JumpReLU(Penalised):
         results = decode(codes, self.W_dec[...]), self.measured(codes, l0)
         every = max(round(len(x) / self.config.step_tokens), 1)
         above = self.preactivations(one_in(every, x)) - self.threshold[...]
-        weights = lax.stop_gradient((self.threshold[...], self.W_dec[...]))
-        y_hat, measured = with_steps(every, self.of_step, results, above, *weights, self.config.bandwidth)
+        threshold, W_dec = lax.stop_gradient(self.threshold[...]), lax.stop_gradient(self.W_dec[...])
+        y_hat, measured = with_steps(every, self.of_step, results, above, threshold, W_dec, self.config.bandwidth)
         return Attempt(y_hat, {"sparsity": self.penalty(measured, x.shape[1])}, count_active(chosen, self.d_sae), l0)
 
     def select(self, x: Float[Array, "batch d_in"], context: Context) -> tuple[Codes, Int[Array, " batch"]]:

@@ -42,9 +42,9 @@ class Peer:
     def environment(self) -> Path:
         return ROOT / f".venv-{self.name}"
 
-    def run(self, *arguments: str | Path) -> list[dict[str, Any]]:
-        """Run the peer's script; returns the JSON lines that it prints."""
-        script = HERE / f"check_{self.name.replace('-', '_')}.py"
+    def run(self, *arguments: str | Path, check: str = "") -> list[dict[str, Any]]:
+        """Run the peer's script, or that of another check; returns the JSON lines that it prints."""
+        script = HERE / f"check_{self.name.replace('-', '_')}{check and '_'}{check}.py"
         output = self._call("comparing", self.python(), script, *arguments)
         return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 

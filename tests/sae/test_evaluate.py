@@ -18,11 +18,12 @@ from activations.hook_points import HookPoint
 from activations.hooks import edit
 from activations.models import LoadedModel, load_model
 from activations.store import ActivationStore
-from sae import evaluate as evaluate_module
 from sae.artefact import SaeArtefact
 from sae.config import EvaluateConfig
 from sae.data import split
-from sae.evaluate import evaluate, spliced_losses
+from sae.evaluate import evaluate
+from sae.evaluation import splice
+from sae.evaluation.splice import spliced_losses
 from sae.torch_view import TorchSae
 from sae.wiring import Wiring
 
@@ -49,6 +50,12 @@ def store(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Acti
     return ActivationStore.open(harvest(config, loaded).path)
 
 
+@pytest.fixture(autouse=True)
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing them takes longer than all the rest; tests/sae/test_evaluation_report.py looks at them."""
+    monkeypatch.setattr("sae.evaluate.write_report", lambda *_: None)
+
+
 def metadata(loaded: LoadedModel) -> dict[str, Any]:
     return {"hook_point": HOOK, "model": {"id": loaded.id, "fingerprint": loaded.fingerprint}}
 
@@ -66,11 +73,15 @@ def constant(loaded: LoadedModel, mean: np.ndarray) -> SaeArtefact:
     return replace(sae, b_dec=mean.astype(np.float32), threshold=np.full(2 * WIDTH, np.inf, np.float32))
 
 
-def run(
-    sae: SaeArtefact, store: ActivationStore, loaded: LoadedModel, folder: Path, **changes: Any
-) -> dict[str, float]:
+def run(sae: SaeArtefact, store: ActivationStore, loaded: LoadedModel, folder: Path, **changes: Any) -> dict[str, Any]:
     sae.save(folder / "sae")
-    values = {"store": store.path, "sae": folder / "sae", "model": loaded.spec, "holdout_fraction": HOLDOUT}
+    values = {
+        "store": store.path,
+        "sae": folder / "sae",
+        "model": loaded.spec,
+        "holdout_fraction": HOLDOUT,
+        "baselines": False,
+    }
     return evaluate(EvaluateConfig.model_validate(values | changes), loaded)
 
 
@@ -130,7 +141,9 @@ def test_a_perfect_transcoder_or_crosscoder_recovers_everything(
     store: ActivationStore, loaded: LoadedModel, tmp_path: Path, hook_point: str, matrix: np.ndarray
 ) -> None:
     """Each knows what it writes from what it reads: a copy, the two terms of a sum, or itself."""
-    scores = run(both_signs(loaded, hook_point, matrix), store, loaded, tmp_path)
+    scores = run(both_signs(loaded, hook_point, matrix), store, loaded, tmp_path, baselines=True)
+    transcodes = Wiring.parse(hook_point).transcodes
+    assert scores["baselines"].keys() == (set() if transcodes else {"random_sae", "pca"}), "which write what they read"
     assert scores["fvu"] == pytest.approx(0, abs=1e-9)
     assert scores["l0"] == pytest.approx(len(matrix))
     assert scores["ce_sae"] == pytest.approx(scores["ce_clean"], abs=1e-4)
@@ -240,7 +253,7 @@ def test_masked_tokens_are_left_as_they_are(
         with edit(model, family, point, recorded):
             yield
 
-    monkeypatch.setattr(evaluate_module, "edit", spy)
+    monkeypatch.setattr(splice, "edit", spy)
     control = loaded.tokenizer.convert_tokens_to_ids("<|im_start|>")
     rows = np.flatnonzero((store.tokens() == control).any(axis=1))[:3]
     mask = torch.from_numpy(np.concatenate([store.mask(i, i + 1) for i in rows.tolist()]))
@@ -248,9 +261,12 @@ def test_masked_tokens_are_left_as_they_are(
     spliced_losses(store, Wiring.parse(HOOK), TorchSae(constant(loaded, 0 * mean + 7)), loaded, rows)
     ids = torch.from_numpy(np.concatenate([store.tokens(i, i + 1) for i in rows.tolist()]))
     assert (ids[~mask] == control).sum() == 3
-    for (x, y), value in zip(seen, (7.0, torch.from_numpy(mean).float(), 0.0), strict=True):
+    for (x, y), value in zip(seen, (7.0, torch.from_numpy(mean).float(), 0.0, None), strict=True):
         assert torch.equal(x[~mask], y[~mask])
-        assert torch.equal(y[mask], torch.zeros_like(x[mask]) + value)
+        if value is not None:
+            assert torch.equal(y[mask], torch.zeros_like(x[mask]) + value)
+        else:  # the random error
+            assert not torch.isclose(x[mask], y[mask]).any()
 
 
 def test_only_held_out_sequences_are_read(
@@ -306,3 +322,15 @@ def test_held_out_text_that_is_all_masked_is_an_error_of_ours(
     monkeypatch.setattr(ActivationStore, "mask", lambda *args: mask(*args) & False)
     with pytest.raises(SaekitError, match="held-out"):
         run(perfect(loaded), store, loaded, tmp_path)
+
+
+def test_the_random_error_is_as_long_as_the_saes_at_each_hook_point(
+    store: ActivationStore, loaded: LoadedModel
+) -> None:
+    names = ("resid_post.0", "resid_post.2")
+    sae = TorchSae(both_signs(loaded, "+".join(names), np.diag([0.5] * WIDTH + [0.9] * WIDTH)))
+    x = torch.randn(3, CTX, 2 * WIDTH, generator=torch.Generator().manual_seed(1))
+    replace = splice.variants(store, Wiring.parse("+".join(names)), sae, {}, 0)["random_error"]
+    error, noise = (part.unflatten(-1, (2, WIDTH)) for part in (x - sae(x), replace(x, x) - x))
+    torch.testing.assert_close(noise.norm(dim=-1), error.norm(dim=-1))
+    assert torch.nn.functional.cosine_similarity(noise, error, dim=-1).mean().abs() < 0.1

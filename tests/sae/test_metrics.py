@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
-from sae.metrics import DENSE, Evaluation, dead_fraction, dense_fraction, density_histogram
+from sae.metrics import DENSE, Evaluation, auroc, dead_fraction, dense_fraction, density_histogram, means
 
 
 def evaluate(x: np.ndarray, reconstruction: np.ndarray, latents: np.ndarray, mean: np.ndarray, size: int) -> Evaluation:
@@ -76,3 +79,69 @@ def test_histogram_counts_each_latent_once() -> None:
 def test_histogram_of_latents_that_never_fired_and_of_latents_that_always_do() -> None:
     assert density_histogram(np.zeros(3))["counts"] == [3] + [0] * 24
     assert density_histogram(np.ones(3))["counts"] == [0] * 24 + [3]
+
+
+def test_means_quantiles_and_histograms_are_those_of_the_tokens(case: tuple[np.ndarray, ...]) -> None:
+    x, reconstruction, latents, mean = case
+    evaluation = evaluate(*case, 77)
+    wide, given = x.astype(np.float64), reconstruction.astype(np.float64)
+    error, variance = ((wide - given) ** 2), ((wide - mean) ** 2)
+    explained = 1 - error.sum(1) / variance.sum(1)
+    norms = np.linalg.norm(wide, axis=1), np.linalg.norm(given, axis=1)
+    expected = {
+        "explained_variance_token": np.clip(explained, -1, 1).mean(),
+        "l1": np.where(latents > 0, latents, 0).sum(1).mean(),
+        "cosine": ((wide * given).sum(1) / norms[0] / norms[1]).mean(),
+        "shrinkage": (norms[1] / norms[0]).mean(),
+        "reconstruction_bias": (norms[1] ** 2).sum() / (wide * given).sum(),
+        "squared_error": error.sum(1).mean(),
+    }
+    got = evaluation.means()
+    assert {name: got[name] for name in expected} == pytest.approx(expected)
+    assert (got["fvu"], got["l0"]) == pytest.approx((evaluation.fvu, evaluation.l0))
+    quantiles, counts = evaluation.quantiles(), (latents > 0).sum(1)
+    for q in (0.05, 0.25, 0.5, 0.75, 0.95):
+        name = f"{q:.0%}"
+        assert quantiles["l0"][name] == np.quantile(counts, q, method="inverted_cdf")
+        at = np.quantile(np.clip(explained, -1, 1), q, method="inverted_cdf")
+        assert quantiles["explained_variance_token"][name] == pytest.approx(at, abs=0.01)
+        dimension = np.quantile(1 - error.sum(0) / variance.sum(0), q)
+        assert quantiles["explained_variance_dimension"][name] == pytest.approx(dimension, abs=1e-4)
+    histograms = evaluation.histograms()
+    assert sum(histograms["activation"]["counts"]) == (latents > 0).sum()
+    assert sum(histograms["explained_variance_token"]["counts"]) == 300
+
+
+def test_intervals_are_wider_where_documents_are_few(case: tuple[np.ndarray, ...]) -> None:
+    x, reconstruction, latents, mean = case
+    widths = []
+    for n in (1, 5, 100):
+        evaluation = Evaluation(mean, latents.shape[1])
+        shift = 1 + 0.5 * (np.arange(300) % n)[:, None].astype(np.float32) / n
+        evaluation.add(x, x + shift * (reconstruction - x), latents, np.arange(300) % n)
+        intervals = evaluation.intervals(0)
+        assert evaluation.intervals(0) == intervals
+        widths.append(intervals.get("fvu"))
+    assert widths[0] is None
+    assert widths[1][1] - widths[1][0] > 1.2 * (widths[2][1] - widths[2][0])
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    rng, held = np.random.default_rng(0), 0
+    for seed in range(100):
+        low, high = means({"x": rng.exponential(2, 60)}, seed)["x_ci95"]
+        held += low <= 2 <= high
+    assert 0.87 < held / 100 < 0.99
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.integers(0, 3)), min_size=4, max_size=30).filter(
+        lambda rows: len({is_up for _, is_up, n in rows if n}) == 2
+    )
+)
+def test_auroc_is_that_of_scikit_learn_with_weights_and_ties(rows: list[tuple[int, bool, int]]) -> None:
+    scores, positive, weights = (np.array(column) for column in zip(*rows, strict=True))
+    expected = roc_auc_score(np.repeat(positive, weights), np.repeat(scores, weights))
+    got = auroc(scores.astype(float), positive, np.stack([weights, weights]).astype(float))
+    np.testing.assert_allclose(got, [expected, expected], rtol=1e-12, atol=1e-12)

@@ -166,7 +166,7 @@ def test_a_dry_run_prints_the_resolved_config_and_does_nothing(
     (tmp_path / "c.yaml").write_text("model: from-the-file\n")
     file = ["--config", "c.yaml"] if verb == "chat" else ["c.yaml"]
     config = saekit(
-        verb, *file, *sets(seed=3) if verb in ("index", "chat", "demo") else (), "--dry-run", "--json"
+        verb, *file, *sets(seed=3) if verb in ("evaluate", "index", "chat", "demo") else (), "--dry-run", "--json"
     ).json["config"]
     assert (config["model"], config.get("seed", 3)) == ("from-the-file", 3)
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
