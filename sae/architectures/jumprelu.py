@@ -70,7 +70,8 @@ class JumpReLU(Penalised):
         every = max(round(len(x) / self.config.step_tokens), 1)
         above = self.preactivations(one_in(every, x)) - self.threshold[...]
         threshold, W_dec = lax.stop_gradient(self.threshold[...]), lax.stop_gradient(self.W_dec[...])
-        y_hat, measured = with_steps(every, self.of_step, results, above, threshold, W_dec, self.config.bandwidth)
+        weights = threshold, W_dec, self.config.bandwidth
+        y_hat, measured = with_steps(every, self.of_step, results, above, *weights)  # type: ignore[misc]
         return Attempt(y_hat, {"sparsity": self.penalty(measured, x.shape[1])}, count_active(chosen, self.d_sae), l0)
 
     def select(self, x: Float[Array, "batch d_in"], context: Context) -> tuple[Codes, Int[Array, " batch"]]:
