@@ -28,6 +28,7 @@ from sae.data import held_out
 from sae.evaluation.core import reconstruction
 from sae.torch_view import TorchSae
 from sae.train import train
+from sae.wiring import Wiring
 
 HOOK = "resid_post.12"
 HOLDOUT = 0.1
@@ -96,15 +97,15 @@ def main() -> None:
                     holdout_fraction=HOLDOUT, checkpoint_every=10**6, eval_every=10**6,
                 )  # fmt: skip
                 sae = TorchSae(train(run).saes[HOOK].artefact)
-                scores.append(reconstruction(exact, HOOK, sae, *held_out(exact, HOLDOUT)))
+                scores.append(reconstruction(exact, Wiring.parse(HOOK), sae, *held_out(exact, HOLDOUT)))
             size = sum(store.storage.sizes().values())
             rows.append(
                 {
                     "store_dtype": dtype,
                     "bytes_per_position": round(size / (store.n_sequences * store.ctx), 1),
                     "rounding_fvu": rounding_fvu(exact, store),
-                    "heldout_fvu": [round(score["fvu"], 5) for score in scores],
-                    "heldout_l0": [round(score["l0"], 2) for score in scores],
+                    "heldout_fvu": [round(score.fvu, 5) for score in scores],
+                    "heldout_l0": [round(score.l0, 2) for score in scores],
                 }
             )
     line = {"device": device_name("cpu"), "tokens": exact.state.tokens, "hook_point": HOOK, "dtypes": rows}

@@ -34,7 +34,7 @@ from sae.evaluation.report import write_report
 from sae.evaluation.saebench import write_saebench
 from sae.evaluation.splice import spliced_losses
 from sae.evaluation.stability import load_others, stability
-from sae.index import check_belongs
+from sae.belongs import check_belongs
 from sae.metrics import Evaluation
 from sae.torch_view import TorchSae
 from sae.wiring import Wiring, side_by_side
