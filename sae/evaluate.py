@@ -23,6 +23,7 @@ from activations.errors import MismatchError, ShapeError
 from activations.models import LoadedModel, load_model
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
+from sae.belongs import check_belongs
 from sae.config import EvaluateConfig
 from sae.data import held_out, holdout
 from sae.evaluation.absorption import absorption
@@ -34,7 +35,6 @@ from sae.evaluation.report import write_report
 from sae.evaluation.saebench import write_saebench
 from sae.evaluation.splice import spliced_losses
 from sae.evaluation.stability import load_others, stability
-from sae.belongs import check_belongs
 from sae.metrics import Evaluation
 from sae.torch_view import TorchSae
 from sae.wiring import Wiring, side_by_side
