@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -141,17 +142,17 @@ def _is_written(config: IndexConfig, info: dict[str, Any]) -> bool:
 def _rows(
     config: IndexConfig, loaded: LoadedModel, artefact: SaeArtefact, sae: TorchSae, found: Statistics
 ) -> Iterator[LatentRow]:
-    tensors = {name: value.cpu() for name, value in found.tensors().items()}
+    arrays = {name: value.cpu().numpy() for name, value in found.tensors().items()}
     lens = logit_lens(loaded, sae.W_dec, max(config.n_logits, LENS_TOKENS))
     neighbours = _listed(*nearest(sae.W_dec, config.n_neighbours))
     sample = coactivation.first(found.sample, config.coactivation_tokens)
     partners = _listed(*coactivation.partners(sample, artefact.d_sae, config.n_coactivations))
     effects = measure_effects(config, loaded, sae, Wiring.parse(artefact.hook_point), lens, found)
     words = _Words(loaded.tokenizer)
-    active, total, peak = tensors["active"].tolist(), tensors["total"].tolist(), tensors["top.score"][:, 0].tolist()
+    active, total, peak = arrays["active"].tolist(), arrays["total"].tolist(), arrays["top.score"][:, 0].tolist()
     for i in range(artefact.d_sae):
-        start, counts = trim(tensors["histogram"][i].numpy())
-        top, sampled, near = (_contexts(tensors, kind, i, config.window_before) for kind in ("top", "sampled", "near"))
+        start, counts = trim(arrays["histogram"][i])
+        top, sampled, near = (_contexts(arrays, kind, i, config.window_before) for kind in ("top", "sampled", "near"))
         yield LatentRow(
             latent=i,
             density=active[i] / found.n_tokens,
@@ -175,16 +176,16 @@ def _rows(
         )
 
 
-def _contexts(tensors: dict[str, Tensor], kind: str, latent: int, before: int) -> list[Context]:
+def _contexts(arrays: dict[str, np.ndarray], kind: str, latent: int, before: int) -> list[Context]:
     """What a reservoir holds of one latent."""
     score, priority, document, tokens, values = (
-        tensors[f"{kind}.{name}"][latent] for name in ("score", "priority", "document", "tokens", "values")
+        arrays[f"{kind}.{name}"][latent] for name in ("score", "priority", "document", "tokens", "values")
     )
     contexts = []
     for rank in range(int((priority != LARGEST).sum())):
         inside = tokens[rank] != NO_TOKEN
         source, number = split_key(int(document[rank]))
-        window = tokens[rank][inside].numpy(), values[rank][inside].float().numpy()
+        window = tokens[rank][inside], values[rank][inside].astype(np.float32)
         contexts.append(Context(number, int(inside[:before].sum()), *window, source, float(score[rank])))
     return contexts
 

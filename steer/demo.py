@@ -166,7 +166,7 @@ def _vector_configs(config: DemoConfig, row: LatentRow, tokenizer: Any) -> list[
     return [base.model_copy(update=latent), base.model_copy(update=contrast)]
 
 
-def _figures(harvested: HarvestResult, trained: Any, scores: dict[str, float], sae: Path) -> dict[str, Any]:
+def _figures(harvested: HarvestResult, trained: Any, scores: dict[str, Any], sae: Path) -> dict[str, Any]:
     artefact = SaeArtefact.load(sae)
     return {
         "tokens_harvested": harvested.n_tokens,
