@@ -256,10 +256,10 @@ def test_a_terminal_without_such_characters_gets_none() -> None:
 
 def test_a_step_and_a_row_cost_microseconds() -> None:
     screen, steps = Screen("train", ONE, 10**6, 0, 1024), 20_000
-    start = time.perf_counter()
+    start = time.thread_time()  # of this thread alone, whatever else the machine does
     for step in range(1, steps + 1):
         screen.step(step)
-    assert (time.perf_counter() - start) / steps < 200e-6, "a busy machine included"
+    assert (time.thread_time() - start) / steps < 20e-6
 
 
 def test_elsewhere_than_on_a_terminal_one_line_is_left(capsys: pytest.CaptureFixture[str]) -> None:
