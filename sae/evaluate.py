@@ -30,11 +30,12 @@ from sae.evaluation.absorption import absorption
 from sae.evaluation.baselines import FIT_TOKENS, pca_sae, random_sae
 from sae.evaluation.concepts import concept_detection, read_concepts
 from sae.evaluation.core import cosine_spectrum, reconstruction
-from sae.evaluation.probing import check_data, probing
+from sae.evaluation.probing import probing, read_labelled
 from sae.evaluation.report import write_report
 from sae.evaluation.saebench import write_saebench
 from sae.evaluation.splice import spliced_losses
 from sae.evaluation.stability import load_others, stability
+from sae.evaluation.texts import Subject
 from sae.metrics import Evaluation
 from sae.torch_view import TorchSae
 from sae.wiring import Wiring, side_by_side
@@ -53,9 +54,8 @@ def evaluate(config: EvaluateConfig, loaded: LoadedModel | None = None) -> dict[
     check_belongs(store, loaded, artefact)
     _check_share(config, artefact)
     others = load_others(config.compare_to, artefact)
-    check_data(config.probing, config.seed)
-    if config.concepts.data:
-        read_concepts(config.concepts)
+    labelled = read_labelled(config.probing, config.seed)
+    concepts = read_concepts(config.concepts) if config.concepts.data else None
     start, stop = held_out(store, config.holdout_fraction)
     if not store.mask(start, stop).any():
         raise ShapeError(
@@ -86,28 +86,18 @@ def evaluate(config: EvaluateConfig, loaded: LoadedModel | None = None) -> dict[
     }
     if others:
         result["stability"] = stability(sae, others, evaluation.density > 0, config.seed)
-    result |= _on_texts(
-        config, store, wiring, loaded, {"sae": sae} | {k: v for k, v in baselines.items() if k != "pca"}
-    )
+    saes = {"sae": sae} | {name: other for name, other in baselines.items() if name != "pca"}
+    subject = Subject(store, wiring, loaded, saes, config.seed)
+    if labelled:
+        result["probing"] = probing(labelled, config.probing.k, subject)
+    if concepts:
+        result["concepts"] = concept_detection(*concepts, subject)
+    if config.absorption.enabled:
+        result["absorption"] = absorption(config.absorption, subject)
     result = _finite(result)
     (config.sae / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     write_report(config.sae / "evaluation.html", result)
     write_saebench(config.sae / "saebench", result, config.sae)
-    return result
-
-
-def _on_texts(
-    config: EvaluateConfig, store: ActivationStore, wiring: Wiring, loaded: LoadedModel, saes: dict[str, TorchSae]
-) -> dict[str, Any]:
-    """The families that read texts of their own, where they are asked for."""
-    given: tuple[ActivationStore, Wiring, LoadedModel, dict[str, TorchSae], int]
-    given, result = (store, wiring, loaded, saes, config.seed), {}
-    if config.probing.data:
-        result["probing"] = probing(config.probing, *given)
-    if config.concepts.data:
-        result["concepts"] = concept_detection(config.concepts, *given)
-    if config.absorption.enabled:
-        result["absorption"] = absorption(config.absorption, *given)
     return result
 
 

@@ -20,7 +20,6 @@ choice is by difference of means. Left out: whether the model can spell.
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,14 +27,11 @@ import torch
 from jaxtyping import Bool, Float
 
 from activations.errors import MismatchError, TextError
-from activations.models import LoadedModel
-from activations.store import ActivationStore
 from sae.config import AbsorptionConfig
 from sae.evaluation.core import LATENTS_AT_ONCE
-from sae.evaluation.texts import read_texts
+from sae.evaluation.texts import Subject, read_texts
 from sae.metrics import means
 from sae.torch_view import TorchSae
-from sae.wiring import Wiring
 
 TEST_FRACTION, LEAST_WORDS = 0.3, 20
 F1_JUMP, MAX_K = 0.03, 10
@@ -66,30 +62,23 @@ class Probe(NamedTuple):
     """on test words"""
 
 
-def absorption(
-    config: AbsorptionConfig,
-    store: ActivationStore,
-    wiring: Wiring,
-    loaded: LoadedModel,
-    saes: Mapping[str, TorchSae],
-    seed: int,
-) -> dict[str, Any]:
+def absorption(config: AbsorptionConfig, subject: Subject) -> dict[str, Any]:
     """Measure absorption of first letters; returns rows of means over letters, and each letter's numbers.
 
     Raises: MismatchError for a transcoder; TextError if the vocabulary has no letter with enough words.
     """
-    if wiring.transcodes:
+    if subject.wiring.transcodes:
         raise MismatchError(
-            "absorption", expected="an SAE that writes what it reads", got=str(wiring), fix="Leave it out."
+            "absorption", expected="an SAE that writes what it reads", got=str(subject.wiring), fix="Leave it out."
         )
-    words = _read_words(config, store, wiring, loaded, seed)
+    words = _read_words(config, subject)
     probes = {letter: _dense_probe(words, letter) for letter in sorted(set(words.letters.tolist()))}
     rows, letters = {}, {}
-    for name, sae in saes.items():
+    for name, sae in subject.saes.items():
         latents = _encode(sae, words.x)
         decoder = sae.W_dec.cpu().numpy()
         letters[name] = {letter: _of_letter(words, letter, probe, latents, decoder) for letter, probe in probes.items()}
-        rows[name] = _row(list(letters[name].values()), seed)
+        rows[name] = _row(list(letters[name].values()), subject.seed)
     return {"n_words": len(words.x), "rows": rows, "letters": letters}
 
 
@@ -136,11 +125,9 @@ def absorbed(
     return np.where(counts, np.where(own <= 0, 1.0, shared), 0.0), full
 
 
-def _read_words(
-    config: AbsorptionConfig, store: ActivationStore, wiring: Wiring, loaded: LoadedModel, seed: int
-) -> Words:
-    found = vocabulary(loaded.tokenizer, config.words_per_letter, seed)
-    read = read_texts(store, wiring, loaded, [config.prompt + word for word in found])
+def _read_words(config: AbsorptionConfig, subject: Subject) -> Words:
+    found = vocabulary(subject.loaded.tokenizer, config.words_per_letter, subject.seed)
+    read = read_texts(subject, [config.prompt + word for word in found])
     lengths = np.diff(read.bounds)
     # The prompt is the same everywhere, so that other lengths are words in several tokens, or masked ones.
     kept = np.flatnonzero(lengths == np.bincount(lengths, minlength=1).argmax())
@@ -154,7 +141,7 @@ def _read_words(
             fix="Leave it out for this tokenizer.",
         )
     x = np.stack([read.of(i)[-1] for i in kept.tolist()])
-    is_test = np.random.default_rng(seed).random(len(kept)) < TEST_FRACTION
+    is_test = np.random.default_rng(subject.seed).random(len(kept)) < TEST_FRACTION
     return Words(np.array([found[i][1] for i in kept]), x, is_test)
 
 

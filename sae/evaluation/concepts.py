@@ -21,17 +21,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import sparse, stats
+from scipy import stats
 
 from activations.errors import TextError
-from activations.models import LoadedModel
-from activations.store import ActivationStore
 from activations.text import parquet_rows
 from sae.config import ConceptsConfig
-from sae.evaluation.texts import Texts, pooled_latents, read_texts
+from sae.evaluation.texts import Features, Subject, Texts, dense, pooled_latents, read_texts
 from sae.metrics import auroc, means
-from sae.torch_view import TorchSae
-from sae.wiring import Wiring
 
 FILES = ("train_data.parquet", "latent_eval_data.parquet")
 FEATURES_AT_ONCE = 4096
@@ -47,21 +43,14 @@ class Concept(NamedTuple):
     """whether a text has the concept"""
 
 
-def concept_detection(
-    config: ConceptsConfig,
-    store: ActivationStore,
-    wiring: Wiring,
-    loaded: LoadedModel,
-    saes: Mapping[str, TorchSae],
-    seed: int,
-) -> dict[str, Any]:
+def concept_detection(texts: list[str], concepts: list[Concept], subject: Subject) -> dict[str, Any]:
     """Detect each concept with each kind of detector; returns numbers, rows of mean scores, and each concept's AUROC.
 
-    Raises: TextError for a file without these columns, or without a concept that both files have.
+    Args:
+      texts: as `read_concepts` gives them, and their concepts.
     """
-    texts, concepts = read_concepts(config)
-    read = read_texts(store, wiring, loaded, texts)
-    tables = {name: pooled_latents(sae, read, "max") for name, sae in saes.items()}
+    read, seed = read_texts(subject, texts), subject.seed
+    tables: dict[str, Features] = {name: pooled_latents(sae, read, "max") for name, sae in subject.saes.items()}
     tables |= {"dimensions": _largest(read, np.eye(read.x.shape[1], dtype=np.float32))}
     tables |= {"pca": _largest(read, _axes(read, concepts))}
     found: dict[str, list[tuple[float, float]]] = {}
@@ -83,7 +72,10 @@ def concept_detection(
 
 
 def read_concepts(config: ConceptsConfig) -> tuple[list[str], list[Concept]]:
-    """The texts of both files, and which of them each concept has."""
+    """The texts of both files, and which of them each concept has.
+
+    Raises: TextError for a file without these columns, or without a concept that both files have.
+    """
     assert config.data is not None
     fix = "Name the columns: --set concepts.text=COLUMN, concepts.concept and concepts.category."
     rows = []
@@ -114,28 +106,25 @@ def read_concepts(config: ConceptsConfig) -> tuple[list[str], list[Concept]]:
     return [row[0] for row in rows], concepts
 
 
-def column_aurocs(
-    table: Float[np.ndarray, "text feature"] | sparse.csr_array, positive: Bool[np.ndarray, " text"]
-) -> Float[np.ndarray, " feature"]:
+def column_aurocs(table: Features, positive: Bool[np.ndarray, " text"]) -> Float[np.ndarray, " feature"]:
     """AUROC of each column, ties counting one half."""
     n_up, n_down = int(positive.sum()), int((~positive).sum())
     parts = []
     for first in range(0, table.shape[1], FEATURES_AT_ONCE):  # pyright: ignore[reportOptionalSubscript]
         block = table[:, first : first + FEATURES_AT_ONCE]
-        ranks = stats.rankdata(block.toarray() if isinstance(block, sparse.csr_array) else block, axis=0)
+        ranks = stats.rankdata(dense(block), axis=0)
         parts.append((ranks[positive].sum(axis=0) - n_up * (n_up + 1) / 2) / (n_up * n_down))
     return np.concatenate(parts)
 
 
 def _detectors(
-    read: Texts, tables: Mapping[str, Any], concept: Concept, seed: int
+    read: Texts, tables: Mapping[str, Features], concept: Concept, seed: int
 ) -> Iterator[tuple[str, Float[np.ndarray, " text"]]]:
     """Scores of all texts by each kind of detector."""
     positive = concept.positive[concept.train]
     for name, table in tables.items():
         best = int(np.argmax(column_aurocs(table[concept.train], positive)))
-        column = table[:, [best]]
-        yield name, (column.toarray() if isinstance(column, sparse.csr_array) else column)[:, 0]
+        yield name, dense(table[:, [best]])[:, 0]
     sides = [
         np.concatenate([read.of(i) for i in concept.train[side].tolist()]).mean(axis=0)
         for side in (positive, ~positive)

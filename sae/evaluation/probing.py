@@ -21,23 +21,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import sparse
 
 from activations.errors import TextError
-from activations.models import LoadedModel
-from activations.store import ActivationStore
 from activations.text import parquet_rows
 from sae.config import ProbingConfig
-from sae.evaluation.texts import pooled_latents, read_texts
+from sae.evaluation.texts import Features, Subject, dense, pooled_latents, read_texts
 from sae.metrics import RESAMPLES, auroc, draw, interval
-from sae.torch_view import TorchSae
-from sae.wiring import Wiring
 
 LEAST_TEXTS = 10
 """of a class, in training and in the test"""
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """inverse strengths that the dense probe chooses from"""
-Features = Float[np.ndarray, "text feature"] | sparse.csr_array
 Weighed = Callable[[Float[np.ndarray, "times test"]], Float[np.ndarray, " times"]]
 
 
@@ -53,47 +47,46 @@ class Problem(NamedTuple):
     """whether a text is of the class"""
 
 
-def probing(
-    config: ProbingConfig,
-    store: ActivationStore,
-    wiring: Wiring,
-    loaded: LoadedModel,
-    saes: Mapping[str, TorchSae],
-    seed: int,
-) -> dict[str, Any]:
-    """Probe each labelled set of texts; returns classes, numbers of texts, and rows of scores, by file name.
+class LabelledTexts(NamedTuple):
+    """A set of texts to probe."""
+
+    texts: list[str]
+    n_test: int
+    """how many of them, the last, are the test"""
+    problems: list[Problem]
+
+
+def read_labelled(config: ProbingConfig, seed: int) -> dict[str, LabelledTexts]:
+    """The labelled sets of texts, by file name.
 
     Raises: TextError for a file without these columns, with one class only, or with too few texts of one.
     """
-    return {path.stem: _probe_file(path, config, store, wiring, loaded, saes, seed) for path in config.data}
-
-
-def check_data(config: ProbingConfig, seed: int) -> None:
-    """Raise what `probing` would raise of its files, before anything takes long."""
+    sets = {}
     for path in config.data:
-        labels = labelled(path, config, seed)[1]
-        balanced(path, labels, round(config.test_fraction * len(labels)), seed)
+        texts, labels = labelled(path, config, seed)
+        n_test = round(config.test_fraction * len(texts))
+        sets[path.stem] = LabelledTexts(texts, n_test, balanced(path, labels, n_test, seed))
+    return sets
 
 
-def _probe_file(
-    path: Path,
-    config: ProbingConfig,
-    store: ActivationStore,
-    wiring: Wiring,
-    loaded: LoadedModel,
-    saes: Mapping[str, TorchSae],
-    seed: int,
-) -> dict[str, Any]:
-    texts, labels = labelled(path, config, seed)
-    n_test = round(config.test_fraction * len(texts))
-    problems = balanced(path, labels, n_test, seed)
-    read = read_texts(store, wiring, loaded, texts)
+def probing(sets: Mapping[str, LabelledTexts], ks: Sequence[int], subject: Subject) -> dict[str, Any]:
+    """Probe each set of texts; returns classes, numbers of texts, and rows of scores, by its name.
+
+    Args:
+      ks: numbers of features of k-sparse probes.
+    """
+    return {name: _probe(part, ks, subject) for name, part in sets.items()}
+
+
+def _probe(part: LabelledTexts, ks: Sequence[int], subject: Subject) -> dict[str, Any]:
+    (texts, n_test, problems), seed = part, subject.seed
+    read = read_texts(subject, texts)
     raw = read.means()
-    tables: dict[str, Features] = {name: pooled_latents(sae, read, "mean") for name, sae in saes.items()}
+    tables: dict[str, Features] = {name: pooled_latents(sae, read, "mean") for name, sae in subject.saes.items()}
     tables |= {"dimensions": raw, "pca": _components(raw, len(texts) - n_test)}
     test = np.arange(len(texts) - n_test, len(texts))
     rows = {}
-    for k in config.k:
+    for k in ks:
         for name, table in tables.items():
             rows[f"{name} k={k}"] = _scores(problems, test, lambda p, t=table, k=k: sparse_probe(t, p, k), seed)
     rows["dense"] = _scores(problems, test, lambda problem: dense_probe(raw, problem), seed)
@@ -145,7 +138,7 @@ def sparse_probe(table: Features, problem: Problem, k: int) -> Float[np.ndarray,
     rows, positive = table[problem.train], problem.positive[problem.train]
     means = [np.asarray(rows[side].mean(axis=0)).ravel() for side in (positive, ~positive)]
     chosen = np.argsort(-np.abs(means[0] - means[1]), kind="stable")[:k]
-    train, test = (_dense(table[part][:, chosen]) for part in (problem.train, problem.test))
+    train, test = (dense(table[part][:, chosen]) for part in (problem.train, problem.test))
     from sklearn.linear_model import LogisticRegression
 
     return _fitted(LogisticRegression(max_iter=1000), train, positive, test)
@@ -215,7 +208,3 @@ def _even(
     sides = part[positive[part]], part[~positive[part]]
     n = min(map(len, sides))
     return np.sort(np.concatenate([rng.permutation(side)[:n] for side in sides]))
-
-
-def _dense(table: Features) -> Float[np.ndarray, "text feature"]:
-    return table.toarray() if isinstance(table, sparse.csr_array) else table

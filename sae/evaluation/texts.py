@@ -6,10 +6,10 @@ tokens, without those that the store would mask, are kept in a file without a na
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,20 @@ from sae.wiring import Wiring
 
 BATCH_TOKENS = 2048
 Pool = Literal["mean", "max"]
+Features = Float[np.ndarray, "text feature"] | sparse.csr_array
+
+
+class Subject(NamedTuple):
+    """What is measured on texts."""
+
+    store: ActivationStore
+    """whose length of sequences and limits for norm outliers texts get"""
+    wiring: Wiring
+    """of all the SAEs"""
+    loaded: LoadedModel
+    saes: Mapping[str, TorchSae]
+    """the SAE, and what it has to beat, by name"""
+    seed: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +71,9 @@ class Texts:
         return np.stack(list(rows)).astype(np.float32)
 
 
-def read_texts(store: ActivationStore, wiring: Wiring, loaded: LoadedModel, texts: Sequence[str]) -> Texts:
+def read_texts(subject: Subject, texts: Sequence[str]) -> Texts:
     """Run texts through the model, each up to the store's `ctx` tokens."""
+    store, wiring, loaded = subject[:3]
     counts, d_in = np.zeros(len(texts), np.int64), len(wiring.reads) * store.d_model
     # The memory map keeps a handle of its own.
     with tempfile.TemporaryFile() as file, progress("read texts", len(texts), "text") as advance:
@@ -85,6 +100,11 @@ def pooled_latents(sae: TorchSae, texts: Texts, how: Pool) -> sparse.csr_array:
                 part = latents[a:b] if b > a else latents.new_zeros(1, sae.d_sae)
                 rows.append(sparse.csr_array((part.mean(0) if how == "mean" else part.amax(0))[None].cpu().numpy()))
     return sparse.csr_array(sparse.vstack(rows))
+
+
+def dense(table: Features) -> Float[np.ndarray, "text feature"]:
+    """The table with its zeros written out."""
+    return table.toarray() if isinstance(table, sparse.csr_array) else table
 
 
 def _windows(texts: Sequence[str], loaded: LoadedModel, ctx: int) -> Iterator[TokenSequence]:

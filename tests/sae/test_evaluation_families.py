@@ -18,10 +18,10 @@ from sae.artefact import SaeArtefact
 from sae.config import AbsorptionConfig, ConceptsConfig, ProbingConfig
 from sae.evaluation.absorption import absorbed, absorption
 from sae.evaluation.baselines import pca_sae, random_sae
-from sae.evaluation.concepts import column_aurocs, concept_detection
-from sae.evaluation.probing import balanced, check_data, labelled, probing
+from sae.evaluation.concepts import column_aurocs, concept_detection, read_concepts
+from sae.evaluation.probing import balanced, labelled, probing, read_labelled
 from sae.evaluation.stability import load_others, stability
-from sae.evaluation.texts import pooled_latents, read_texts
+from sae.evaluation.texts import Subject, pooled_latents, read_texts
 from sae.torch_view import TorchSae
 from sae.wiring import Wiring
 
@@ -37,6 +37,11 @@ def loaded(tiny_llama: Path) -> LoadedModel:
 @pytest.fixture
 def store(make_store: Any) -> ActivationStore:
     return make_store(d_model=WIDTH, ctx=16)
+
+
+@pytest.fixture
+def subject(store: ActivationStore, loaded: LoadedModel) -> Subject:
+    return Subject(store, PLACE, loaded, {"sae": TorchSae(sae_of())}, seed=0)
 
 
 def sae_of(seed: int = 0, d_sae: int = 48, **about: Any) -> SaeArtefact:
@@ -64,9 +69,10 @@ def numbers_and_words(n: int) -> tuple[list[str], list[str]]:
     return texts, ["number" if i % 2 else "word" for i in range(n)]
 
 
-def test_a_text_is_what_the_model_makes_of_it_alone(store: ActivationStore, loaded: LoadedModel) -> None:
+def test_a_text_is_what_the_model_makes_of_it_alone(subject: Subject) -> None:
+    store, loaded = subject.store, subject.loaded
     texts = ["The river ran", "", "past the mill and on to the sea. " * 3]
-    read = read_texts(store, PLACE, loaded, texts)
+    read = read_texts(subject, texts)
     assert np.diff(read.bounds).tolist()[1:] == [0, store.ctx]
     ids = loaded.tokenizer(texts[0], return_tensors="pt", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
@@ -80,14 +86,11 @@ def test_a_text_is_what_the_model_makes_of_it_alone(store: ActivationStore, load
         assert not got[1].any()
 
 
-def test_probes_find_what_sets_texts_apart_and_the_majority_does_not(
-    store: ActivationStore, loaded: LoadedModel, tmp_path: Path
-) -> None:
+def test_probes_find_what_sets_texts_apart_and_the_majority_does_not(subject: Subject, tmp_path: Path) -> None:
     texts, labels = numbers_and_words(120)
     path = write(tmp_path / "kind.parquet", text=texts, label=labels)
     config = ProbingConfig(data=(path,), k=(1, 3))
-    saes = {"sae": TorchSae(sae_of())}
-    block = probing(config, store, PLACE, loaded, saes, 0)["kind"]
+    block = probing(read_labelled(config, 0), config.k, subject)["kind"]
     rows = block["rows"]
     assert (block["n_train"], block["n_test"], block["classes"]) == (84, 36, ["word"])
     assert list(rows) == [
@@ -98,7 +101,7 @@ def test_probes_find_what_sets_texts_apart_and_the_majority_does_not(
     assert rows["majority"]["accuracy"] == 0.5 == rows["majority"]["auroc"]
     low, high = rows["dense"]["accuracy_ci95"]
     assert low <= rows["dense"]["accuracy"] <= high
-    assert probing(config, store, PLACE, loaded, saes, 0)["kind"] == block
+    assert probing(read_labelled(config, 0), config.k, subject)["kind"] == block
 
 
 def test_classes_are_balanced_and_texts_of_the_test_are_not_trained_on(tmp_path: Path) -> None:
@@ -139,7 +142,7 @@ def test_labels_that_cannot_be_probed_are_refused_before_anything_is_read(
 ) -> None:
     path = write(tmp_path / "x.parquet", **columns)
     with pytest.raises(TextError, match=match):
-        check_data(ProbingConfig(data=(path,)), 0)
+        read_labelled(ProbingConfig(data=(path,)), 0)
 
 
 def concept_files(folder: Path) -> ConceptsConfig:
@@ -153,10 +156,8 @@ def concept_files(folder: Path) -> ConceptsConfig:
     return ConceptsConfig(data=folder)
 
 
-def test_the_difference_of_means_detects_a_planted_concept(
-    store: ActivationStore, loaded: LoadedModel, tmp_path: Path
-) -> None:
-    found = concept_detection(concept_files(tmp_path), store, PLACE, loaded, {"sae": TorchSae(sae_of())}, 0)
+def test_the_difference_of_means_detects_a_planted_concept(subject: Subject, tmp_path: Path) -> None:
+    found = concept_detection(*read_concepts(concept_files(tmp_path)), subject)
     rows = found["rows"]
     assert list(rows) == ["sae", "dimensions", "pca", "difference", "random", "always_negative"]
     assert (found["n_concepts"], found["n_texts"]) == (1, 80)
@@ -165,10 +166,10 @@ def test_the_difference_of_means_detects_a_planted_concept(
     assert (rows["always_negative"]["auroc"], rows["always_negative"]["accuracy"]) == (0.5, 0.5)
 
 
-def test_concepts_that_no_file_has_are_refused(store: ActivationStore, loaded: LoadedModel, tmp_path: Path) -> None:
+def test_concepts_that_no_file_has_are_refused(tmp_path: Path) -> None:
     config = concept_files(tmp_path).model_copy(update={"category": "concept_id"})
     with pytest.raises(TextError, match="a concept with texts in both files"):
-        concept_detection(config, store, PLACE, loaded, {}, 0)
+        read_concepts(config)
 
 
 @pytest.mark.parametrize("kind", [np.asarray, sparse.csr_array])
@@ -190,16 +191,16 @@ def test_absorption_of_words_by_hand() -> None:
 
 
 def test_absorption_runs_on_a_vocabulary_and_refuses_what_it_cannot_read(
-    store: ActivationStore, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [f" {letter}{'abcdefghijklmnopqrstuvwxyz'[i % 26]}{'xyz'[i % 3]}" for letter in "qz" for i in range(40)]
-    config, saes = AbsorptionConfig(enabled=True, prompt="On"), {"sae": TorchSae(sae_of())}
+    config = AbsorptionConfig(enabled=True, prompt="On")
     with pytest.raises(TextError, match="single-token words"):
-        absorption(config, store, PLACE, loaded, saes, 0)
+        absorption(config, subject)
     with pytest.raises(MismatchError, match="writes what it reads"):
-        absorption(config, store, Wiring.parse("resid_mid.1->mlp_out.1"), loaded, saes, 0)
+        absorption(config, subject._replace(wiring=Wiring.parse("resid_mid.1->mlp_out.1")))
     monkeypatch.setattr("sae.evaluation.absorption.vocabulary", lambda *_: words)
-    found = absorption(config, store, PLACE, loaded, saes, 0)
+    found = absorption(config, subject)
     assert set(found["letters"]["sae"]) == {"q", "z"}
     assert 0 <= (found["rows"]["sae"]["absorption_fraction"] or 0) <= 1
 
