@@ -274,7 +274,7 @@ class _Harvest:
         return True
 
 
-def stack(rows: Sequence[TokenSequence]) -> Rows:
+def _stack(rows: Sequence[TokenSequence]) -> Rows:
     return Rows(
         np.stack([row.tokens for row in rows]),
         np.stack([row.attend for row in rows]),
@@ -290,7 +290,7 @@ def read_groups(config: HarvestConfig, tokenizer: Any, position: tuple[int, int]
         documents(config.text), tokenizer, config.ctx, start=position, cross_documents=config.cross_documents
     )
     while rows := list(islice(sequences, config.commit_sequences)):
-        yield stack(rows)
+        yield _stack(rows)
 
 
 def outlier_limits(

@@ -8,6 +8,8 @@ between 1/(2 STEPS) and 1/STEPS of its value wide. What is below or above all bi
 import numpy as np
 from jaxtyping import Float, Int
 
+from sae.metrics import histogram_quantile
+
 STEPS = 4
 LOWEST, HIGHEST = -16, 16
 N_BINS = STEPS * (HIGHEST - LOWEST)
@@ -45,5 +47,4 @@ def quantile(counts: list[int], start: int, share: float) -> float:
     """The value below which `share` of what was counted lies, taking each bin as evenly filled; 0 if nothing was."""
     if not counts:
         return 0.0
-    cumulated = np.concatenate([[0], np.cumsum(counts)])
-    return float(np.interp(share * cumulated[-1], cumulated, edges(start, len(counts))))
+    return histogram_quantile(np.array(counts), edges(start, len(counts)), share)

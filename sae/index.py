@@ -3,7 +3,7 @@
 Flow:
 1. one pass over a store, or over a text that is run through the model (`sae.index_source`): counts, histograms,
    contexts, near misses and co-activations (`sae.index_pass`), with a checkpoint now and then (`sae.index_state`);
-2. from the weights alone: logits, their entropy, nearest latents (`sae.index_weights`);
+2. from the weights alone: logits, their entropy (`sae.index_weights`), nearest latents (`sae.cosines`);
 3. in the running model: what amplifying a latent does to the next token, and what the text costs without it
    (`sae.index_effects`);
 4. one transaction into the database (`sae.index_db`).
@@ -31,21 +31,21 @@ from sae.artefact import SaeArtefact
 from sae.belongs import check_belongs, check_sae
 from sae.config import IndexConfig
 from sae.contexts import Context
+from sae.cosines import nearest
 from sae.histogram import trim
 from sae.index_db import FILE_NAME, FeatureIndex, LatentRow, write_index
 from sae.index_effects import LENS_TOKENS, measure_effects
 from sae.index_pass import PassSettings, Statistics
 from sae.index_source import Source, seed_key, store_source, text_source
 from sae.index_state import Progress, SourceState, load_state, save_state
-from sae.index_weights import logit_lens, nearest
+from sae.index_weights import logit_lens
 from sae.priorities import LARGEST
-from sae.reservoir import NO_TOKEN, split_key
+from sae.reservoir import MAX_SOURCES, NO_TOKEN, split_key
 from sae.torch_view import TorchSae
 from sae.wiring import Wiring
 
 CHECKPOINT_S = 60.0
 CONFIG_NAME = "index.yaml"
-MAX_SOURCES = 256
 DIGITS = 4
 
 
@@ -144,7 +144,8 @@ def _rows(
 ) -> Iterator[LatentRow]:
     arrays = {name: value.cpu().numpy() for name, value in found.tensors().items()}
     lens = logit_lens(loaded, sae.W_dec, max(config.n_logits, LENS_TOKENS))
-    neighbours = _listed(*nearest(sae.W_dec, config.n_neighbours))
+    cosines, others = nearest(sae.W_dec, sae.W_dec, min(config.n_neighbours, sae.d_sae - 1), same=True)
+    neighbours = _listed(others, cosines)
     sample = coactivation.first(found.sample, config.coactivation_tokens)
     partners = _listed(*coactivation.partners(sample, artefact.d_sae, config.n_coactivations))
     effects = measure_effects(config, loaded, sae, Wiring.parse(artefact.hook_point), lens, found)

@@ -72,10 +72,9 @@ def measure_effects(
         scores = steering_scores(loaded, sae, wiring, lens.top[:, :LENS_TOKENS], live)
         effects.output_score[live], effects.confidence_change[live] = scores
     if config.n_ablated:
-        n = min(config.n_ablated, found.top.n)
-        found.tensors()
-        latent, rank = (found.top.priority[:, :n] != LARGEST).cpu().nonzero(as_tuple=True)
-        tokens = found.top.tokens.cpu()[latent, rank]
+        top = found.top.tensors()
+        latent, rank = (top["priority"][:, : config.n_ablated] != LARGEST).cpu().nonzero(as_tuple=True)
+        tokens = top["tokens"].cpu()[latent, rank]
         rise = ablation_effects(loaded, sae, wiring, tokens, config.window_before, latent)
         effects.ablation[latent, rank] = rise
     return effects

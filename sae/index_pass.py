@@ -56,7 +56,7 @@ class Block(NamedTuple):
     """Whole sequences of one text."""
 
     source: int
-    """number of the text among those of the index, below 256"""
+    """number of the text among those of the index, below MAX_SOURCES"""
     key: int
     """an int64 that stands for the text and the seed"""
     first: int

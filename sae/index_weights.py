@@ -1,6 +1,6 @@
-"""What the weights alone say of each latent: the tokens it speaks for, and the latents that are like it.
+"""What the weights alone say of each latent: the tokens it speaks for.
 
-Left out: whatever needs a text.
+Left out: whatever needs a text; the latents that are like it (`sae.cosines`).
 """
 
 from typing import NamedTuple
@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from activations.models import LoadedModel
 
-_LENS_ROWS, _COSINE_ROWS = 256, 1024
+_LENS_ROWS = 256
 
 
 class Lens(NamedTuple):
@@ -59,18 +58,3 @@ def _normed(loaded: LoadedModel, rows: Float[Tensor, "n d_model"]) -> Float[Tens
     norm = loaded.family.final_norm(loaded.model)
     large = (1e3 * rows).to(dtype=loaded.dtype)  # far above the norm's epsilon
     return (norm(large) - norm(torch.zeros_like(large[:1]))).float()
-
-
-def nearest(W_dec: Float[Tensor, "d_sae d_out"], n: int) -> tuple[Int[Tensor, "d_sae n"], Float[Tensor, "d_sae n"]]:
-    """The `n` other latents whose decoder rows have the largest cosine with each one's, and the cosines; exact."""
-    unit, n = functional.normalize(W_dec, dim=1), min(n, len(W_dec) - 1)
-    latents, cosines = [], []
-    for start in range(0, len(unit), _COSINE_ROWS):
-        rows = unit[start : start + _COSINE_ROWS]
-        products = rows @ unit.T
-        own = torch.arange(len(rows), device=unit.device)
-        products[own, start + own] = -2
-        values, found = products.topk(n, dim=1)
-        latents.append(found.cpu())
-        cosines.append(values.cpu())
-    return torch.cat(latents), torch.cat(cosines)

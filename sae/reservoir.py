@@ -23,6 +23,8 @@ NO_TOKEN = -1
 WAITING = 0.5
 """places that wait to be sorted in, at most, as a share of those that are kept"""
 _DOCUMENT_BITS, _SOURCE_BITS = 31, 8
+MAX_SOURCES = 1 << _SOURCE_BITS
+"""texts that `document_key` tells apart"""
 
 
 class Offer(NamedTuple):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from activations.progress import progress
 from activations.store import ActivationStore
+from sae.cosines import nearest
 from sae.data import statistics, used_tokens
 from sae.metrics import ACTIVATION_EDGES, Activity, Evaluation
 from sae.torch_view import TorchSae
@@ -71,28 +72,6 @@ def _parts(store: ActivationStore, wiring: Wiring, d_sae: int, start: int, stop:
             yield Part(x[i : i + step], y[i : i + step], documents[i : i + step])
 
 
-def max_cosines(
-    a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], *, same: bool = False
-) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
-    """The largest cosine of each row of a with a row of b, and which row; exact, in blocks.
-
-    Args:
-      same: a and b are one matrix, and a row is not compared with itself. Rows of zeros have cosine 0.
-    """
-    a, b = (torch.nn.functional.normalize(part.float(), dim=1) for part in (a, b))
-    values, indices = [], []
-    step = max(1, LATENTS_AT_ONCE // len(b))
-    for start in range(0, len(a), step):
-        cosines = a[start : start + step] @ b.T
-        if same:
-            rows = torch.arange(len(cosines))
-            cosines[rows, rows + start] = -torch.inf
-        best = cosines.max(dim=1)
-        values.append(best.values)
-        indices.append(best.indices)
-    return torch.cat(values), torch.cat(indices)
-
-
 def cosine_spectrum(rows: Float[Tensor, "d_sae d"], seed: int) -> dict[str, Any]:
     """How alike directions are: the largest cosine of each row with another, beside random directions.
 
@@ -101,7 +80,7 @@ def cosine_spectrum(rows: Float[Tensor, "d_sae d"], seed: int) -> dict[str, Any]
     chance = torch.randn(rows.shape, generator=torch.Generator().manual_seed(seed)).to(rows)
     edges, result = np.linspace(-1, 1, 101), {}
     for name, part in (("", rows), ("random_", chance)):
-        values = max_cosines(part, part, same=True)[0].cpu().double().clamp(-1, 1).numpy()
+        values = nearest(part, part, 1, same=True)[0][:, 0].cpu().double().clamp(-1, 1).numpy()
         result[f"{name}counts"] = np.histogram(values, edges)[0].tolist()
         result[f"{name}mean"] = float(values.mean())
     return {"edges": edges.round(2).tolist(), **result}

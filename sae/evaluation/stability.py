@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from activations.errors import MismatchError
 from sae.artefact import SaeArtefact
-from sae.evaluation.core import max_cosines
+from sae.cosines import nearest
 from sae.metrics import means
 from sae.torch_view import TorchSae
 
@@ -64,8 +64,8 @@ def match(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], seed: int) -> di
     """Scores of decoder rows and encoder columns, [latent, d] each, against those of others."""
     if not len(ours[0]):
         return {"mean_max_cosine": None, "shared": None, "matched_cosine": None}
-    forth, to = max_cosines(ours[0], theirs[0])
-    _, back = max_cosines(theirs[0], ours[0])
+    forth, to = (part[:, 0] for part in nearest(ours[0], theirs[0], 1))
+    back = nearest(theirs[0], ours[0], 1)[1][:, 0]
     is_mutual = back[to] == torch.arange(len(to), device=to.device)
     encoders = functional.cosine_similarity(ours[1], theirs[1][to], dim=1)
     is_shared = is_mutual & (forth > SHARED_COSINE) & (encoders > SHARED_COSINE)

@@ -14,7 +14,7 @@ from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from sae.config import EvaluateConfig
 from sae.evaluate import evaluate
-from sae.evaluation.core import activity_on_device, max_cosines, reconstruction
+from sae.evaluation.core import activity_on_device, reconstruction
 from sae.evaluation.report import tables, write_report
 from sae.metrics import activity
 from sae.torch_view import TorchSae
@@ -151,17 +151,3 @@ def test_small_parts_give_the_same_as_large_ones(
     assert parts.intervals(0) == {name: pytest.approx(both) for name, both in whole.intervals(0).items()}
     assert parts.quantiles() == whole.quantiles()
     assert parts.histograms() == whole.histograms()
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_nearest_rows_in_blocks_are_those_of_the_whole_matrix(same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(13, 5, generator=generator), torch.randn(9, 5, generator=generator)
-    b = a if same else b
-    cosines = torch.nn.functional.cosine_similarity(a[:, None], b[None], dim=-1)
-    if same:
-        cosines.fill_diagonal_(-1)
-    monkeypatch.setattr("sae.evaluation.core.LATENTS_AT_ONCE", 30)
-    values, indices = max_cosines(a, b, same=same)
-    torch.testing.assert_close(values, cosines.max(1).values)
-    assert torch.equal(indices, cosines.max(1).indices)
