@@ -161,6 +161,11 @@ class ActivationStore:
         scale = self._read(scale_name(hook_point), start, stop) if self.meta.store_dtype == "int8" else None
         return to_float32(stored, scale)
 
+    @property
+    def shard_sequences(self) -> int:
+        """Sequences of a shard of activations, the most that one object holds."""
+        return self._layout[self.hook_points[0]].object_rows
+
     def room(self, n: int) -> Stored:
         """Memory for `n` sequences of one hook point, to be read into."""
         values = np.empty((n, self.ctx, self.d_model), self._layout[self.hook_points[0]].dtype)

@@ -2,6 +2,7 @@
 
     python benchmarks/feed.py --d-model 2304 --d-sae 16384 --k 64 --batch 8192 --tokens 1000000 --memory-mb 2048
     python benchmarks/feed.py --d-model 64 --d-sae 256 --k 8 --batch 512 --tokens 100000 --memory-mb 4     a quick one
+    python benchmarks/feed.py --blocks host ...     blocks in main memory, though there is an accelerator
 
 1. Writes a store of random bfloat16 activations in --where with the project's own writer. 2. Times the bare step
 (`step_tok_s`): the batches are on the device. 3. Reads the shards as plain files, several at a time (`disk`), reads
@@ -40,7 +41,7 @@ from activations.store_schema import HookState, ModelRef, StoreMeta, StoreState,
 from activations.store_writer import Group, StoreWriter
 from sae.config import TrainConfig
 from sae.data import TokenOrder
-from sae.feed import GATHERERS, READERS, InFlight, cores, feed
+from sae.feed import GATHERERS, READERS, InFlight, cores, feed, fits_on_device
 from sae.run import Run, prepare
 from sae.step import Step, TrainState, create, make_step, start
 
@@ -165,11 +166,13 @@ def time_bare_step(trainer: Trainer, order: TokenOrder, settings: Settings) -> f
     return figures(settings, measure(steps, settings))["tok_s"]
 
 
-def time_batches(order: TokenOrder, epochs: int, batch_size: int, use: Callable[[jax.Array], Any]) -> float:
+def time_batches(
+    order: TokenOrder, epochs: int, batch_size: int, use: Callable[[jax.Array], Any], on_device: bool
+) -> float:
     """Tokens a second of the feed and what is done with each batch."""
     n, in_flight, began = stretch(order, epochs), InFlight(), 0.0
     result: Any = None
-    with feed(order, 0, n) as batches:
+    with feed(order, 0, n, blocks_on_device=on_device) as batches:
         for i, batch in enumerate(batches):
             result = use(batch[HOOK_POINT])
             in_flight.add(result)
@@ -180,7 +183,9 @@ def time_batches(order: TokenOrder, epochs: int, batch_size: int, use: Callable[
         return (n - 1) * batch_size / (time.perf_counter() - began)
 
 
-def rates(order: TokenOrder, store: ActivationStore, trainer: Trainer, batch: int, is_cold: bool) -> dict[str, Any]:
+def rates(
+    order: TokenOrder, store: ActivationStore, trainer: Trainer, batch: int, on_device: bool, is_cold: bool
+) -> dict[str, Any]:
     """Tokens a second of the disk, of the reader, and of training."""
     files = shards(store)
     n_bytes, n_tokens = sum(path.stat().st_size for path in files), int(store.mask().sum())
@@ -193,7 +198,7 @@ def rates(order: TokenOrder, store: ActivationStore, trainer: Trainer, batch: in
         found |= {f"{what}_tok_s": round(n_tokens / seconds), f"{what}_gb_s": round(n_bytes / seconds / 1e9, 3)}
     if is_cold:
         dropped.append(drop_from_cache(files))
-    found["train_tok_s"] = round(time_batches(order, 1 if is_cold else WARM_EPOCHS, batch, trainer.step))
+    found["train_tok_s"] = round(time_batches(order, 1 if is_cold else WARM_EPOCHS, batch, trainer.step, on_device))
     return found | ({"still_cached": max(dropped)} if is_cold else {})
 
 
@@ -211,17 +216,19 @@ def judged(found: dict[str, Any], step_tok_s: float) -> dict[str, Any]:
     return {"bound": slowest if ratio >= FED else "feed", "ratio_to_bound": round(ratio, 3)}
 
 
-def line(settings: Settings, config: TrainConfig, store: ActivationStore) -> dict[str, Any]:
+def line(settings: Settings, config: TrainConfig, store: ActivationStore, blocks: str) -> dict[str, Any]:
     """All figures."""
     run = prepare(config)
     order = run.order
     assert isinstance(order, TokenOrder)
+    on_device = fits_on_device(order) if blocks == "auto" else blocks == "device"
     trainer = Trainer(run)
-    made: dict[str, Any] = {"step_tok_s": time_bare_step(trainer, order, settings)}
+    step_tok_s = time_bare_step(trainer, order, settings)
+    made: dict[str, Any] = {"blocks": "device" if on_device else "host", "step_tok_s": step_tok_s}
     for heat in ("cold", "warm"):
-        found = rates(order, store, trainer, settings.batch, heat == "cold")
-        made |= {f"{name}_{heat}": value for name, value in {**found, **judged(found, made["step_tok_s"])}.items()}
-    feed_tok_s = round(time_batches(order, WARM_EPOCHS, settings.batch, lambda batch: batch))
+        found = rates(order, store, trainer, settings.batch, on_device, heat == "cold")
+        made |= {f"{name}_{heat}": value for name, value in {**found, **judged(found, step_tok_s)}.items()}
+    feed_tok_s = round(time_batches(order, WARM_EPOCHS, settings.batch, lambda batch: batch, on_device))
     return made | {"feed_tok_s_warm": feed_tok_s}
 
 
@@ -234,6 +241,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--memory-mb", type=at_least(1), default=64, help="as in TrainConfig; several blocks are needed"
     )
+    parser.add_argument("--blocks", choices=("auto", "host", "device"), default="auto", help="where blocks are held")
     parser.add_argument("--where", type=Path, help="directory on the disk to measure; the store is deleted afterwards")
     parser.add_argument("--record", action="store_true", help="also append to results/<device>.csv")
     arguments = parser.parse_args(words)
@@ -250,7 +258,7 @@ def main(words: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(dir=arguments.where) as folder:
             store = write_store(Path(folder) / "store", settings.d_model, arguments.tokens)
             given = {"store": store.path, "memory_mb": arguments.memory_mb, "sae.k_anneal": 0.0}
-            found = line(settings, make_config(settings, given, LONG), store)
+            found = line(settings, make_config(settings, given, LONG), store, arguments.blocks)
     except SaekitError as error:
         sys.exit(str(error))
     device = device_name("cuda" if jax.default_backend() == "gpu" else "cpu")

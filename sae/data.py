@@ -5,10 +5,10 @@
 3. The unmasked tokens of a block are permuted and cut into batches; what is left over, less than a batch, is dropped.
 4. The number of unmasked tokens of each chunk is known, so batch i maps to (epoch, block, offset) by arithmetic.
 
-A block is in memory as the store keeps it, masked tokens and all, and each token is copied once, into its batch: of
+A block is held as the store keeps it, masked tokens and all, and each token is copied once, into its batch: of
 bfloat16, which the step widens on the device, to the bits that `ActivationStore.activations` gives. Nothing depends on
-what was read before, nor on threads, which `sae.feed` has. A store that is still being harvested has an order of its
-own, in `sae.live`. Left out: anything that depends on a framework.
+what was read before, nor on threads and blocks on a device, which `sae.feed` has. A store that is still being harvested
+has an order of its own, in `sae.live`. Left out: anything that depends on a framework.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,12 +30,52 @@ Map = Callable[..., Iterator[Any]]
 """`map`, or that of an executor, which begins at once"""
 Room = Callable[[tuple[int, ...], np.dtype], np.ndarray]
 """`np.empty`, or what gives memory that was used before"""
+Rows = Int[np.ndarray, " token"]
+"""positions of tokens in a block"""
 N_BLOCKS = 2
-"""in memory at a time: one that batches are taken from, and the next, which is read meanwhile"""
+"""held at a time: one that batches are taken from, and the next, which is read meanwhile"""
 GATHERED_ROWS = 1024
 """tokens of a batch that one thread copies at a time"""
-_BATCH_DTYPES = {"uint16": ml_dtypes.bfloat16, "int8": np.float32}
+BATCH_DTYPES = {"uint16": ml_dtypes.bfloat16, "int8": np.float32}
 """dtypes of batches, where those of the store's arrays are others"""
+
+
+@runtime_checkable
+class Held(Protocol):
+    """The activations of one hook point of a block, in main memory or on a device."""
+
+    def fill(self, start: int, stop: int, read: Callable[[Stored, int], None]) -> None:
+        """Have sequences start..stop of the block read; from any thread. The first call after `batch` begins anew.
+
+        Args:
+          read: fills memory with as many sequences as fit, from the one of this number on, counted from `start`.
+        """
+        ...
+
+    def batch(self, rows: Rows) -> Any:
+        """Activations at these positions, [token, d_model], once the whole block is filled."""
+        ...
+
+
+class OnHost:
+    """In main memory, where threads gather the rows of a batch."""
+
+    def __init__(self, stored: Stored, gather: Map = map, room: Room = np.empty):
+        """Use this memory.
+
+        Args:
+          gather: as `map`, for the parts of a batch.
+          room: memory for a batch.
+        """
+        self._stored, self._gather, self._room = stored, gather, room
+
+    def fill(self, start: int, stop: int, read: Callable[[Stored, int], None]) -> None:
+        """Have sequences start..stop read to their place."""
+        read(self._stored.cut(start, stop), 0)
+
+    def batch(self, rows: Rows) -> Float[np.ndarray, "token d_model"]:
+        """Activations at these positions, of the store's own type but for int8, which is widened."""
+        return _gathered(self._stored, rows, self._gather, self._room)
 
 
 class Place(NamedTuple):
@@ -58,9 +98,9 @@ class Loaded(NamedTuple):
     """A block in memory, and what is asked for of it."""
 
     chunks: tuple[int, ...]
-    room: dict[str, Stored]
+    held: dict[str, Held]
     """what was read, by hook point, in the order of the store"""
-    used: Int[np.ndarray, " token"]
+    used: Rows
     """positions that are not masked"""
     batches: Int[np.ndarray, "n_batches batch"]
     """positions of the tokens of each batch"""
@@ -136,6 +176,8 @@ class TokenOrder:
         self._counts = np.add.reduceat(used, np.arange(0, stop, self._rows))
         chunk_bytes = self._rows * sum(x.nbytes for x in store.room(1) if x is not None) * len(hook_points)
         self._block_chunks = max(1, memory_mb * 2**20 // (N_BLOCKS * chunk_bytes))
+        self.block_bytes = min(self._block_chunks, len(self._counts)) * chunk_bytes
+        """of the activations of a block, of all hook points, at most"""
         self._epochs: dict[int, tuple[Block, ...]] = {}
         if not sum(block.n_batches for block in self.epoch(0)):
             raise ShapeError(
@@ -173,24 +215,28 @@ class TokenOrder:
         return next(self.batches(i, i + 1))
 
     def batches(
-        self, start: int, stop: int, read: Map = map, gather: Map = map, room: Room = np.empty
-    ) -> Iterator[Activations]:
+        self, start: int, stop: int, read: Map = map, hold: Callable[[int], Held] | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Batches start..stop.
 
         Args:
-          read: as `map`, for the chunks of a block: one that works at once reads a block ahead.
-          gather: as `map`, for the parts of a batch.
-          room: memory for a batch of one hook point.
+          read: as `map`, for the parts of a block: one that works at once reads a block ahead.
+          hold: makes what holds one hook point of a block of so many sequences at most; none: main memory does.
         """
+        hold = hold or (lambda n: OnHost(self.room(n)))
         parts, spare = self._parts(start, stop), None
-        loaded, loading = None, self._begin(next(parts, None), None, None, read)
+        loaded, loading = None, self._begin(next(parts, None), None, None, read, hold)
         while loading:
             before, loaded = loaded, loading()
-            if before and before.room is not loaded.room:
-                spare = before.room
-            loading = self._begin(next(parts, None), loaded, spare, read)
+            if before and before.held is not loaded.held:
+                spare = before.held
+            loading = self._begin(next(parts, None), loaded, spare, read, hold)
             for rows in loaded.batches:
-                yield {name: _gathered(stored, rows, gather, room) for name, stored in loaded.room.items()}
+                yield {name: held.batch(rows) for name, held in loaded.held.items()}
+
+    def room(self, n: int | None = None) -> Stored:
+        """Memory for `n` sequences of one hook point; none: for those of a shard."""
+        return self._store.room(n or self._store.shard_sequences)
 
     def is_ready(self, i: int) -> bool:
         """Always: the store is whole."""
@@ -215,7 +261,12 @@ class TokenOrder:
             place = Place(place.epoch + 1, 0, 0) if is_last else Place(place.epoch, place.block + 1, 0)
 
     def _begin(
-        self, part: tuple[Place, int] | None, before: Loaded | None, spare: dict[str, Stored] | None, read: Map
+        self,
+        part: tuple[Place, int] | None,
+        before: Loaded | None,
+        spare: dict[str, Held] | None,
+        read: Map,
+        hold: Callable[[int], Held],
     ) -> Callable[[], Loaded] | None:
         """Begin to read the block of a part, if there is one; returns what waits for it.
 
@@ -227,26 +278,28 @@ class TokenOrder:
         place, n = part
         chunks = tuple(sorted(self.epoch(place.epoch)[place.block].chunks))
         same = before if before is not None and before.chunks == chunks else None
-        room = same.room if same else spare or self._new_room()
+        n_sequences = min(self._block_chunks, len(self._counts)) * self._rows
+        held = same.held if same else spare or {name: hold(n_sequences) for name in self._hook_points}
         orders = read(self._order, [place])
-        masks = iter(()) if same else read(partial(self._read, room), range(len(chunks)), chunks)
+        masks = iter(()) if same else read(partial(self._read, held), range(len(chunks)), chunks)
 
         def wait() -> Loaded:
             used = same.used if same else np.flatnonzero(np.concatenate(list(masks)))
             rows = used[next(orders)][place.offset * self._batch_size :][: n * self._batch_size]
-            return Loaded(chunks, room, used, rows.reshape(n, self._batch_size))
+            return Loaded(chunks, held, used, rows.reshape(n, self._batch_size))
 
         return wait
 
-    def _new_room(self) -> dict[str, Stored]:
-        n_chunks = min(self._block_chunks, len(self._counts))
-        return {name: self._store.room(self._rows * n_chunks) for name in self._hook_points}
-
-    def _read(self, room: dict[str, Stored], number: int, chunk: int) -> Bool[np.ndarray, " position"]:
+    def _read(self, held: dict[str, Held], number: int, chunk: int) -> Bool[np.ndarray, " position"]:
         """Read a chunk to its place among those of its block; returns which of its tokens may be used."""
         start, stop = chunk * self._rows, min((chunk + 1) * self._rows, self._stop)
-        for name, whole in room.items():
-            self._store.read_into(whole.cut(number * self._rows, number * self._rows + stop - start), name, start)
+        at = number * self._rows
+
+        def read(name: str, room: Stored, offset: int) -> None:
+            self._store.read_into(room, name, start + offset)
+
+        for name, whole in held.items():
+            whole.fill(at, at + stop - start, partial(read, name))
         return self._store.mask(start, stop).ravel()
 
     def _order(self, place: Place) -> Int[np.ndarray, " token"]:
@@ -262,7 +315,7 @@ def _gathered(
 ) -> Float[np.ndarray, "token d_model"]:
     """Activations at these positions, of the store's own type but for int8, which is widened."""
     values, scale = rearrange(stored.values, "seq ctx d -> (seq ctx) d"), stored.scale
-    out = room((len(rows), values.shape[-1]), np.dtype(_BATCH_DTYPES.get(values.dtype.name, values.dtype)))
+    out = room((len(rows), values.shape[-1]), np.dtype(BATCH_DTYPES.get(values.dtype.name, values.dtype)))
 
     def take(start: int) -> None:
         part, into = rows[start : start + GATHERED_ROWS], out[start : start + GATHERED_ROWS]

@@ -1,9 +1,10 @@
 """Batches on the device before the step asks for them.
 
-1. Threads read the chunks of the next block while batches are taken from this one. 2. Others gather the rows of a
-batch. 3. One takes the batches in order, AHEAD of the step, and others copy them to the device, several at a time,
-since one thread copies less than a GPU's bus carries. 4. The loop takes them, and waits for the device where it is
-IN_FLIGHT steps ahead of it.
+1. Threads read the chunks of the next block while batches are taken from this one. 2. Where blocks fit on one
+accelerator, the same threads copy each shard there as soon as it is read, and the device gathers the rows of a batch.
+Elsewhere blocks are in main memory: other threads gather, and others copy batches to the device, several at a time,
+since one thread copies less than a GPU's bus carries. 3. One thread takes the batches in order, AHEAD of the step.
+4. The loop takes them, and waits for the device where it is IN_FLIGHT steps ahead of it.
 
 What a thread raises is raised where its batch is asked for; leaving the context drops what is not begun and waits for
 the rest, chunks of a few hundred megabytes at most. The threads change no bit of a batch. Batches of a ring
@@ -16,50 +17,65 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from einops import rearrange
+from jaxtyping import Array, Float, Int, Shaped
 
-from sae.data import Activations, DataOrder, TokenOrder
+from activations.store_schema import Stored
+from sae.data import BATCH_DTYPES, N_BLOCKS, Activations, DataOrder, OnHost, Rows, TokenOrder
 
 DeviceActivations = dict[str, Float[Array, "token d_model"]]
 """activations of the same tokens by hook point, on the device"""
+DeviceStored = tuple[Shaped[Array, "... d_model"], Float[Array, "..."] | None]
+"""as `Stored`, on the device, with bfloat16 as such"""
 AHEAD = 3
 """batches that are ready, or being made so, besides the one that is asked for"""
 IN_FLIGHT = 2
 """steps that the device has yet to end when the next one is sent to it"""
 READERS, GATHERERS, COPIERS = 4, 8, 4
 """threads at most; each chunk is decoded by several more"""
+DEVICE_SHARE = 1 / 8
+"""of an accelerator's memory that blocks may take"""
 
 
 @contextmanager
 def feed(
-    order: DataOrder, start: int, stop: int, sharding: jax.sharding.Sharding | None = None
+    order: DataOrder,
+    start: int,
+    stop: int,
+    sharding: jax.sharding.Sharding | None = None,
+    blocks_on_device: bool | None = None,
 ) -> Iterator[Iterator[DeviceActivations]]:
     """Batches start..stop, on the device.
 
     Args:
       sharding: how each is split over devices; none: all of it is on the first.
+      blocks_on_device: where blocks are held; none: as `fits_on_device` says.
     """
     if not isinstance(order, TokenOrder):
         yield (jax.device_put(order.batch(i), sharding) for i in range(start, stop))
         return
+    if blocks_on_device is None:
+        blocks_on_device = sharding is None and fits_on_device(order)
     pools = [ThreadPoolExecutor(min(n, cores())) for n in (READERS, GATHERERS, COPIERS, 1)]
     readers, gatherers, copiers, thread = pools
-    memory = Memory() if jax.default_backend() != "cpu" else None
-    batches = order.batches(start, stop, readers.map, gatherers.map, memory.room if memory else np.empty)
-
-    def copied(batch: Activations) -> DeviceActivations:
-        there = jax.device_put(batch, sharding)
-        if memory:
-            jax.block_until_ready(there)
-            memory.take_back(batch)
-        return there
-
+    put: Callable[[Any], DeviceActivations]
+    if blocks_on_device:
+        rooms: deque[Stored] = deque()
+        batches = order.batches(start, stop, readers.map, lambda _: OnDevice(order.room, rooms))
+        put = _as_it_is
+    else:
+        memory = Memory() if jax.default_backend() != "cpu" else None
+        room = memory.room if memory else np.empty
+        batches = order.batches(start, stop, readers.map, lambda n: OnHost(order.room(n), gatherers.map, room))
+        put = partial(_put, sharding, memory)
     try:
-        yield _ahead(thread, lambda: copiers.submit(copied, next(batches)), stop - start)
+        yield _ahead(thread, lambda: copiers.submit(put, next(batches)), stop - start)
     finally:
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -67,9 +83,84 @@ def feed(
             pool.shutdown()
 
 
+def fits_on_device(order: TokenOrder) -> bool:
+    """Whether there is an accelerator, of whose memory a small share holds the blocks of an order."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    at_a_change = N_BLOCKS + 1  # the parts of the next block and what they become
+    return jax.default_backend() != "cpu" and at_a_change * order.block_bytes <= DEVICE_SHARE * limit
+
+
 def cores() -> int:
     """Processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _put(sharding: jax.sharding.Sharding | None, memory: "Memory | None", batch: Activations) -> DeviceActivations:
+    there = jax.device_put(batch, sharding)
+    if memory:
+        jax.block_until_ready(there)
+        memory.take_back(batch)
+    return there
+
+
+class OnDevice:
+    """Activations of one hook point of a block on the device, which gathers the rows of a batch.
+
+    Shards pass through memory that is used again while the processor still has it in its caches. A CPU as the device
+    keeps that memory itself.
+    """
+
+    def __init__(self, new_room: Callable[[], Stored], rooms: deque[Stored]):
+        """Hold nothing yet.
+
+        Args:
+          new_room: makes memory for a shard.
+          rooms: memory that is free, of all blocks.
+        """
+        self._new_room, self._rooms = new_room, rooms
+        self._parts: dict[int, DeviceStored] = {}
+        self._whole: DeviceStored | None = None
+
+    def fill(self, start: int, stop: int, read: Callable[[Stored, int], None]) -> None:
+        """Have sequences start..stop read, and copied to the device."""
+        self._whole = None
+        try:
+            room = self._rooms.pop()
+        except IndexError:
+            room = self._new_room()
+        for first in range(start, stop, len(room.values)):
+            part = room.cut(0, stop - first)
+            read(part, first - start)
+            values = part.values.view(BATCH_DTYPES["uint16"]) if part.values.dtype == np.uint16 else part.values
+            self._parts[first] = jax.block_until_ready(jax.device_put((values, part.scale)))
+            if jax.default_backend() == "cpu":
+                room = self._new_room()
+        self._rooms.append(room)
+
+    def batch(self, rows: Rows) -> Float[Array, "token d_model"]:
+        """Activations at these positions, of the type that `sae.data.OnHost` gives."""
+        whole = self._whole or _joined([self._parts[first] for first in sorted(self._parts)])
+        self._whole, self._parts = whole, {}
+        return _taken(*whole, rows.astype(np.int32))
+
+
+@jax.jit
+def _joined(parts: list[DeviceStored]) -> DeviceStored:
+    return jax.tree.map(lambda *x: rearrange(jnp.concatenate(x), "seq ctx ... -> (seq ctx) ..."), *parts)
+
+
+@jax.jit
+def _taken(
+    values: Shaped[Array, "position d_model"], scale: Float[Array, " position"] | None, rows: Int[Array, " token"]
+) -> Float[Array, "token d_model"]:
+    x = values.at[rows].get(mode="promise_in_bounds")
+    if scale is None:
+        return x
+    return x.astype(jnp.float32) * scale.at[rows].get(mode="promise_in_bounds")[:, None]
 
 
 class Memory:

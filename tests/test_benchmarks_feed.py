@@ -39,7 +39,7 @@ def test_the_time_is_that_of_whole_blocks(bench: ModuleType, tmp_path: Path) -> 
     assert len(blocks) == 8
     assert bench.stretch(order, 2) == sum(blocks[:-1]) + 1
     used: list[jax.Array] = []
-    assert bench.time_batches(order, 2, 512, lambda batch: used.append(batch) or batch) > 0
+    assert bench.time_batches(order, 2, 512, lambda batch: used.append(batch) or batch, on_device=False) > 0
     assert len(used) == sum(blocks[:-1]) + 1
     np.testing.assert_array_equal(used[-1], order.batch(len(used) - 1)[bench.HOOK_POINT])
     assert order.locate(len(used) - 1)[1:] == (3, 0), "the first batch of the last block"
@@ -54,14 +54,16 @@ def test_what_binds(bench: ModuleType, disk: float, train: float, bound: str, ra
     assert found == {"bound": bound, "ratio_to_bound": ratio}
 
 
+@pytest.mark.parametrize("blocks", ["host", "device"])
 def test_a_line_has_all_rates_and_leaves_nothing(
-    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    blocks: str, bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("_steps.REPEAT_S", 0.01)
     monkeypatch.setattr("_steps.PROBE_S", 0.01)
     words = ["--d-model", "16", "--d-sae", "64", "--k", "4", "--batch", "512", "--tokens", "60000", "--memory-mb", "1"]
-    bench.main([*words, "--where", str(tmp_path)])
+    bench.main([*words, "--where", str(tmp_path), "--blocks", blocks])
     line = json.loads(capsys.readouterr().out)
+    assert line["blocks"] == blocks
     for heat in ("cold", "warm"):
         assert line[f"bound_{heat}"] in ("step", "disk", "feed")
         slower = min(line["step_tok_s"], line[f"disk_tok_s_{heat}"])

@@ -58,17 +58,18 @@ def no_thread_is_left() -> Any:
     assert not {name for name in left if name.startswith("ThreadPoolExecutor")}, left
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("memory_mb", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_batches_have_the_bits_of_the_plain_order(
-    dtype: str, memory_mb: int, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+    dtype: str, memory_mb: int, on_device: bool, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sae.data.GATHERED_ROWS", 7)
     store = make_store(hook_points=HOOKS, store_dtype=dtype)
     order = order_of(store, memory_mb)
     first, last = 5, 2 * sum(block.n_batches for block in order.epoch(0)) + 5
     assert order.locate(last - 1).epoch == 2
-    with feed(order, first, last) as batches:
+    with feed(order, first, last, blocks_on_device=on_device) as batches:
         fed = list(batches)
     plain = plain_batches(store, order)
     assert len(fed) == last - first
@@ -109,6 +110,56 @@ def test_no_more_blocks_are_in_memory_than_said(store: ActivationStore, monkeypa
         assert len(list(batches)) == 60, "of more than ten blocks"
     assert len(made) == N_BLOCKS * len(HOOKS), "memory is used again"
     assert not any(ref() is not None for ref in made), "and given up in the end"
+
+
+def test_a_device_holds_no_more_blocks_than_said_and_memory_only_a_shard_a_thread(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("activations.store_schema.SHARD_BYTES", 1)
+    store = make_store(hook_points=HOOKS, store_dtype="bfloat16")
+    assert store.shard_sequences == 1, "of the 8 that a chunk has"
+    rooms: list[weakref.ref[np.ndarray]] = []
+    held: list[weakref.ref[sae.feed.OnDevice]] = []
+
+    def room(n: int) -> Stored:
+        stored = ActivationStore.room(store, n)
+        rooms.append(weakref.ref(stored.values))
+        assert n == 1
+        return stored
+
+    class Counted(sae.feed.OnDevice):
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments)
+            held.append(weakref.ref(self))
+
+    put = jax.device_put
+    monkeypatch.setattr(store, "room", room)
+    monkeypatch.setattr(sae.feed, "OnDevice", Counted)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_put", lambda x: put(jax.tree.map(np.array, x)))
+    order = order_of(store)
+    with feed(order, 0, 60, blocks_on_device=True) as batches:
+        fed = [{name: np.asarray(x) for name, x in batch.items()} for batch in batches]
+    assert len(held) == N_BLOCKS * len(HOOKS), "of more than ten blocks"
+    assert len(rooms) <= sae.feed.READERS
+    assert not any(ref() is not None for ref in [*rooms, *held]), "and given up in the end"
+    monkeypatch.undo()
+    for got, wanted in zip(fed, order.batches(0, 60), strict=True):
+        for name in HOOKS:
+            np.testing.assert_array_equal(got[name], wanted[name])
+
+
+@pytest.mark.parametrize(("backend", "limit", "fits"), [("gpu", 2**30, True), ("gpu", 2, False), ("cpu", 2**30, False)])
+def test_blocks_are_on_an_accelerator_that_has_room(
+    backend: str, limit: int, fits: bool, store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Device:
+        def memory_stats(self) -> dict[str, int]:
+            return {"bytes_limit": limit}
+
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    assert sae.feed.fits_on_device(order_of(store)) is fits
 
 
 def test_memory_of_batches_is_used_again_where_the_device_has_copied_them(
@@ -155,7 +206,8 @@ def test_the_next_block_is_read_beside_this_one_and_nothing_behind_the_last(
     assert sorted(read) == sorted(8 * order.epoch(0)[i].chunks[0] for i in (0, 1) for _ in HOOKS)
 
 
-def test_what_cannot_be_read_is_told_where_its_batch_is_asked_for(store: ActivationStore) -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_what_cannot_be_read_is_told_where_its_batch_is_asked_for(on_device: bool, store: ActivationStore) -> None:
     order = order_of(store)
     good = order.epoch(0)[0].n_batches
     (chunk,) = order.epoch(0)[1].chunks
@@ -163,7 +215,7 @@ def test_what_cannot_be_read_is_told_where_its_batch_is_asked_for(store: Activat
     data = bytearray(shard.read_bytes())
     data[100] ^= 1
     shard.write_bytes(data)
-    with feed(order, 0, 100) as batches:
+    with feed(order, 0, 100, blocks_on_device=on_device) as batches:
         for _ in range(good):
             next(batches)
         with pytest.raises(CorruptArtefactError, match=rf"'{HOOKS[1]}' in sequences {8 * chunk} to"):
