@@ -84,6 +84,10 @@ class Storage(Protocol):
         """What zarr reads arrays through."""
         ...
 
+    def file(self, key: str) -> Path | None:
+        """The file that an object is; None where objects are none."""
+        ...
+
     def read(self, key: str) -> tuple[bytes, str] | None:
         """An object and its version; None if it is not there."""
         ...
@@ -151,6 +155,9 @@ class FolderStorage:
 
     def zarr(self) -> ZarrStore:
         return ZarrLocalStore(self._path, read_only=True)
+
+    def file(self, key: str) -> Path:
+        return self._path / key
 
     def read(self, key: str) -> tuple[bytes, str] | None:
         with self.explained():
@@ -262,6 +269,9 @@ class BucketStorage:
 
     def zarr(self) -> ZarrStore:
         return ZarrObjectStore(self._objects, read_only=True)
+
+    def file(self, key: str) -> None:
+        return None
 
     def read(self, key: str) -> tuple[bytes, str] | None:
         def get() -> tuple[bytes, str]:

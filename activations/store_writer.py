@@ -16,15 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import google_crc32c
 import numpy as np
 from jaxtyping import Bool, Int
-from numcodecs import Zstd
 from zarr.core.buffer import default_buffer_prototype
 
 from activations.errors import MismatchError
+from activations.shards import encode
 from activations.storage import LOCK_KEY, NEW, Storage, open_storage
-from activations.store import ZSTD_LEVEL, array_metadata, open_arrays
+from activations.store import array_metadata, open_arrays
 from activations.store_schema import (
     GROUP_KEY,
     ArrayLayout,
@@ -119,7 +118,7 @@ class StoreWriter:
         for name, array in self._layout.items():
             for i, key in enumerate(self._keys(name, start, stop)):
                 rows = parts[name][i * array.object_rows : (i + 1) * array.object_rows]
-                yield key, partial(_encoded, rows, array)
+                yield key, partial(encode, rows, array)
 
     def _commit(self, state: StoreState) -> None:
         data = group_json(self.meta, state, self._owner)
@@ -181,38 +180,6 @@ class StoreWriter:
 
 def _array_json(array: ArrayLayout, n: int) -> bytes:
     return array_metadata(array, n).to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes()
-
-
-def _encoded(values: np.ndarray, array: ArrayLayout) -> list[Any]:
-    """Sequences as zarr keeps them in one object: a shard, or a single chunk; the last one is filled up with zeros.
-
-    Given as buffers, to be written one behind the other.
-
-    A chunk is its values, compressed or not, and their crc32c; a shard is its chunks, an index of their places and
-    lengths, and the crc32c of the index (Zarr v3, sharding codec, version 1.0). Unlike the codecs of zarr and zarrs,
-    this never leaves a chunk of zeros out, so a missing object is a lost one; and whoever has the bytes decides how
-    they get to their place.
-    """
-    size = array.chunk_rows * int(np.prod(array.tail)) * array.dtype.itemsize
-    data = np.ascontiguousarray(values, dtype=array.dtype).reshape(-1).view(np.uint8)
-    parts: list[Any] = []
-    for start in range(0, len(data), size):
-        chunk: Any = data[start : start + size]
-        if len(chunk) < size:
-            chunk = np.pad(chunk, (0, size - len(chunk)))
-        if not array.is_sharded:
-            chunk = Zstd(level=ZSTD_LEVEL).encode(chunk)
-        parts += [chunk, _crc32c(chunk)]
-    if array.is_sharded:
-        index = np.full((array.object_rows // array.chunk_rows, 2), 2**64 - 1, dtype="<u8")  # which says: not there
-        n = len(parts) // 2
-        index[:n] = np.stack([np.arange(n) * (size + 4), np.full(n, size + 4)], axis=1)
-        parts += [index, _crc32c(index.reshape(-1).view(np.uint8))]
-    return parts
-
-
-def _crc32c(data: Any) -> bytes:
-    return google_crc32c.value(data).to_bytes(4, "little")
 
 
 def _look(storage: Storage, meta: StoreMeta) -> tuple[bytes, str] | None:

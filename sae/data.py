@@ -235,8 +235,8 @@ class TokenOrder:
                 yield {name: held.batch(rows) for name, held in loaded.held.items()}
 
     def room(self, n: int | None = None) -> Stored:
-        """Memory for `n` sequences of one hook point; none: for those of a shard."""
-        return self._store.room(n or self._store.shard_sequences)
+        """Memory for `n` sequences of one hook point; none: for as many as are best read at a time."""
+        return self._store.room(n or self._store.piece_sequences)
 
     def is_ready(self, i: int) -> bool:
         """Always: the store is whole."""

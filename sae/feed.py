@@ -67,7 +67,7 @@ def feed(
     put: Callable[[Any], DeviceActivations]
     if blocks_on_device:
         rooms: deque[Stored] = deque()
-        batches = order.batches(start, stop, readers.map, lambda _: OnDevice(order.room, rooms))
+        batches = order.batches(start, stop, readers.map, lambda _: OnDevice(lambda: _pinned(order.room()), rooms))
         put = _as_it_is
     else:
         memory = Memory() if jax.default_backend() != "cpu" else None
@@ -110,15 +110,15 @@ def _put(sharding: jax.sharding.Sharding | None, memory: "Memory | None", batch:
 class OnDevice:
     """Activations of one hook point of a block on the device, which gathers the rows of a batch.
 
-    Shards pass through memory that is used again while the processor still has it in its caches. A CPU as the device
-    keeps that memory itself.
+    A few sequences at a time pass through memory that is used again while the processor still has it in its caches,
+    and that the device copies from by itself. A CPU as the device keeps that memory.
     """
 
     def __init__(self, new_room: Callable[[], Stored], rooms: deque[Stored]):
         """Hold nothing yet.
 
         Args:
-          new_room: makes memory for a shard.
+          new_room: makes memory for a few sequences.
           rooms: memory that is free, of all blocks.
         """
         self._new_room, self._rooms = new_room, rooms
@@ -146,6 +146,23 @@ class OnDevice:
         whole = self._whole or _joined([self._parts[first] for first in sorted(self._parts)])
         self._whole, self._parts = whole, {}
         return _taken(*whole, rows.astype(np.int32))
+
+
+class _Pinned:
+    """Memory that stays where it is, so that the device can copy from it without the processor's help.
+
+    numpy sees it through `__array_interface__`, and keeps this object, and so the memory, as long as it does.
+    """
+
+    def __init__(self, like: np.ndarray):
+        there = jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
+        self._owner = jax.block_until_ready(jax.device_put(like, there))
+        self.__array_interface__ = {**like.__array_interface__, "data": (self._owner.unsafe_buffer_pointer(), False)}
+
+
+def _pinned(room: Stored) -> Stored:
+    """Memory as large as a room, pinned where it makes a difference; an int8 scale is small."""
+    return room if jax.default_backend() == "cpu" else Stored(np.asarray(_Pinned(room.values)), room.scale)
 
 
 @jax.jit

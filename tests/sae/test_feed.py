@@ -115,9 +115,10 @@ def test_no_more_blocks_are_in_memory_than_said(store: ActivationStore, monkeypa
 def test_a_device_holds_no_more_blocks_than_said_and_memory_only_a_shard_a_thread(
     make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("activations.store_schema.SHARD_BYTES", 1)
+    monkeypatch.setattr("activations.store_schema.CHUNK_BYTES", 1)
+    monkeypatch.setattr("activations.store.PIECE_BYTES", 1)
     store = make_store(hook_points=HOOKS, store_dtype="bfloat16")
-    assert store.shard_sequences == 1, "of the 8 that a chunk has"
+    assert store.piece_sequences == 1, "of the 8 that a chunk of a block has"
     rooms: list[weakref.ref[np.ndarray]] = []
     held: list[weakref.ref[sae.feed.OnDevice]] = []
 
@@ -136,7 +137,7 @@ def test_a_device_holds_no_more_blocks_than_said_and_memory_only_a_shard_a_threa
     monkeypatch.setattr(store, "room", room)
     monkeypatch.setattr(sae.feed, "OnDevice", Counted)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "device_put", lambda x: put(jax.tree.map(np.array, x)))
+    monkeypatch.setattr(jax, "device_put", lambda x, *there: put(jax.tree.map(np.array, x), *there))
     order = order_of(store)
     with feed(order, 0, 60, blocks_on_device=True) as batches:
         fed = [{name: np.asarray(x) for name, x in batch.items()} for batch in batches]
