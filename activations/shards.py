@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
+import crc32c
 import numpy as np
 from numcodecs import Zstd
 
@@ -23,6 +23,8 @@ ZSTD_LEVEL = 1
 _CHECKSUM = 4
 _ENTRY = 16
 _NOT_THERE = 2**64 - 1
+_AT_ONCE = 256
+"""chunks that one call reads; systems allow some hundred"""
 
 
 def encode(values: np.ndarray, array: ArrayLayout) -> list[Any]:
@@ -72,7 +74,8 @@ def read_into(out: np.ndarray, file: Path, array: ArrayLayout, start: int) -> bo
             if not _has_entries(handle.fileno(), array, first, n):
                 return False
             chunks = out.reshape(-1).view(np.uint8).reshape(n, size)
-            return all(_read_chunk(handle.fileno(), chunk, first + i) for i, chunk in enumerate(chunks))
+            groups = range(0, n, _AT_ONCE)
+            return all(_read_chunks(handle.fileno(), chunks[i : i + _AT_ONCE], first + i) for i in groups)
     except OSError:
         return False
 
@@ -88,10 +91,13 @@ def _has_entries(file: int, array: ArrayLayout, first: int, n: int) -> bool:
     return np.array_equal(found, _entries(n_index, _chunk_bytes(array))[first : first + n])
 
 
-def _read_chunk(file: int, chunk: np.ndarray, number: int) -> bool:
-    checksum = bytearray(_CHECKSUM)
-    length = len(chunk) + _CHECKSUM
-    return os.preadv(file, [chunk.data, checksum], number * length) == length and checksum == _crc32c(chunk)
+def _read_chunks(file: int, chunks: np.ndarray, first: int) -> bool:
+    """Read chunks [chunk, byte] of which the first has the number `first`; whether all of their checksums are right."""
+    checksums = [bytearray(_CHECKSUM) for _ in chunks]
+    buffers = [buffer for pair in zip((chunk.data for chunk in chunks), checksums, strict=True) for buffer in pair]
+    length = chunks.shape[1] + _CHECKSUM
+    is_all = os.preadv(file, buffers, first * length) == length * len(chunks)
+    return is_all and all(right == _crc32c(chunk) for right, chunk in zip(checksums, chunks, strict=True))
 
 
 def _entries(n: int, size: int) -> np.ndarray:
@@ -105,4 +111,4 @@ def _chunk_bytes(array: ArrayLayout) -> int:
 
 
 def _crc32c(data: Any) -> bytes:
-    return google_crc32c.value(data).to_bytes(_CHECKSUM, "little")
+    return crc32c.crc32c(data).to_bytes(_CHECKSUM, "little")

@@ -39,6 +39,7 @@ from activations.store_schema import (
     StoreState,
     array_key,
     damaged,
+    largest_divisor,
     layout,
     not_a_store,
     object_keys,
@@ -47,8 +48,7 @@ from activations.store_schema import (
     to_float32,
 )
 
-PIECE_BYTES = 4 << 20
-"""what fits into a processor's caches, besides what other threads have there"""
+PIECE_BYTES = 1 << 25
 
 
 class Damage(NamedTuple):
@@ -165,16 +165,15 @@ class ActivationStore:
 
     @property
     def piece_sequences(self) -> int:
-        """Sequences that are best read at a time to memory that is used again and again.
+        """Sequences that are best read at a time: whole shards of files, and of objects elsewhere a whole commit.
 
-        Of files, whole chunks of few megabytes, which stay in the processor's caches; of objects elsewhere, a commit.
+        A commit is a whole number of pieces.
         """
-        array = self._layout[self.hook_points[0]]
-        (key,) = object_keys(self.hook_points[0], array, 0, 1)
-        if self.storage.file(key) is None:
-            return self.meta.commit_sequences
-        chunk_bytes = array.chunk_rows * int(np.prod(array.tail)) * array.dtype.itemsize
-        return array.chunk_rows * max(1, min(PIECE_BYTES // chunk_bytes, array.object_rows // array.chunk_rows))
+        array, rows = self._layout[self.hook_points[0]], self.meta.commit_sequences
+        if self.storage.file(GROUP_KEY) is None:
+            return rows
+        shard_bytes = array.object_rows * int(np.prod(array.tail)) * array.dtype.itemsize
+        return array.object_rows * largest_divisor(rows // array.object_rows, PIECE_BYTES // shard_bytes)
 
     def room(self, n: int) -> Stored:
         """Memory for `n` sequences of one hook point, to be read into."""
@@ -189,7 +188,7 @@ class ActivationStore:
         """
         names = self._known(hook_point), scale_name(hook_point)
         for name, out in zip(names, room, strict=True):
-            if out is not None and not (out.nbytes <= 2 * PIECE_BYTES and self._read_files(name, start, out)):
+            if out is not None and not self._read_files(name, start, out):
                 self._read(name, start, start + len(out), out)
 
     def stats(self, hook_point: str) -> HookStats:
@@ -263,7 +262,7 @@ class ActivationStore:
         return values
 
     def _read_files(self, name: str, start: int, out: np.ndarray) -> bool:
-        """Read whole chunks without zarr, which is faster into memory that is in the caches; False if they are not."""
+        """Read whole chunks of files without zarr, which is slower; False if it is to do it."""
         array = self._layout[name]
         stop, rows = start + len(out), array.object_rows
         if stop > self.n_sequences or (array.is_released and self._is_released(start, stop, self.state)):

@@ -177,8 +177,8 @@ def layout(meta: StoreMeta) -> dict[str, ArrayLayout]:
     }
     for name in meta.hook_points:
         row_bytes = ctx * width * dtype.itemsize
-        shard = _largest_divisor(rows, SHARD_BYTES // row_bytes)
-        chunk = _largest_divisor(shard, CHUNK_BYTES // row_bytes)
+        shard = largest_divisor(rows, SHARD_BYTES // row_bytes)
+        chunk = largest_divisor(shard, CHUNK_BYTES // row_bytes)
         arrays[name] = ArrayLayout((ctx, width), dtype, chunk, shard, True, True)
         if meta.store_dtype == "int8":
             arrays[scale_name(name)] = ArrayLayout((ctx,), np.dtype("float32"), rows, rows, False, True)
@@ -264,7 +264,7 @@ def damaged(where: str, name: str, start: int, stop: int, reason: str) -> Corrup
     return CorruptArtefactError(place, expected="intact shards", got=reason, fix="Harvest this store again.")
 
 
-def _largest_divisor(n: int, limit: int) -> int:
+def largest_divisor(n: int, limit: int) -> int:
     """Largest divisor of `n` that is at most `limit`, and at least 1."""
     return max(divisor for divisor in range(1, n + 1) if n % divisor == 0 and divisor <= max(limit, 1))
 

@@ -137,7 +137,7 @@ class Trainer:
     def __init__(self, run: Run):
         """Start it."""
         (job,) = run.jobs.values()
-        self._scaling = job.plan.scaling
+        self._scaling = job.scaling
         self._step: Step = make_step(run.config, job.plan)
         self.state: TrainState = start(run.config, job.plan, create(run.config, job.plan))
 

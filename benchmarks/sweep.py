@@ -22,8 +22,9 @@ from _steps import Settings, figures
 from _steps import measure as clocked
 
 from activations.store_schema import HookStats
+from sae.architectures.base import Scaling
 from sae.config import SaeConfig, SweepConfig, TrainConfig
-from sae.step import Plan, Step, TrainState, create, make_step, start
+from sae.step import Plan, Step, TrainState, create, make_step, scaling_on_device, start
 from sae.sweep import make_sweep_step, owned, points, stack, widest
 from sae.wiring import Wiring
 
@@ -44,13 +45,13 @@ def midway(config: TrainConfig, plan: Plan) -> TrainState:
     return state._replace(step=state.step + plan.n_steps // 2)
 
 
-def milliseconds(step: Step, state: TrainState, x: jax.Array, plan: Plan, steps: int) -> float:
+def milliseconds(step: Step, state: TrainState, x: jax.Array, scaling: Scaling, steps: int) -> float:
     """Median time of a step in five runs of `steps` each, after one that compiles."""
 
     def run(n: int) -> None:
         nonlocal state
         for _ in range(n):
-            state, _ = step(state, x, x, plan.scaling)
+            state, _ = step(state, x, x, scaling)
         jax.block_until_ready(state)
 
     settings = Settings(batch=len(x), steps=steps, warm=1)
@@ -61,7 +62,8 @@ def measure(config: TrainConfig, ns: list[int], d_model: int, steps: int) -> lis
     """A line an N."""
     plan = plan_of(config, d_model)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(config.batch_size, d_model)), jnp.float32)
-    one = milliseconds(make_step(config, plan), midway(config, plan), x, plan, steps)
+    scaling = scaling_on_device(config, plan)
+    one = milliseconds(make_step(config, plan), midway(config, plan), x, scaling, steps)
     name = device_name("cuda" if jax.default_backend() == "gpu" else "cpu")
     lines = []
     for n in ns:
@@ -69,7 +71,7 @@ def measure(config: TrainConfig, ns: list[int], d_model: int, steps: int) -> lis
         own = list(points(swept).values())
         plans = [plan_of(point, d_model) for point in own]
         state = stack([midway(point, its) for point, its in zip(own, plans, strict=True)])
-        ms = milliseconds(make_sweep_step(widest(swept), plans[0], owned(own, plans)), state, x, plan, steps)
+        ms = milliseconds(make_sweep_step(widest(swept), plans[0], owned(own, plans)), state, x, scaling, steps)
         lines.append(
             {
                 "device": name,

@@ -42,7 +42,7 @@ from activations.errors import SaekitError
 from activations.store_schema import HookState
 from sae.architectures import ARCHITECTURES
 from sae.config import TrainConfig
-from sae.step import Plan, Step, TrainState, create, make_step, start, where_tokens_go
+from sae.step import Plan, Step, TrainState, create, make_step, scaling_on_device, start, where_tokens_go
 from sae.wiring import Wiring
 
 ROOT = Path(__file__).resolve().parent
@@ -168,6 +168,7 @@ class Trainer:
         """Start it after `at` steps, as far as schedules of the architecture are concerned."""
         self._plan = Plan.make(config, Wiring.parse(HOOK_POINT), data.stats)
         self._step: Step = make_step(config, self._plan)
+        self._scaling = scaling_on_device(config, self._plan)
         state = start(config, self._plan, create(config, self._plan))
         self.state = put_to_sleep(state, settings.n_dead)._replace(step=state.step + at)
         self._batches = itertools.cycle(jax.device_put(data.batches, where_tokens_go(config)))
@@ -175,7 +176,7 @@ class Trainer:
     def run(self, n: int) -> None:
         """Take n steps and wait for them."""
         for batch in itertools.islice(self._batches, n):
-            self.state, _ = self._step(self.state, batch, batch, self._plan.scaling)
+            self.state, _ = self._step(self.state, batch, batch, self._scaling)
         jax.block_until_ready(self.state)
 
     @property
@@ -187,7 +188,7 @@ class Trainer:
         """Losses of n steps."""
         found = []
         for batch in itertools.islice(self._batches, n):
-            self.state, metrics = self._step(self.state, batch, batch, self._plan.scaling)
+            self.state, metrics = self._step(self.state, batch, batch, self._scaling)
             found.append(metrics.loss)
         return [float(loss) for loss in found]
 

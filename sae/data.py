@@ -1,7 +1,8 @@
 """Data order: batch i is a pure function of (store, seed, i), so that a run resumes anywhere and replays nothing.
 
 1. The last sequences are held out, from the document boundary nearest to the asked share.
-2. Each epoch permutes the chunks (shards of the store) of the rest, and groups as many as fit into memory into blocks.
+2. Each epoch permutes the chunks (commits of the store) of the rest, and divides them into as few blocks as memory
+   allows, all about as large: a small one would end before the next is read.
 3. The unmasked tokens of a block are permuted and cut into batches; what is left over, less than a batch, is dropped.
 4. The number of unmasked tokens of each chunk is known, so batch i maps to (epoch, block, offset) by arithmetic.
 
@@ -30,8 +31,8 @@ Map = Callable[..., Iterator[Any]]
 """`map`, or that of an executor, which begins at once"""
 Room = Callable[[tuple[int, ...], np.dtype], np.ndarray]
 """`np.empty`, or what gives memory that was used before"""
-Rows = Int[np.ndarray, " token"]
-"""positions of tokens in a block"""
+Rows = Int[np.ndarray, "n_batches batch"]
+"""positions, in a block, of the tokens of each batch"""
 N_BLOCKS = 2
 """held at a time: one that batches are taken from, and the next, which is read meanwhile"""
 GATHERED_ROWS = 1024
@@ -45,15 +46,15 @@ class Held(Protocol):
     """The activations of one hook point of a block, in main memory or on a device."""
 
     def fill(self, start: int, stop: int, read: Callable[[Stored, int], None]) -> None:
-        """Have sequences start..stop of the block read; from any thread. The first call after `batch` begins anew.
+        """Have sequences start..stop of the block read; from any thread. The first call after `batches` begins anew.
 
         Args:
           read: fills memory with as many sequences as fit, from the one of this number on, counted from `start`.
         """
         ...
 
-    def batch(self, rows: Rows) -> Any:
-        """Activations at these positions, [token, d_model], once the whole block is filled."""
+    def batches(self, rows: Rows) -> Iterator[Any]:
+        """Activations [batch, d_model] at these positions, batch after batch, once the whole block is filled."""
         ...
 
 
@@ -73,9 +74,9 @@ class OnHost:
         """Have sequences start..stop read to their place."""
         read(self._stored.cut(start, stop), 0)
 
-    def batch(self, rows: Rows) -> Float[np.ndarray, "token d_model"]:
+    def batches(self, rows: Rows) -> Iterator[Float[np.ndarray, "batch d_model"]]:
         """Activations at these positions, of the store's own type but for int8, which is widened."""
-        return _gathered(self._stored, rows, self._gather, self._room)
+        return (_gathered(self._stored, batch, self._gather, self._room) for batch in rows)
 
 
 class Place(NamedTuple):
@@ -100,10 +101,9 @@ class Loaded(NamedTuple):
     chunks: tuple[int, ...]
     held: dict[str, Held]
     """what was read, by hook point, in the order of the store"""
-    used: Rows
+    used: Int[np.ndarray, " token"]
     """positions that are not masked"""
-    batches: Int[np.ndarray, "n_batches batch"]
-    """positions of the tokens of each batch"""
+    rows: Rows
 
 
 @runtime_checkable
@@ -172,8 +172,9 @@ class TokenOrder:
         self._store, self._hook_points, self._stop = store, hook_points, stop
         self._batch_size, self._seed = batch_size, seed
         self._rows = store.meta.commit_sequences
-        used = store.mask(0, stop).sum(axis=1)
-        self._counts = np.add.reduceat(used, np.arange(0, stop, self._rows))
+        mask = store.mask(0, stop)
+        self._counts = np.add.reduceat(mask.sum(axis=1), np.arange(0, stop, self._rows))
+        self._mask = np.packbits(mask, axis=1)  # zarr would keep the loop from running as long as it decodes one
         chunk_bytes = self._rows * sum(x.nbytes for x in store.room(1) if x is not None) * len(hook_points)
         self._block_chunks = max(1, memory_mb * 2**20 // (N_BLOCKS * chunk_bytes))
         self.block_bytes = min(self._block_chunks, len(self._counts)) * chunk_bytes
@@ -183,7 +184,7 @@ class TokenOrder:
             raise ShapeError(
                 f"{store.path}: unmasked training tokens",
                 expected=f"at least one batch of {batch_size}",
-                got=int(used.sum()),
+                got=int(mask.sum()),
                 fix="Harvest more tokens, or lower batch_size.",
             )
 
@@ -195,10 +196,11 @@ class TokenOrder:
     def epoch(self, epoch: int) -> tuple[Block, ...]:
         """Blocks of an epoch, in order."""
         if epoch not in self._epochs:
-            order = self._random(epoch).permutation(len(self._counts)).tolist()
-            step = self._block_chunks
-            groups = [tuple(order[i : i + step]) for i in range(0, len(order), step)]
-            self._epochs[epoch] = tuple(Block(g, int(self._counts[list(g)].sum()) // self._batch_size) for g in groups)
+            order = self._random(epoch).permutation(len(self._counts))
+            groups = np.array_split(order, -(-len(order) // self._block_chunks))
+            self._epochs[epoch] = tuple(
+                Block(tuple(group.tolist()), int(self._counts[group].sum()) // self._batch_size) for group in groups
+            )
         return self._epochs[epoch]
 
     def locate(self, i: int) -> Place:
@@ -230,13 +232,19 @@ class TokenOrder:
             before, loaded = loaded, loading()
             if before and before.held is not loaded.held:
                 spare = before.held
+            made = {name: held.batches(loaded.rows) for name, held in loaded.held.items()}
             loading = self._begin(next(parts, None), loaded, spare, read, hold)
-            for rows in loaded.batches:
-                yield {name: held.batch(rows) for name, held in loaded.held.items()}
+            for _ in loaded.rows:
+                yield {name: next(batches) for name, batches in made.items()}
 
-    def room(self, n: int | None = None) -> Stored:
-        """Memory for `n` sequences of one hook point; none: for as many as are best read at a time."""
-        return self._store.room(n or self._store.piece_sequences)
+    @property
+    def piece_sequences(self) -> int:
+        """Sequences that are best read at a time; a chunk is a whole number of pieces."""
+        return self._store.piece_sequences
+
+    def room(self, n: int) -> Stored:
+        """Memory for `n` sequences of one hook point."""
+        return self._store.room(n)
 
     def is_ready(self, i: int) -> bool:
         """Always: the store is whole."""
@@ -300,7 +308,7 @@ class TokenOrder:
 
         for name, whole in held.items():
             whole.fill(at, at + stop - start, partial(read, name))
-        return self._store.mask(start, stop).ravel()
+        return np.unpackbits(self._mask[start:stop], axis=1, count=self._store.ctx).astype(bool).ravel()
 
     def _order(self, place: Place) -> Int[np.ndarray, " token"]:
         chunks = self.epoch(place.epoch)[place.block].chunks

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import jax
@@ -37,8 +38,10 @@ AHEAD = 3
 """batches that are ready, or being made so, besides the one that is asked for"""
 IN_FLIGHT = 2
 """steps that the device has yet to end when the next one is sent to it"""
-READERS, GATHERERS, COPIERS = 4, 8, 4
+READERS, GATHERERS, COPIERS = 8, 8, 4
 """threads at most; each chunk is decoded by several more"""
+ROOMS = 32
+"""pieces on their way to the device at most: several a reader, since a copy may wait for the steps before it"""
 DEVICE_SHARE = 1 / 8
 """of an accelerator's memory that blocks may take"""
 
@@ -66,8 +69,8 @@ def feed(
     readers, gatherers, copiers, thread = pools
     put: Callable[[Any], DeviceActivations]
     if blocks_on_device:
-        rooms: deque[Stored] = deque()
-        batches = order.batches(start, stop, readers.map, lambda _: OnDevice(lambda: _pinned(order.room()), rooms))
+        rooms = Rooms(order.piece_sequences, order.room)
+        batches = order.batches(start, stop, readers.map, partial(OnDevice, rooms))
         put = _as_it_is
     else:
         memory = Memory() if jax.default_backend() != "cpu" else None
@@ -108,44 +111,76 @@ def _put(sharding: jax.sharding.Sharding | None, memory: "Memory | None", batch:
 
 
 class OnDevice:
-    """Activations of one hook point of a block on the device, which gathers the rows of a batch.
+    """Activations of one hook point of a block on the device, which gathers the rows of a batch."""
 
-    A few sequences at a time pass through memory that is used again while the processor still has it in its caches,
-    and that the device copies from by itself. A CPU as the device keeps that memory.
-    """
-
-    def __init__(self, new_room: Callable[[], Stored], rooms: deque[Stored]):
+    def __init__(self, rooms: "Rooms", n_sequences: int):
         """Hold nothing yet.
 
         Args:
-          new_room: makes memory for a few sequences.
-          rooms: memory that is free, of all blocks.
+          rooms: what pieces go through, which blocks share.
+          n_sequences: that a block has at most.
         """
-        self._new_room, self._rooms = new_room, rooms
+        self._rooms, self._pieces = rooms, range(0, n_sequences, rooms.n_sequences)
         self._parts: dict[int, DeviceStored] = {}
         self._whole: DeviceStored | None = None
 
     def fill(self, start: int, stop: int, read: Callable[[Stored, int], None]) -> None:
         """Have sequences start..stop read, and copied to the device."""
         self._whole = None
-        try:
-            room = self._rooms.pop()
-        except IndexError:
-            room = self._new_room()
-        for first in range(start, stop, len(room.values)):
-            part = room.cut(0, stop - first)
-            read(part, first - start)
-            values = part.values.view(BATCH_DTYPES["uint16"]) if part.values.dtype == np.uint16 else part.values
-            self._parts[first] = jax.block_until_ready(jax.device_put((values, part.scale)))
-            if jax.default_backend() == "cpu":
-                room = self._new_room()
-        self._rooms.append(room)
+        for first in range(start, stop, self._pieces.step):
+            room, there = self._rooms.take(), None
+            try:
+                read(room.cut(0, stop - first), first - start)
+                values = room.values.view(BATCH_DTYPES["uint16"]) if room.values.dtype == np.uint16 else room.values
+                there = self._parts[first] = jax.device_put((values, room.scale))
+            finally:
+                self._rooms.give(room, there)
 
-    def batch(self, rows: Rows) -> Float[Array, "token d_model"]:
+    def batches(self, rows: Rows) -> Iterator[Float[Array, "batch d_model"]]:
         """Activations at these positions, of the type that `sae.data.OnHost` gives."""
-        whole = self._whole or _joined([self._parts[first] for first in sorted(self._parts)])
+        whole = self._whole
+        if whole is None:  # of one shape, so that it is compiled once; nothing reads where a piece is missing
+            some = next(iter(self._parts.values()))
+            whole = _joined([self._parts.get(first, some) for first in self._pieces])
         self._whole, self._parts = whole, {}
-        return _taken(*whole, rows.astype(np.int32))
+        most = len(whole[0]) // rows.shape[1]
+        # All at once: a copy of their own for each batch would wait behind the pieces of the next block.
+        there = jax.device_put(np.pad(rows, ((0, most - len(rows)), (0, 0))).astype(np.int32))
+        return _taken_in_turn(whole, there, len(rows))
+
+
+def _taken_in_turn(whole: DeviceStored, rows: Int[Array, "most batch"], n: int) -> Iterator[Float[Array, "batch d"]]:
+    number = jnp.zeros((), jnp.int32)
+    for _ in range(n):
+        batch, number = _taken(*whole, rows, number)
+        yield batch
+
+
+class Rooms:
+    """Memory for a few sequences each, from which the device copies by itself while others are read.
+
+    It is used again, so that it stays in the processor's caches. A CPU as the device keeps it instead.
+    """
+
+    def __init__(self, n_sequences: int, new: Callable[[int], Stored]):
+        """Make at most ROOMS of `n_sequences` each, with `new`, when they are needed."""
+        self.n_sequences, self._new = n_sequences, new
+        self._free: SimpleQueue[tuple[Stored, DeviceStored | None] | None] = SimpleQueue()
+        for _ in range(ROOMS):
+            self._free.put(None)
+
+    def take(self) -> Stored:
+        """One that nothing reads any longer; waits until there is one. Give it back."""
+        free = self._free.get()
+        if free is None:
+            return _pinned(self._new(self.n_sequences))
+        room, there = free
+        jax.block_until_ready(there)
+        return room
+
+    def give(self, room: Stored, there: DeviceStored | None) -> None:
+        """Give one back, which may yet be copied to `there`."""
+        self._free.put(None if jax.default_backend() == "cpu" else (room, there))
 
 
 class _Pinned:
@@ -172,12 +207,17 @@ def _joined(parts: list[DeviceStored]) -> DeviceStored:
 
 @jax.jit
 def _taken(
-    values: Shaped[Array, "position d_model"], scale: Float[Array, " position"] | None, rows: Int[Array, " token"]
-) -> Float[Array, "token d_model"]:
-    x = values.at[rows].get(mode="promise_in_bounds")
-    if scale is None:
-        return x
-    return x.astype(jnp.float32) * scale.at[rows].get(mode="promise_in_bounds")[:, None]
+    values: Shaped[Array, "position d"],
+    scale: Float[Array, " position"] | None,
+    rows: Int[Array, "most batch"],
+    number: Int[Array, ""],
+) -> tuple[Float[Array, "batch d"], Int[Array, ""]]:
+    """A batch, and the number of the next one."""
+    its = rows[number]
+    x = values.at[its].get(mode="promise_in_bounds")
+    if scale is not None:
+        x = x.astype(jnp.float32) * scale.at[its].get(mode="promise_in_bounds")[:, None]
+    return x, number + 1
 
 
 class Memory:

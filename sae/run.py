@@ -17,6 +17,7 @@ from activations.ring import POLL_S
 from activations.store import ActivationStore
 from activations.store_schema import HookStats
 from sae.architectures import check_wiring
+from sae.architectures.base import Scaling
 from sae.artefact import SaeArtefact
 from sae.checkpoints import States
 from sae.config import ComputeConfig, TrainConfig
@@ -24,7 +25,7 @@ from sae.data import Activations, DataOrder, TokenOrder, held_out, holdout, stat
 from sae.formats import read_any
 from sae.kernels import using
 from sae.live import LiveOrder, check_length
-from sae.step import Plan, TrainState, create, grid_of, start
+from sae.step import Plan, TrainState, create, grid_of, scaling_on_device, start
 from sae.sweep import check as check_sweep
 from sae.sweep import is_sweep, points, unstack
 from sae.wiring import Wiring
@@ -39,6 +40,11 @@ class Job:
     path: Path
     config: TrainConfig
     """the run's, but for what the SAE has of its own in a sweep"""
+
+    @cached_property
+    def scaling(self) -> Scaling:
+        """That of the plan, on the devices."""
+        return scaling_on_device(self.config, self.plan)
 
     @cached_property
     def like(self) -> TrainState:

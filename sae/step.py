@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from activations.errors import NumericsError
@@ -142,6 +142,15 @@ def where_tokens_go(config: TrainConfig) -> NamedSharding | None:
     """How arrays with a row a token are split over several devices; None for one."""
     grid = grid_of(config)
     return None if grid is None else NamedSharding(grid, BY_TOKEN)
+
+
+def scaling_on_device(config: TrainConfig, plan: Plan) -> Scaling:
+    """The scaling of a plan on every device of the config.
+
+    As numpy arrays it would be copied there again on each step, behind the activations that are on their way.
+    """
+    grid = grid_of(config)
+    return jax.device_put(plan.scaling, None if grid is None else NamedSharding(grid, PartitionSpec()))
 
 
 def peak_lr(config: TrainConfig, d_sae: int) -> float:

@@ -215,7 +215,7 @@ def _step_all(run: Run, step: Step, states: States, batch: DeviceActivations) ->
         job = next(iter(jobs.values()))
         inputs = _joined(batch, job.wiring.reads)
         targets = _joined(batch, job.wiring.writes) if job.wiring.transcodes else inputs
-        states[name], metrics[name] = step(states[name], inputs, targets, job.plan.scaling)
+        states[name], metrics[name] = step(states[name], inputs, targets, job.scaling)
     return metrics
 
 

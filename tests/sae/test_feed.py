@@ -112,14 +112,15 @@ def test_no_more_blocks_are_in_memory_than_said(store: ActivationStore, monkeypa
     assert not any(ref() is not None for ref in made), "and given up in the end"
 
 
-def test_a_device_holds_no_more_blocks_than_said_and_memory_only_a_shard_a_thread(
+def test_a_device_holds_no_more_blocks_than_said_and_memory_only_what_is_on_its_way(
     make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("activations.store_schema.CHUNK_BYTES", 1)
+    monkeypatch.setattr("activations.store_schema.SHARD_BYTES", 1)
     monkeypatch.setattr("activations.store.PIECE_BYTES", 1)
     store = make_store(hook_points=HOOKS, store_dtype="bfloat16")
     assert store.piece_sequences == 1, "of the 8 that a chunk of a block has"
     rooms: list[weakref.ref[np.ndarray]] = []
+    n_rooms = 5
     held: list[weakref.ref[sae.feed.OnDevice]] = []
 
     def room(n: int) -> Stored:
@@ -133,16 +134,16 @@ def test_a_device_holds_no_more_blocks_than_said_and_memory_only_a_shard_a_threa
             super().__init__(*arguments)
             held.append(weakref.ref(self))
 
-    put = jax.device_put
+    put, order = jax.device_put, order_of(store)
     monkeypatch.setattr(store, "room", room)
     monkeypatch.setattr(sae.feed, "OnDevice", Counted)
+    monkeypatch.setattr(sae.feed, "ROOMS", n_rooms)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "device_put", lambda x, *there: put(jax.tree.map(np.array, x), *there))
-    order = order_of(store)
     with feed(order, 0, 60, blocks_on_device=True) as batches:
         fed = [{name: np.asarray(x) for name, x in batch.items()} for batch in batches]
     assert len(held) == N_BLOCKS * len(HOOKS), "of more than ten blocks"
-    assert len(rooms) <= sae.feed.READERS
+    assert len(rooms) == n_rooms
     assert not any(ref() is not None for ref in [*rooms, *held]), "and given up in the end"
     monkeypatch.undo()
     for got, wanted in zip(fed, order.batches(0, 60), strict=True):

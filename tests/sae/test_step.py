@@ -12,7 +12,7 @@ import pytest
 
 from activations.store_schema import HookStats
 from sae.config import SaeConfig, TrainConfig
-from sae.step import Plan, TrainState, assemble, automatic_lr, create, make_step, schedule, start
+from sae.step import Plan, TrainState, assemble, automatic_lr, create, make_step, scaling_on_device, schedule, start
 from sae.wiring import Wiring
 
 D_MODEL, BATCH, HOOK = 8, 16, "resid_post.1"
@@ -83,6 +83,18 @@ def test_a_step_keeps_decoder_rows_at_norm_1_and_moves_every_parameter(stats: Ho
     assert all(jax.tree.leaves(moved))
     assert float(metrics.l0) == 3
     assert float(assemble(config.sae, state).threshold[...]) > 0  # type: ignore[attr-defined]
+
+
+def test_a_step_copies_nothing_from_the_host(stats: HookStats) -> None:
+    config = config_with()
+    plan = plan_of(config, stats)
+    state, step, scaling = begin(config, plan), make_step(config, plan), scaling_on_device(config, plan)
+    x = jnp.asarray(batch(0))
+    state, _ = step(state, x, x, scaling)
+    with jax.transfer_guard_host_to_device("disallow"):
+        state, _ = step(state, x, x, scaling)
+        with pytest.raises(Exception, match="host-to-device"):
+            step(state, x, x, plan.scaling)
 
 
 def test_idle_latents_are_counted_in_tokens(stats: HookStats) -> None:
