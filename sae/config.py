@@ -182,8 +182,8 @@ class TrainConfig(Config):
     memory_mb: int = Field(
         default=512,
         gt=0,
-        description="megabytes of activations, of all hook points, in main memory: half of them are shuffled together, "
-        "while the other half is read",
+        description="megabytes of activations, of all hook points, in memory, that of an accelerator if they take a small "
+        "share of it: half of them are shuffled together, while the other half is read",
     )
     seed: int = Field(default=0, ge=0, description="seed of the initial weights and of the data order")
     sweep: SweepConfig = Field(
