@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from activations.config import Config, HarvestConfig
-from sae.config import EvaluateConfig, IndexConfig, TrainConfig
+from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
 from steer.config import ChatConfig, DemoConfig, VectorConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -23,6 +23,7 @@ CLASSES: dict[str, type[Config]] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "index": IndexConfig,
+    "inspect": CompareConfig,
     "vector": VectorConfig,
     "chat": ChatConfig,
     "demo": DemoConfig,
