@@ -8,12 +8,14 @@ Without `--store` and `--sae` both are random and made first, untimed: activatio
 embedded model's shape. The model is loaded once, untimed too; its unembedding gives the logits. Output scores, which
 take a forward pass a latent, are off unless `--output-scores` is given, as in the demo. `wall_s` is that of the whole,
 `read_s` of the pass over the store and the state, the rest is logits, neighbours, co-activation and the database;
-`cpu_s` counts the processor time of all threads, which other work moves less. Medians of the repeats; prints one JSON
-line; `--record` keeps it.
+`cpu_s` counts the processor time of all threads, which other work moves less, least of all with OMP_NUM_THREADS=1,
+since threads that wait for each other count too; `load` is the machine's in the last minute. Medians of the repeats;
+prints one JSON line; `--record` keeps it.
 """
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -112,6 +114,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "device": device_name("cpu"),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
         "d_model": loaded.d_model,
         "d_sae": d_sae,
         "tokens": info["n_tokens"],

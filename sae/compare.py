@@ -27,6 +27,7 @@ from sae.artefact import CONFIG, SaeArtefact
 from sae.config import CompareConfig, IndexConfig
 from sae.index import CONFIG_NAME
 from sae.index_db import FILE_NAME, FeatureIndex
+from sae.index_state import STATE_NAME
 from sae.matching import Latents, Side, by_chance, classify
 from sae.same_tokens import Activity, from_indices, from_store
 from sae.tables import check_table, write_table
@@ -92,9 +93,10 @@ def _compared(both: tuple[Opened, Opened], config: CompareConfig, out: Path | No
 def _open(path: Path) -> Opened:
     """The SAE at a path, and its index where the path is one."""
     if (path / FILE_NAME).exists():
-        index, settings = FeatureIndex.open(path), IndexConfig.load(path / CONFIG_NAME)
-        artefact = SaeArtefact.load(settings.sae)
-        if artefact.sha256 != index.info["sae_sha256"]:
+        settings = IndexConfig.load(path / CONFIG_NAME)
+        artefact, index = SaeArtefact.load(settings.sae), FeatureIndex.open(path)
+        if artefact.sha256 != index.info.get("sae_sha256"):
+            index.close()
             raise MismatchError(
                 path, expected=f"an index of the SAE at {settings.sae}", got="one of another", fix="Build it again."
             )
@@ -110,9 +112,9 @@ def _open(path: Path) -> Opened:
 def _check(both: tuple[Opened, Opened]) -> None:
     one, other = (sae.artefact for sae in both)
     models = [sae.metadata.get("model", {}) for sae in (one, other)]
-    fingerprints = {model["fingerprint"] for model in models if model.get("fingerprint")}
-    if len(fingerprints) > 1:
-        ids = [f"{model.get('id')} ({model['fingerprint'][:12]})" for model in models]
+    fingerprints = [str(model.get("fingerprint") or "") for model in models]
+    if all(fingerprints) and fingerprints[0] != fingerprints[1]:
+        ids = [f"{model.get('id')} ({own[:12]})" for model, own in zip(models, fingerprints, strict=True)]
         raise MismatchError(both[1].path, expected=f"an SAE of {ids[0]}", got=f"one of {ids[1]}", fix=_FIX)
     widths = [f"widths {sae.d_model} and {sae.d_out}" for sae in (one, other)]
     if widths[0] != widths[1]:
@@ -131,7 +133,7 @@ def _activities(both: tuple[Opened, Opened], config: CompareConfig) -> tuple[Seq
                 fix = "Name the store that the SAEs were trained on."
                 raise MismatchError(store.path, expected=f"a store of {model.get('id')}", got=got, fix=fix)
         return from_store(store, artefacts, config.tokens), store.path
-    if both[0].database and both[1].database:
+    if all((sae.path / STATE_NAME).exists() for sae in both):
         parts = from_indices(both[0].path, both[1].path, (artefacts[0].d_sae, artefacts[1].d_sae))
         if parts[0].shape[0]:
             return parts, "indices"

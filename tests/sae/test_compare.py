@@ -20,7 +20,7 @@ from sae.index import CONFIG_NAME, pass_settings
 from sae.index_db import LatentRow, write_index
 from sae.index_pass import Statistics
 from sae.index_source import seed_key, store_source
-from sae.index_state import Cursor, Progress, save_state
+from sae.index_state import STATE_NAME, Cursor, Progress, save_state
 from sae.torch_view import TorchSae
 
 HOOKS, D, N_SAME = ("resid_post.1", "resid_post.2"), 16, 12
@@ -110,6 +110,8 @@ def test_two_indices_bring_words_and_shared_tokens(make_store: MakeStore, tmp_pa
     for rows in result["examples"].values():
         for latent in (each for row in rows for each in row["one"] + row["other"]):
             assert latent["words"] == [f"word{latent['latent']}"]
+    (indices[1] / STATE_NAME).unlink()
+    assert compare(*indices, CompareConfig())["activations"] is None
     mixed = compare(indices[0], saes[1], CompareConfig())
     assert mixed["activations"] is None
     assert mixed["examples"]["matched"][0]["one"][0]["words"]
