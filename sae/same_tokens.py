@@ -80,15 +80,12 @@ def from_store(store: ActivationStore, saes: Sequence[SaeArtefact], n_tokens: in
 def from_indices(one: Path, other: Path, widths: tuple[int, int]) -> list[Activity]:
     """0 or 1 for each latent of two indices on the tokens that are in the samples of both; of none, no rows."""
     samples = [load_sample(path, d_sae) for path, d_sae in zip((one, other), widths, strict=True)]
-    bound = min(int(sample.bound) for sample in samples)
-    ranks = [sample.priority.numpy() for sample in samples]
-    _, *rows = np.intersect1d(ranks[0], ranks[1], return_indices=True)
+    _, *rows = np.intersect1d(samples[0].priority.numpy(), samples[1].priority.numpy(), return_indices=True)
     activities = []
-    for sample, row, rank, d_sae in zip(samples, rows, ranks, widths, strict=True):
+    for sample, row, d_sae in zip(samples, rows, widths, strict=True):
         starts = np.concatenate([[0], np.cumsum(sample.counts.numpy())])
-        shape = len(sample.counts), d_sae
-        whole = sparse.csr_array((np.ones(len(sample.latents), np.float32), sample.latents.numpy(), starts), shape)
-        activities.append(whole[row[rank[row] <= bound]])
+        fired = np.ones(len(sample.latents), np.float32), sample.latents.numpy(), starts
+        activities.append(sparse.csr_array(fired, (len(sample.counts), d_sae))[row])
     return activities
 
 

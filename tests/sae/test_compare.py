@@ -85,7 +85,7 @@ def test_two_layers_are_compared_by_activations_of_a_store(make_store: MakeStore
     store = make_store(hook_points=HOOKS)
     one, other = saved(sae_at(), tmp_path / "one"), saved(sae_at(HOOKS[1], seed=5), tmp_path / "other")
     config = CompareConfig(store=store.path, min_active=20)
-    result = compare(one, other, config)
+    result = compare(one, other, config, tmp_path / "pairs.jsonl")
     rows = result["latents"]
     assert result["tokens"] == int(store.mask().sum())
     assert "matched" not in rows
@@ -98,6 +98,11 @@ def test_two_layers_are_compared_by_activations_of_a_store(make_store: MakeStore
     )
     kept = {row["latent"] for rows in result["examples"].values() for row in (r for e in rows for r in e["one"])}
     assert max(kept) > rows["compared"]["one"], "numbers are those of the SAE, not of what is compared"
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    correlated = {(pair["one"], pair["other"]) for pair in pairs if pair["correlated"]}
+    assert len(correlated) == rows["correlated"]["one"]
+    assert {pair[0] for pair in correlated} & kept
+    assert max(pair["one"] for pair in pairs) > rows["compared"]["one"]
 
 
 def test_two_indices_bring_words_and_shared_tokens(make_store: MakeStore, tmp_path: Path) -> None:
