@@ -88,7 +88,7 @@ def examples(
 def table(found: Found, kept: Sequence[Int[np.ndarray, " _"]]) -> Iterator[dict[str, np.ndarray]]:
     """All pairs, with the latents' numbers in their SAEs and a column of truth values for each class; in parts."""
     columns = found.pairs._asdict() | found.classes
-    for start in range(0, len(found.pairs.one), ROWS):
+    for start in range(0, max(len(found.pairs.one), 1), ROWS):
         part = {name: values[start : start + ROWS] for name, values in columns.items()}
         yield part | {key: kept[side][part[key]] for side, key in enumerate(SIDES)}
 

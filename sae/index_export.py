@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from activations.errors import CorruptArtefactError, SaekitError
 from activations.progress import progress
 from sae.contexts import Context
 from sae.index_db import BLOBS, FeatureIndex, LatentRow
@@ -42,6 +43,11 @@ def export_index(path: str | Path, out: Path) -> dict[str, Any]:
 
     try:
         return {"index": str(path), "out": str(out), "rows": write_table(out, parts(), lambda a: _schema(a, info))}
+    except SaekitError:
+        raise
+    except (ValueError, TypeError, OverflowError) as error:
+        fix = "Build it again with: saekit index"
+        raise CorruptArtefactError(path, expected="a feature index", got="a damaged row", fix=fix) from error
     finally:
         index.close()
 

@@ -85,10 +85,11 @@ def _write_jsonl(path: Path, parts: Iterable[Part], schema: Schema | None) -> No
 def _write_csv(path: Path, parts: Iterable[Part], schema: Schema | None) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        for number, row in enumerate(_rows(parts)):
+        for number, part in enumerate(parts):
             if number == 0:
-                writer.writerow(row)
-            writer.writerow([_json(v) if isinstance(v, dict | list | bool) else v for v in row.values()])
+                writer.writerow(part)
+            rows = (row.values() for row in _rows([part]))
+            writer.writerows([_json(v) if isinstance(v, dict | list | bool) else v for v in row] for row in rows)
 
 
 def _rows(parts: Iterable[Part]) -> Iterator[dict[str, Any]]:

@@ -183,7 +183,9 @@ def convert(
 @app.command()
 def inspect(
     path: Annotated[str, typer.Argument(help="A store (also s3://BUCKET/PREFIX), SAE, feature index or library.")],
-    other: Annotated[Path | None, typer.Argument(help="Another SAE, index or run: compare the two.")] = None,
+    other: Annotated[
+        Path | None, typer.Argument(help="Another SAE, index or run to compare with; see --set store.")
+    ] = None,
     latent: Annotated[int | None, typer.Option(help="Show this latent of a feature index.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read a store whole, and compare every checksum.")] = False,
     out: Annotated[

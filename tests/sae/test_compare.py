@@ -81,6 +81,15 @@ def test_weights_alone_are_compared(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.parquet", "pairs.jsonl"])
+def test_no_pairs_are_a_table_without_rows(tmp_path: Path, name: str) -> None:
+    one, other = saved(sae_at(), tmp_path / "one"), saved(sae_at(W_dec=-sae_at().W_dec), tmp_path / "other")
+    result = compare(one, other, CompareConfig(cosine=1, child_cosine=1), tmp_path / name)
+    assert result["latents"]["alone"]["one_share"] == 1
+    text = (tmp_path / name).read_bytes()
+    assert {"pairs.csv": text.startswith(b"one,other,"), "pairs.jsonl": text == b""}.get(name, text[:4] == b"PAR1")
+
+
 def test_two_layers_are_compared_by_activations_of_a_store(make_store: MakeStore, tmp_path: Path) -> None:
     store = make_store(hook_points=HOOKS)
     one, other = saved(sae_at(), tmp_path / "one"), saved(sae_at(HOOKS[1], seed=5), tmp_path / "other")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,10 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from activations.errors import MissingArtefactError
+from activations.errors import CorruptArtefactError, MissingArtefactError
 from sae import index_export
 from sae.contexts import Context
-from sae.index_db import FeatureIndex, LatentRow, write_index
+from sae.index_db import FILE_NAME, FeatureIndex, LatentRow, write_index
 from sae.index_export import export_index
 
 D_SAE, INFO = 7, {"d_sae": 7, "hook_point": "resid_post.1", "sae_sha256": "beef"}
@@ -88,6 +90,15 @@ def test_jsonl_says_the_same(index: Path, tmp_path: Path) -> None:
     export_index(index, tmp_path / "index.parquet")
     lines = [json.loads(line) for line in (tmp_path / "index.jsonl").read_text().splitlines()]
     assert lines == parquet.read_table(tmp_path / "index.parquet").to_pylist()
+
+
+@pytest.mark.parametrize("column", ["histogram", "neighbours", "top_logits"])
+def test_a_damaged_row_is_refused(index: Path, tmp_path: Path, column: str) -> None:
+    with closing(sqlite3.connect(index / FILE_NAME)) as database, database:
+        database.execute(f'UPDATE latents SET {column} = \'[["x", "y"]]\' WHERE latent = 4')
+    with pytest.raises(CorruptArtefactError, match="a damaged row"):
+        export_index(index, tmp_path / "index.parquet")
+    assert not (tmp_path / "index.parquet").exists()
 
 
 def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
