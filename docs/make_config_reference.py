@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from activations.config import Config, HarvestConfig
-from sae.config import EvaluateConfig, IndexConfig, TrainConfig
+from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
 from steer.config import ChatConfig, DemoConfig, VectorConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -23,6 +23,7 @@ CLASSES: dict[str, type[Config]] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "index": IndexConfig,
+    "inspect": CompareConfig,
     "vector": VectorConfig,
     "chat": ChatConfig,
     "demo": DemoConfig,
@@ -65,7 +66,8 @@ default:
     saekit train configs/train.yaml --set sae.k=64 --set out=runs/sae_k64
     saekit train --set store=runs/store --dry-run
 
-`saekit chat` takes its file as `--config FILE`, because its argument is the prompt. Values after `=` are YAML:
+`saekit chat` takes its file as `--config FILE`, because its argument is the prompt; `saekit inspect
+ONE OTHER`, which compares, takes single keys alone. Values after `=` are YAML:
 `--set hook_points='[resid_post.6, resid_post.12]'`, `--set lr=null`. Dots reach into groups of keys. An unknown key is
 an error. `--dry-run` prints the resolved config and stops; that of `harvest` also measures, and that of `train` checks
 the store, what they would take. `harvest`, `train`, `index` and `demo` save the resolved config beside their output.

@@ -182,8 +182,8 @@ class TrainConfig(Config):
     memory_mb: int = Field(
         default=512,
         gt=0,
-        description="megabytes of activations, of all hook points, in memory, that of an accelerator if they take a small "
-        "share of it: half of them are shuffled together, while the other half is read",
+        description="megabytes of activations, of all hook points, in memory, that of an accelerator if they take a "
+        "small share of it: half of them are shuffled together, while the other half is read",
     )
     seed: int = Field(default=0, ge=0, description="seed of the initial weights and of the data order")
     sweep: SweepConfig = Field(
@@ -295,3 +295,23 @@ class IndexConfig(Config):
         description="strongest contexts a latent whose loss is measured with and without it: two forward passes each",
     )
     seed: int = Field(0, ge=0, description="seed of the samples")
+
+
+class CompareConfig(Config):
+    """How `saekit inspect PATH OTHER` compares two SAEs."""
+
+    store: StorePath | None = Field(
+        None, description="activation store with the hook points of both, for what latents do on the same tokens"
+    )
+    tokens: int = Field(65_536, gt=0, description="store: tokens of it that are read")
+    cosine: float = Field(
+        0.7, gt=0, le=1, description="least decoder, and at one hook point encoder, cosine of a match"
+    )
+    child_cosine: float = Field(0.5, gt=0, le=1, description="least decoder cosine of a latent and its parent")
+    contained: float = Field(
+        0.8, ge=0, le=1, description="least share of a child's tokens on which its parent is active"
+    )
+    correlation: float = Field(0.7, gt=0, le=1, description="least correlation of activations of a match by activation")
+    min_active: int = Field(10, gt=0, description="tokens on which a latent must be active to be compared")
+    n_examples: int = Field(5, ge=0, description="examples of each class")
+    seed: int = Field(0, ge=0, description="seed of random directions and shuffled tokens")

@@ -150,10 +150,15 @@ def _rows(
     partners = _listed(*coactivation.partners(sample, artefact.d_sae, config.n_coactivations))
     effects = measure_effects(config, loaded, sae, Wiring.parse(artefact.hook_point), lens, found)
     words = _Words(loaded.tokenizer)
+    contexts = [_contexts(arrays, kind, config.window_before) for kind in ("top", "sampled", "near")]
+    top_logits, bottom_logits = (
+        words.listed(tokens[:, : config.n_logits], values[:, : config.n_logits])
+        for tokens, values in ((lens.top, lens.top_values), (lens.bottom, lens.bottom_values))
+    )
     active, total, peak = arrays["active"].tolist(), arrays["total"].tolist(), arrays["top.score"][:, 0].tolist()
     for i in range(artefact.d_sae):
         start, counts = trim(arrays["histogram"][i])
-        top, sampled, near = (_contexts(arrays, kind, i, config.window_before) for kind in ("top", "sampled", "near"))
+        top, sampled, near = (held(i) for held in contexts)
         yield LatentRow(
             latent=i,
             density=active[i] / found.n_tokens,
@@ -161,8 +166,8 @@ def _rows(
             mean_activation=total[i] / max(active[i], 1),
             histogram=counts.tolist(),
             histogram_start=start,
-            top_logits=words.listed(lens.top[i], lens.top_values[i], config.n_logits),
-            bottom_logits=words.listed(lens.bottom[i], lens.bottom_values[i], config.n_logits),
+            top_logits=top_logits(i),
+            bottom_logits=bottom_logits(i),
             logit_entropy=round(float(lens.entropy[i]), DIGITS),
             neighbours=neighbours(i),
             coactivations=[pair for pair in partners(i) if pair[1] > 0],
@@ -177,18 +182,26 @@ def _rows(
         )
 
 
-def _contexts(arrays: dict[str, np.ndarray], kind: str, latent: int, before: int) -> list[Context]:
-    """What a reservoir holds of one latent."""
+def _contexts(arrays: dict[str, np.ndarray], kind: str, before: int) -> Callable[[int], list[Context]]:
+    """A function from a latent to what a reservoir holds of it."""
     score, priority, document, tokens, values = (
-        arrays[f"{kind}.{name}"][latent] for name in ("score", "priority", "document", "tokens", "values")
+        arrays[f"{kind}.{name}"] for name in ("score", "priority", "document", "tokens", "values")
     )
-    contexts = []
-    for rank in range(int((priority != LARGEST).sum())):
-        inside = tokens[rank] != NO_TOKEN
-        source, number = split_key(int(document[rank]))
-        window = tokens[rank][inside], values[rank][inside].astype(np.float32)
-        contexts.append(Context(number, int(inside[:before].sum()), *window, source, float(score[rank])))
-    return contexts
+    inside = tokens != NO_TOKEN  # of the text, which is one stretch of each window
+    starts, lengths, peaks = inside.argmax(-1), inside.sum(-1), inside[..., :before].sum(-1)
+    counts = (priority != LARGEST).sum(-1)
+
+    def of(latent: int) -> list[Context]:
+        held = slice(int(counts[latent]))
+        wide = values[latent, held].astype(np.float32)
+        columns = (part[latent, held].tolist() for part in (document, score, peaks, starts, lengths))
+        return [
+            Context(number, peak, tokens[latent, rank, i : i + n], wide[rank, i : i + n], source, score)
+            for rank, (key, score, peak, i, n) in enumerate(zip(*columns, strict=True))
+            for source, number in (split_key(key),)
+        ]
+
+    return of
 
 
 def _listed(latents: Int[Tensor, "d_sae n"], *figures: Float[Tensor, "d_sae n"]) -> Callable[[int], list[Any]]:
@@ -207,7 +220,11 @@ class _Words:
     def __init__(self, tokenizer: Any):
         self._text = functools.cache(lambda token: tokenizer.decode([token]))
 
-    def listed(self, tokens: Int[Tensor, " n"], values: Float[Tensor, " n"], n: int) -> list[tuple[str, float]]:
-        """The first `n` tokens with their values."""
-        pairs = zip(tokens[:n].tolist(), values[:n].tolist(), strict=True)
-        return [(self._text(token), round(value, DIGITS)) for token, value in pairs]
+    def listed(
+        self, tokens: Int[Tensor, "d_sae n"], values: Float[Tensor, "d_sae n"]
+    ) -> Callable[[int], list[tuple[str, float]]]:
+        """A function from a latent to its tokens, each with its value."""
+        ids, figures = tokens.tolist(), values.tolist()
+        return lambda i: [
+            (self._text(token), round(value, DIGITS)) for token, value in zip(ids[i], figures[i], strict=True)
+        ]

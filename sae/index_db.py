@@ -173,6 +173,18 @@ class FeatureIndex:
         with self._session() as session:
             return [_read(row) for row in session.scalars(query)]
 
+    def in_order(self, n: int) -> Iterator[list[LatentRow]]:
+        """All latents by their numbers, `n` at a time."""
+        rows: list[LatentRow] = []
+        while True:
+            after = rows[-1].latent if rows else -1
+            query = sql.select(_Latent).where(_Latent.latent > after).order_by(_Latent.latent).limit(n)
+            with self._session() as session:
+                rows = [_read(row) for row in session.scalars(query)]
+            if not rows:
+                return
+            yield rows
+
     def search(self, text: str, limit: int = 50) -> list[int]:
         """Latents whose words hold all words of `text`, by bm25; a word may be cut short."""
         words = " ".join('"' + word.replace('"', '""') + '"*' for word in text.split())

@@ -101,6 +101,7 @@ class Statistics:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the settings, by name; not copied."""
+        self.sample = coactivation.first(self.sample, self.settings.coactivation_tokens)
         parts = {"active": self.active, "total": self.total, "histogram": self.histogram}
         parts["n_tokens"] = torch.tensor(self.n_tokens)
         for name in ("top", "sampled", "near"):

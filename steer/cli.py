@@ -17,7 +17,7 @@ from rich.table import Table
 
 from activations.config import HarvestConfig
 from activations.errors import SaekitError
-from sae.config import EvaluateConfig, IndexConfig, TrainConfig
+from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
 from steer.config import ChatConfig, DemoConfig, VectorConfig
 
 PROBE_S = 3.0
@@ -183,11 +183,33 @@ def convert(
 @app.command()
 def inspect(
     path: Annotated[str, typer.Argument(help="A store (also s3://BUCKET/PREFIX), SAE, feature index or library.")],
+    other: Annotated[
+        Path | None, typer.Argument(help="Another SAE, index or run to compare with; see --set store.")
+    ] = None,
     latent: Annotated[int | None, typer.Option(help="Show this latent of a feature index.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read a store whole, and compare every checksum.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Write all latents of an index, or pairs of two SAEs: .parquet, .jsonl or .csv."),
+    ] = None,
+    set_: Overrides = None,
     json_: AsJson = False,
 ) -> None:
-    """Say what an artefact is and holds."""
+    """Say what an artefact is and holds, or how two SAEs compare."""
+    if other is None and set_:
+        raise typer.BadParameter("--set is for comparing two SAEs")
+    if (other or out) and (verify or latent is not None):
+        raise typer.BadParameter("--latent and --verify are for looking at one artefact")
+    if other is not None:
+        from sae.compare import compare
+        from steer.inspect import laid_out
+
+        result = compare(path, other, CompareConfig.load(None, set_), out)
+        return _show(result if json_ else laid_out(result), json_)
+    if out is not None:
+        from sae.index_export import export_index
+
+        return _show(export_index(path, out), json_)
     from steer.inspect import describe
 
     _show(describe(path, latent, verify), json_)

@@ -10,7 +10,7 @@ from sae.artefact import SaeArtefact
 from sae.index_db import FILE_NAME, FeatureIndex
 from steer.library import load_library
 
-SHOWN_DAMAGES = 3
+SHOWN_DAMAGES, SHOWN_LATENTS = 3, 6
 
 
 def describe(where: str, latent: int | None = None, verify: bool = False) -> dict[str, Any]:
@@ -117,3 +117,33 @@ def _library(path: Path) -> dict[str, Any]:
         for vector in load_library(path).values()
     }
     return {"artefact": "library", "vectors": vectors}
+
+
+def laid_out(comparison: dict[str, Any]) -> dict[str, Any]:
+    """A comparison for a terminal: its examples as a table for each class."""
+    shown = {key: value for key, value in comparison.items() if key != "examples"}
+    shown["latents"] = {
+        name: {key: "" if value is None else value for key, value in row.items()}
+        for name, row in comparison["latents"].items()
+    }
+    for name, examples in comparison["examples"].items():
+        rows = [
+            {
+                "one": _latents(row["one"]),
+                "other": _latents(row["other"]),
+                "decoder cosine": _figures(row["decoder_cosine"]),
+                "correlation": _figures(row["correlation"]),
+            }
+            for row in examples
+        ]
+        if rows:
+            shown[name] = {str(number): row for number, row in enumerate(rows, 1)}
+    return shown
+
+
+def _latents(latents: list[dict[str, Any]]) -> str:
+    return "; ".join(" ".join([str(each["latent"]), *map(repr, each["words"])]) for each in latents[:SHOWN_LATENTS])
+
+
+def _figures(values: list[float]) -> str:
+    return ", ".join(f"{value:.2f}" for value in values[:SHOWN_LATENTS])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae.cosines import nearest
+from sae.cosines import near, nearest, paired
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -31,3 +31,19 @@ def test_a_row_of_zeros_is_near_nothing_and_a_row_has_itself_last() -> None:
     assert indices[:, -1].tolist() == [0, 1, 2]
     assert values[:, -1].tolist() == [-torch.inf] * 3
     assert values[1, :2].tolist() == [0, 0]
+
+
+def test_near_pairs_in_blocks_are_those_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.randn(17, 3, generator=generator), torch.randn(11, 3, generator=generator)
+    cosines = torch.nn.functional.cosine_similarity(a[:, None], b[None], dim=-1)
+    monkeypatch.setattr("sae.cosines._CELLS", 40)
+    for least, most in ((0.5, 11), (0.2, 2)):
+        found = near(a, b, least, most)
+        kept = (cosines >= least) & (cosines >= cosines.topk(most, dim=1).values[:, -1:])
+        assert torch.equal(torch.stack([found.row, found.other]), kept.nonzero().T)
+        torch.testing.assert_close(found.largest, cosines.amax(1))
+        torch.testing.assert_close(found.largest_back, cosines.amax(0))
+        torch.testing.assert_close(paired(a, b, found.row, found.other), cosines[kept])
+    assert ((cosines >= 0.2).sum(1) > 2).any(), "some rows have more than `most`"
+    assert len(near(a, b, 1.5, 2).row) == 0

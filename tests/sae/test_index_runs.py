@@ -218,7 +218,7 @@ def test_other_settings_of_the_pass_are_refused(made: Made, whole: IndexConfig, 
         (lambda file: file.write_bytes(b""), CorruptArtefactError, "the state of a feature index"),
         (lambda file: file.write_bytes(file.read_bytes()[:-9]), CorruptArtefactError, "the state of a feature index"),
         (
-            lambda file: file.write_bytes(file.read_bytes().replace(b"[20,128]", b"[128,20]")),
+            lambda file: file.write_bytes(file.read_bytes().replace(b"[20,128]", b"[20,129]")),
             CorruptArtefactError,
             "of shape",
         ),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -242,6 +243,27 @@ def test_the_pipeline_runs_through_the_verbs(made: Made, saekit: Saekit) -> None
         assert saekit("inspect", getattr(made, name), "--json").json["artefact"] == kind
         assert saekit("inspect", getattr(made, name)).code == 0
     assert saekit("inspect", made.index, "--latent", 5, "--json").json["latent"] == 5
+
+
+def test_inspect_compares_two_saes(made: Made, saekit: Saekit, tmp_path: Path) -> None:
+    arguments = ["inspect", made.index, made.sae.parent, *sets(store=made.store, min_active=1, n_examples=2)]
+    result = saekit(*arguments, "--json", "--out", tmp_path / "pairs.parquet").json
+    assert result["latents"]["matched"]["one"] == result["latents"]["compared"]["other"] > 10
+    assert result["tokens"] > 1000
+    assert len(pq.read_table(tmp_path / "pairs.parquet")) >= result["latents"]["matched"]["one"]
+    shown = saekit(*arguments)
+    rows = [line.split() for line in shown.out.splitlines()]
+    assert ["latents", "one", "one_share", "one_by_chance", "other", "other_share", "other_by_chance"] in rows
+    assert ["matched", "one", "other", "decoder", "cosine", "correlation"] in rows
+    words = result["examples"]["matched"][0]["one"][0]["words"]
+    assert repr(words[0]) in shown.out
+    assert "None" not in shown.out
+
+
+def test_inspect_writes_an_index_as_a_table(made: Made, saekit: Saekit, tmp_path: Path) -> None:
+    result = saekit("inspect", made.index, "--out", tmp_path / "index.parquet", "--json").json
+    assert (result["rows"], result["out"]) == (48, str(tmp_path / "index.parquet"))
+    assert pq.read_table(tmp_path / "index.parquet").column("latent").to_pylist() == list(range(48))
 
 
 def train(made: Made, out: Path, *pairs: str, **changes: object) -> list[Any]:
@@ -484,6 +506,10 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "corrupt SAE": (
         lambda m, t: belongs(m, t, "evaluate", sae=damaged(m.sae, t, "sae_weights.safetensors", "x")), "safetensors",
     ),
+    "SAEs of two widths": (lambda m, t: ["inspect", m.sae, m.wide_sae], "widths 32 and 32, got widths 40 and 40"),
+    "nothing to compare with": (lambda m, t: ["inspect", m.sae, m.store], "an SAE, its index, or a run of one"),
+    "no such kind of table": (lambda m, t: ["inspect", m.index, "--out", t / "index.db"], ".parquet, .jsonl, .csv"),
+    "no index to write": (lambda m, t: ["inspect", m.sae, "--out", t / "a.csv"], "a feature index"),
     "corrupt index": (lambda m, t: ["inspect", damaged(m.index, t, "index.sqlite", "x" * 999)], "a feature index"),
     "corrupt library": (lambda m, t: ["inspect", damaged(m.library, t, "manifest.json", "{")], "an intact library"),
     "library changed by hand": (lambda m, t: ["inspect", resigned(m, t)], "an intact library"),
@@ -514,7 +540,17 @@ def test_mistakes_leave_the_artefacts_alone(made: Made, saekit: Saekit) -> None:
     assert list(saekit("inspect", made.library, "--json").json["vectors"]) == ["latent-5"]
 
 
-@pytest.mark.parametrize("arguments", [["train", "--nope"], ["nope"], ["inspect"], ["inspect", "x", "--latent", "y"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--nope"],
+        ["nope"],
+        ["inspect"],
+        ["inspect", "x", "--latent", "y"],
+        ["inspect", "x", "--set", "seed=1"],
+        ["inspect", "x", "y", "--latent", "1"],
+    ],
+)
 def test_wrong_usage_exits_with_2(saekit: Saekit, arguments: list[str]) -> None:
     ran = saekit(*arguments)
     assert ran.code == 2
