@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from sae.kernels.codes import Codes
 
-LEAST_CHUNK = 2048
+NARROW = 4096
+"""latents up to which smaller chunks are faster"""
 ROWS = 1
 """whose largest a program looks for at a time"""
 Groups = Int[Array, " latents"] | None
@@ -77,14 +78,15 @@ def keep_largest(
     """The k largest of products + b in each row, and how many of a row are above the threshold."""
     batch, d_sae = products.shape
     padded = _power_of_2(slots)
-    chunk = max(LEAST_CHUNK, 2 * padded, _power_of_2(math.isqrt(padded * d_sae) // 2 + 1))
+    least = 1024 if d_sae <= NARROW else 2048
+    chunk = max(least, 2 * padded, _power_of_2(math.isqrt(padded * d_sae) // 2 + 1))
     values, indices, passing, _ = _call(
         "keep_largest", products, b, k.ravel(), threshold.ravel(),
         out=(_shape(batch, slots), _shape(batch, slots, dtype=jnp.int32), _shape(batch, dtype=jnp.int32),
              _shape(batch, padded, dtype=jnp.int32)),
         grid=(-(-batch // ROWS),), BATCH=batch, D_SAE=d_sae, SLOTS=slots, PADDED=padded, CHUNK=chunk,
         DEPTH=_power_of_2(-(-d_sae // chunk)), ROWS=ROWS, ROWS_A_SAE=batch // n_saes,
-        num_warps=min(4 * chunk // LEAST_CHUNK, 32),
+        num_warps=min(chunk // 512, 32),
     )  # fmt: skip
     return Codes(values, indices), passing
 
