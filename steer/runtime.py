@@ -15,9 +15,9 @@ Flow of one forward pass, all of it in tensors on the device:
   others'; an SAE never sees it either. Indices count from the first attended token, so left padding changes nothing,
   and with a KV cache, in chunks of any length, each token is steered exactly once, when it is computed.
 - What was computed stays in the KV cache as it was: a change acts on the tokens that come after it.
-- Compiled models: enter first. Tables, states and log are buffers that are written in place, so a change neither
-  recompiles nor is lost in a CUDA graph. `torch.compile` does not look for hooks that were attached behind its back,
-  so entering forgets what was compiled before (`torch.compiler.reset`).
+- Compiled models: tables, states and log are buffers that are written in place, so a change neither compiles again nor
+  is lost in a CUDA graph. Entering forgets what was compiled before (`torch.compiler.reset`), since `torch.compile` does
+  not look for hooks; so a compiled model compiles again at its first token inside.
 
 Rounding: readings, sums and lengths are float32 whatever the model runs in; the result is rounded once, to the dtype of
 the residual stream. Several residual streams are read as their mean and each gets what the mean is changed by.
@@ -27,7 +27,6 @@ other steering; text from prompts (`steer.generate`).
 """
 
 import inspect
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -79,11 +78,24 @@ def steering(
             plan = Plan(loaded, interventions, rows, prompt_lengths, reserve, force)
             steered = Steering(loaded, plan, max_batch).to(loaded.device)
             steered.set(interventions, rows=rows, prompt_lengths=prompt_lengths)
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()
+        stack.enter_context(_seen_by_the_compiler())
         stack.enter_context(steered.attached())
         stack.callback(steered.set)  # what was compiled inside may be run outside
         yield steered
+
+
+@contextmanager
+def _seen_by_the_compiler() -> Iterator[None]:
+    """Let torch.compile look for hooks, and forget what it compiled while it did not.
+
+    It takes modules of one class for equal otherwise, and runs what was compiled for one without hooks, or for one with
+    as many other hooks.
+    """
+    import torch._dynamo
+
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        yield
 
 
 class Steering(nn.Module):
