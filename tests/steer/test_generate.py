@@ -6,9 +6,11 @@ import torch
 from activations.errors import ConfigError
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel
+from steer.gates import Gate, cosine
 from steer.generate import generate, generate_conditions
-from steer.operations import Add, Intervention
+from steer.operations import Ablate, Add, Intervention
 from steer.runtime import steering
+from steer.scopes import Scope
 from steer.vectors import SteeringVector
 
 PROMPTS = ["The river ran past the mill", "A cat", "Numbers such as 12, 345 and 6789 are written"]
@@ -123,3 +125,34 @@ def test_conditions_are_those_of_single_runs_in_order(tiny: LoadedModel, vector:
     for condition, row in zip(conditions, texts, strict=True):
         assert row == generate(tiny, PROMPTS, max_new_tokens=N, temperature=0.0, interventions=condition)
     assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_scopes_and_gates_in_generation_are_those_of_the_whole_text(
+    tiny: LoadedModel, vector: SteeringVector, cache: str
+) -> None:
+    """With left padding, whatever the model is told about it: a static cache gets positions and no mask to count."""
+    v = torch.from_numpy(vector.direction)
+    gate = Gate(cosine(v.flip(0), "resid_post.0"), 0.0, -0.1, 2)
+    steers = [
+        Intervention(Add(v, 5.0), HookPoint("resid_post", 1), Scope.parse("generated")),
+        Intervention(Ablate(v), HookPoint("resid_post", 2), Scope.parse("prompt"), gate),
+    ]
+    encoded = tiny.tokenizer(PROMPTS, padding=True, padding_side="left", return_tensors="pt")
+    lengths = encoded["attention_mask"].sum(1).tolist()
+    width = max(lengths)
+    with torch.inference_mode(), steering(tiny, steers, prompt_lengths=lengths) as steered:
+        out = tiny.model.generate(
+            **encoded, max_new_tokens=6, do_sample=False, cache_implementation=cache, output_logits=True,
+            return_dict_in_generate=True, pad_token_id=0,
+        )  # fmt: skip
+        fired = steered.fired()
+    for row, length in enumerate(lengths):
+        text = out.sequences[row : row + 1, width - length : -1]
+        with torch.no_grad(), steering(tiny, steers, prompt_lengths=[length]) as steered:
+            expected = tiny.model(text, use_cache=False).logits[0, length - 1 :]
+        n = min(len(expected), 5)
+        found = torch.stack([logits[row] for logits in out.logits[:n]])
+        torch.testing.assert_close(found, expected[:n], atol=2e-5, rtol=1e-5)
+        assert fired[row] == steered.fired()[0]
+    assert any(log["gate"] for log in fired)
