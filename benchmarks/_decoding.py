@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
 
 PROMPT = 16
 SPIN_CYCLES_S = 1.5e9
@@ -143,14 +144,18 @@ def compare(variants: Mapping[str, Turn], settings: Settings, *, compiled: bool)
     """Figures of each variant; the first is what the others are compared with.
 
     Returns: `wall_us` and, compiled on a GPU, `device_us`: medians. `*_percent`: the median over rounds of how much
-      longer than the first it took, and `*_percent_quartiles` of the same.
+      longer than the first it took, and `*_percent_quartiles` of the same. `moved`: how far its logits are from those
+      of the first after four tokens, in units of the largest: 0 if it does not steer.
     """
     on_device = compiled and torch.cuda.is_available()
-    for decoder, prepare in variants.values():
-        prepare()
-        for _ in range(3):  # the first compiles, the second records, the third replays
-            decoder.turn(4)
-    spin_s = 2.0 * max(decoder.wall_us() for decoder, _ in variants.values()) * 1e-6 * settings.tokens
+    ends = {}
+    # Else what was compiled for a model without hooks would be run for its twin with hooks.
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        for name, (decoder, prepare) in variants.items():
+            prepare()
+            for _ in range(4):  # the first compiles, the second records, the third replays
+                ends[name] = decoder.turn(4)
+    spin_s = max(decoder.wall_us() for decoder, _ in variants.values()) * 1e-6 * settings.tokens
     found: dict[str, dict[str, list[float]]] = {name: {"wall": [], "device": []} for name in variants}
     order, shuffle = list(variants), random.Random(settings.seed)
     for _ in range(settings.rounds):
@@ -161,8 +166,16 @@ def compare(variants: Mapping[str, Turn], settings: Settings, *, compiled: bool)
             found[name]["wall"].append(decoder.wall_us())
             if on_device:
                 found[name]["device"].append(decoder.device_us(spin_s))
-    base = found[next(iter(variants))]
-    return {name: _figures(times, base) for name, times in found.items()}
+    first = next(iter(variants))
+    return {
+        name: {**_figures(times, found[first]), "moved": round(_distance(ends[name], ends[first]), 5)}
+        for name, times in found.items()
+    }
+
+
+def _distance(logits: torch.Tensor, others: torch.Tensor) -> float:
+    """The largest difference, in units of the largest logit."""
+    return float((logits - others).abs().max() / others.abs().max())
 
 
 def _figures(times: dict[str, list[float]], base: dict[str, list[float]]) -> dict[str, Any]:

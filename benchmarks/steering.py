@@ -1,6 +1,6 @@
 """What does steering cost, per decoded token?
 
-    python benchmarks/steering.py                        random weights of Llama-3.2-1B's shape, on a GPU if there is one
+    python benchmarks/steering.py                        random weights of Llama-3.2-1B's shape, on a GPU if it has one
     python benchmarks/steering.py --model smollm2        the embedded model, on the CPU unless there is a GPU
     python benchmarks/steering.py --eager-only           without compiling, which takes minutes on a CPU
     python benchmarks/steering.py --peers                also steering-vectors and repeng, in the same way
@@ -51,7 +51,7 @@ from steer.operations import Ablate, Add, Clamp, Intervention, Rotate
 from steer.runtime import Steering, steering
 
 ROOT = Path(__file__).resolve().parent
-PEERS_S = 300
+PEERS_S = 240
 """seconds that the peers may take"""
 
 
@@ -123,7 +123,7 @@ def variants(loaded: LoadedModel, settings: Settings, stack: ExitStack, *, compi
 
 def measure(loaded: LoadedModel, settings: Settings, late: Callable[[], bool]) -> dict[str, Any]:
     """The line of one batch size."""
-    line: dict[str, Any] = {"batch": settings.batch}
+    line: dict[str, Any] = {}
     ends: dict[bool, torch.Tensor] = {}
     for compiled in (False, True) if settings.compiled else (False,):
         if late():
@@ -201,7 +201,8 @@ def lines(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             rounds=arguments.rounds,
             compiled=not arguments.eager_only,
         )
-        line = {**about, **settings._asdict(), **measure(loaded, settings, late)}
+        asked = {key: value for key, value in settings._asdict().items() if key != "compiled"}
+        line = {**about, **asked, **measure(loaded, settings, late)}
         if arguments.peers and not late():
             line["peers"] = peers(settings)
         yield line
@@ -213,9 +214,9 @@ def main() -> None:
     parser.add_argument("--model", choices=[*SHAPES, "smollm2"], default="llama-1b")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--cache", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=128, help="a turn of a compiled model")
+    parser.add_argument("--tokens", type=int, default=64, help="a turn of a compiled model")
     parser.add_argument("--eager-tokens", type=int, default=16, help="a turn of an eager one")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--budget-s", type=float, default=240)
     parser.add_argument("--eager-only", action="store_true")
     parser.add_argument("--peers", action="store_true")

@@ -16,8 +16,8 @@ Flow of one forward pass, all of it in tensors on the device:
   and with a KV cache, in chunks of any length, each token is steered exactly once, when it is computed.
 - What was computed stays in the KV cache as it was: a change acts on the tokens that come after it.
 - Compiled models: tables, states and log are buffers that are written in place, so a change neither compiles again nor
-  is lost in a CUDA graph. Entering forgets what was compiled before (`torch.compiler.reset`), since `torch.compile` does
-  not look for hooks; so a compiled model compiles again at its first token inside.
+  is lost in a CUDA graph. Entering forgets what was compiled before (`torch.compiler.reset`), since `torch.compile`
+  does not look for hooks; so a compiled model compiles again at its first token inside.
 
 Rounding: readings, sums and lengths are float32 whatever the model runs in; the result is rounded once, to the dtype of
 the residual stream. Several residual streams are read as their mean and each gets what the mean is changed by.
@@ -42,7 +42,7 @@ from activations.hooks import edit
 from activations.models import LoadedModel
 from steer.gates import Gate, GateTable, gate_table, read, run_gates
 from steer.plan import RESERVE, Interventions, Plan
-from steer.scopes import LatchTable, latch_table, run_latches
+from steer.scopes import NONE, LatchTable, latch_table, run_latches
 from steer.tables import Lane, applied
 
 MAX_BATCH = 64
@@ -78,22 +78,24 @@ def steering(
             plan = Plan(loaded, interventions, rows, prompt_lengths, reserve, force)
             steered = Steering(loaded, plan, max_batch).to(loaded.device)
             steered.set(interventions, rows=rows, prompt_lengths=prompt_lengths)
-        stack.enter_context(_seen_by_the_compiler())
+        stack.enter_context(_seen_by_the_compiler(steered))
         stack.enter_context(steered.attached())
         stack.callback(steered.set)  # what was compiled inside may be run outside
         yield steered
 
 
 @contextmanager
-def _seen_by_the_compiler() -> Iterator[None]:
+def _seen_by_the_compiler(steered: "Steering") -> Iterator[None]:
     """Let torch.compile look for hooks, and forget what it compiled while it did not.
 
     It takes modules of one class for equal otherwise, and runs what was compiled for one without hooks, or for one with
-    as many other hooks.
+    as many other hooks. Buffers with static addresses are read where they are by CUDA graphs, instead of being copied.
     """
     import torch._dynamo
 
     torch.compiler.reset()
+    for buffer in steered.buffers():
+        torch._dynamo.mark_static_address(buffer)
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
         yield
 
@@ -102,7 +104,7 @@ class Steering(nn.Module):
     """What steers a model at this moment."""
 
     open: Bool[Tensor, "sequence latch"]
-    last: Int[Tensor, " sequence"]
+    last: Int[Tensor, "sequence back"]
     seen: Int[Tensor, " sequence"]
 
     def __init__(self, loaded: LoadedModel, plan: Plan, max_batch: int):
@@ -118,7 +120,8 @@ class Steering(nn.Module):
         self.add_module("sites", nn.ModuleList(self._sites))
         # [sequence, ...]: what one pass leaves for the next.
         self.register_buffer("open", torch.zeros(max_batch, len(plan.latches), dtype=torch.bool), persistent=False)
-        self.register_buffer("last", torch.full((max_batch,), -1), persistent=False)
+        n_back = self.events.tensors()[0].shape[1] if self.events is not None else 0
+        self.register_buffer("last", torch.full((max_batch, n_back), NONE), persistent=False)
         self.register_buffer("seen", torch.zeros(max_batch, dtype=torch.long), persistent=False)
 
     def set(

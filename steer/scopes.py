@@ -16,8 +16,8 @@ Flow: 1. a scope names ranges of indices and latches; 2. a `Latch` is the tokens
 chat template of the model's tokenizer; 3. `run_latches` goes over the tokens of one forward pass, from the state that
 the pass before left, so that a sequence may arrive in chunks of any length.
 
-Indices count attended tokens, so padding changes nothing. Left out: markers that are more than one token, or more than
-a token and the word of a role behind it; tool calls that are plain text.
+Indices count attended tokens, so padding changes nothing. Left out: markers that are neither a token of their own nor
+one with a word behind it, such as a role; tool calls that are plain text.
 """
 
 import re
@@ -37,8 +37,8 @@ PHASES = ("thinking", "final")
 SPARING = "no-tool-calls"
 NO_END = 2**62
 """an index behind every token"""
-ANY = -1
-"""instead of a token id: whatever came before"""
+NONE = -2
+"""no token's id: in front of the first one"""
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,9 @@ def _read_word(word: str, text: str) -> tuple[str, Any]:
 
 
 class Event(NamedTuple):
-    """A token, perhaps only behind a certain other one, and what it does to a latch."""
+    """Tokens in a row, and what the last of them does to a latch."""
 
-    before: int
-    """token id that has to precede it, or ANY"""
-    token: int
+    tokens: tuple[int, ...]
     effect: int
     """1 opens the latch, -1 closes it, 0 leaves it and is a marker all the same"""
 
@@ -238,16 +236,15 @@ class _Markers:
         form = self._format
         if form is None or role not in form.roles:
             raise self._missing(f"markers of the role {role}")
-        frames = [Event(ANY, token, 0) for token in self._tokens(form.frames)]
-        ends = [Event(ANY, token, -1) for token in self._tokens(form.ends)]
+        shut = {*self._known(form.ends)}
         if form.start is not None:
-            start, word = self._ids(form.start + form.roles[role], 2)
-            events = [*ends, *frames, Event(ANY, start, -1), Event(start, word, 1)]
+            shut.add(self._ids(form.start))
         else:
-            others = [self._ids(form.roles[role], 1)[0] for role in form.roles if form.roles[role] in self._template]
-            (own,) = self._ids(form.roles[role], 1)
-            events = [*ends, *frames, *(Event(ANY, t, -1) for t in others if t != own), Event(ANY, own, 1)]
-        return Latch(role, frozenset(events), with_markers=False)
+            shut |= {self._ids(marker) for marker in form.roles.values() if marker in self._template}
+        opens = self._ids(form.roles[role], behind=form.start or "")
+        events = {Event(tokens, -1) for tokens in shut - {opens}} | {Event(opens, 1)}
+        frames = {Event(tokens, 0) for tokens in self._known(form.frames)}
+        return Latch(role, frozenset(events | frames), with_markers=False)
 
     def has(self, pairs: Sequence[tuple[str, str]]) -> bool:
         return any(self._holds(start) for start, _ in pairs)
@@ -258,31 +255,32 @@ class _Markers:
             raise self._missing(f"{name} markers")
         start, end = present[0]
         form = self._format
-        ends = {*self._ids(end, 1), *self._tokens(form.ends if form else ())}
-        opened_by = self._ids(start, 2 if start.endswith(("analysis", "commentary")) else 1)
-        opens = Event(opened_by[-2] if len(opened_by) == 2 else ANY, opened_by[-1], 1)
-        return Latch(name, frozenset([opens, *(Event(ANY, token, -1) for token in ends)]), with_markers)
+        ends = {self._ids(end), *self._known(form.ends if form else ())}
+        token, word = _split(start)
+        opens = self._ids(word or token, behind=token if word else "")
+        return Latch(name, frozenset([Event(opens, 1), *(Event(tokens, -1) for tokens in ends)]), with_markers)
 
     def _holds(self, marker: str) -> bool:
         """Whether the template speaks of it; a word behind a token may be put in by the template's logic."""
-        token = re.sub(r"(?<=\|>)\w+$", "", marker)
-        return token in self._template and (token == marker or marker.removeprefix(token) in self._template)
+        return all(part in self._template for part in _split(marker))
 
-    def _tokens(self, markers: Iterable[str]) -> list[int]:
+    def _known(self, markers: Iterable[str]) -> list[tuple[int, ...]]:
         """Those that are tokens: the end of a turn has other names in other versions of a format."""
-        ids = [self._tokenizer.encode(marker, add_special_tokens=False) for marker in markers]
-        return [found[0] for found in ids if len(found) == 1]
+        ids = [tuple(self._tokenizer.encode(marker, add_special_tokens=False)) for marker in markers]
+        return [found for found in ids if len(found) == 1]
 
-    def _ids(self, marker: str, n: int) -> list[int]:
-        ids = self._tokenizer.encode(marker, add_special_tokens=False)
-        if len(ids) != n:
+    def _ids(self, marker: str, behind: str = "") -> tuple[int, ...]:
+        """The token of a marker, or those of a word together with the one token that it stands behind."""
+        ids = self._tokenizer.encode(behind + marker, add_special_tokens=False)
+        alone = self._tokenizer.encode(behind or marker, add_special_tokens=False)
+        if len(alone) != 1 or ids[:1] != alone:
             raise ConfigError(
                 self._where,
-                expected=f"'{marker}' to be {n} token{'s' if n > 1 else ''} of this model",
-                got=f"{len(ids)}, so that it cannot be told from text",
+                expected=f"'{behind or marker}' to be one token of this model",
+                got=f"{len(alone)}, so that it cannot be told from text",
                 fix="Use another scope.",
             )
-        return ids
+        return tuple(ids)
 
     def _missing(self, what: str) -> ConfigError:
         got = "others" if self._template else "no chat template"
@@ -291,14 +289,20 @@ class _Markers:
         )
 
 
+def _split(marker: str) -> tuple[str, str]:
+    """A marker's token and the word behind it, if there is one."""
+    token, end, word = marker.rpartition("|>")
+    return (token + end, word) if end else (marker, "")
+
+
 # --- latches over tokens ---------------------------------------------------------------------------------------------
 
 
 class LatchTable(NamedTuple):
     """Latches as tensors; one row an event."""
 
-    before: Int[Tensor, " event"]
-    token: Int[Tensor, " event"]
+    tokens: Int[Tensor, "event back"]
+    """the last token of each event, the one before it, and so on; -1 where it does not matter"""
     effect: Int[Tensor, "event latch"]
     """1, -1 or 0"""
     marks: Bool[Tensor, "event latch"]
@@ -308,16 +312,17 @@ class LatchTable(NamedTuple):
 
 def latch_table(latches: Sequence[Latch]) -> LatchTable:
     """The table of some latches, in this order."""
-    keys = sorted({(event.before, event.token) for latch in latches for event in latch.events})
+    keys = sorted({event.tokens for latch in latches for event in latch.events})
     effect = torch.zeros(len(keys), len(latches), dtype=torch.long)
     marks = torch.zeros(len(keys), len(latches), dtype=torch.bool)
     for i, latch in enumerate(latches):
         for event in latch.events:
-            row = keys.index((event.before, event.token))
+            row = keys.index(event.tokens)
             effect[row, i], marks[row, i] = event.effect, True
-    pairs = torch.tensor(keys, dtype=torch.long).reshape(-1, 2)
+    longest = max(map(len, keys))
+    tokens = torch.tensor([[*reversed(key), *[-1] * (longest - len(key))] for key in keys])
     with_markers = torch.tensor([latch.with_markers for latch in latches], dtype=torch.bool)
-    return LatchTable(pairs[:, 0], pairs[:, 1], effect, marks, with_markers)
+    return LatchTable(tokens, effect, marks, with_markers)
 
 
 class LatchRun(NamedTuple):
@@ -327,8 +332,8 @@ class LatchRun(NamedTuple):
     """whether a token belongs to it"""
     states: Bool[Tensor, "batch latch"]
     """which are open behind the last token"""
-    last: Int[Tensor, " batch"]
-    """the last token"""
+    last: Int[Tensor, "batch back"]
+    """the last tokens, in their order: as many as the longest event has"""
 
 
 def run_latches(
@@ -336,7 +341,7 @@ def run_latches(
     ids: Int[Tensor, "batch pos"],
     index: Int[Tensor, "batch pos"],
     states: Bool[Tensor, "batch latch"],
-    last: Int[Tensor, " batch"],
+    last: Int[Tensor, "batch back"],
 ) -> LatchRun:
     """Go on from `states` and `last`; a sequence that starts in this pass starts with all of them shut.
 
@@ -344,15 +349,19 @@ def run_latches(
       index: of each token in its sequence, -1 for padding.
     """
     real = index >= 0
-    shifted = torch.cat([last[:, None], ids[:, :-1]], dim=1)
-    before = torch.where(index == 0, ANY, shifted)[..., None]
-    hits = (ids[..., None] == table.token) & ((table.before == ANY) | (before == table.before)) & real[..., None]
+    n, length = last.shape[1], ids.shape[1]
+    row = torch.cat([last, ids], dim=1)
+    back = [torch.where(index >= k, row[:, n - k : n - k + length], NONE) for k in range(n)]
+    matches = (torch.stack(back, dim=-1)[:, :, None] == table.tokens) | (table.tokens < 0)
+    hits = matches.all(-1) & real[..., None]
     is_marker = (hits[..., None] & table.marks).any(2)
     effect = (hits[..., None] * table.effect).sum(2)
     effect = torch.where((index == 0)[..., None] & (effect == 0), -1, effect)
     opened = _latest(effect, states)
     inside = torch.where(table.with_markers, opened | is_marker, opened & ~is_marker)
-    return LatchRun(inside & real[..., None], opened[:, -1], _latest_token(ids, real, last))
+    end = torch.where(real, torch.arange(1, length + 1, device=ids.device), 0).amax(dim=1, keepdim=True)
+    latest = row.gather(1, end + torch.arange(n, device=ids.device))
+    return LatchRun(inside & real[..., None], opened[:, -1], latest)
 
 
 def _latest(effect: Int[Tensor, "batch pos latch"], states: Bool[Tensor, "batch latch"]) -> Tensor:
@@ -362,9 +371,3 @@ def _latest(effect: Int[Tensor, "batch pos latch"], states: Bool[Tensor, "batch 
     columns = torch.arange(effect.shape[1], device=effect.device)[None, :, None]
     at = torch.where(effect == 0, -1, columns).cummax(dim=1).values
     return torch.where(at < 0, states[:, None], effect.gather(1, at.clamp(min=0)) > 0)
-
-
-def _latest_token(ids: Tensor, real: Tensor, last: Tensor) -> Tensor:
-    columns = torch.arange(ids.shape[1], device=ids.device)
-    at = torch.where(real, columns, -1).amax(dim=1)
-    return torch.where(at < 0, last, ids.gather(1, at.clamp(min=0)[:, None])[:, 0])

@@ -73,6 +73,9 @@ def steering_vectors(model: Any, layer: int, direction: torch.Tensor) -> Iterato
 @contextmanager
 def repeng(model: Any, layer: int, direction: torch.Tensor) -> Iterator[Any]:
     """Its module around the block."""
+    import numpy as np
+
+    np.float_ = np.float64  # which repeng 0.4.0 asks for, and NumPy 2 no longer has
     from repeng import ControlModel, ControlVector
 
     control = ControlModel(model, [layer])

@@ -4,7 +4,6 @@ are what the residual stream says."""
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 

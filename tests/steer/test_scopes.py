@@ -71,21 +71,19 @@ def test_parts_need_the_prompts_length() -> None:
 # --- latches ---------------------------------------------------------------------------------------------------------
 
 LATCHES = [
-    Latch("role", frozenset({Event(-1, 1, -1), Event(1, 2, 1), Event(-1, 3, -1), Event(-1, 4, 0)}), False),
-    Latch("call", frozenset({Event(-1, 5, 1), Event(-1, 6, -1), Event(-1, 3, -1)}), True),
+    Latch("role", frozenset({Event((1,), -1), Event((1, 2, 0), 1), Event((3,), -1), Event((4,), 0)}), False),
+    Latch("call", frozenset({Event((5,), 1), Event((6,), -1), Event((3,), -1)}), True),
 ]
-"""1 2 starts the role, 1 and 3 end it, 4 is a frame; 5 and 6 are around a call"""
+"""1 2 0 starts the role, 1 and 3 end it, 4 is a frame; 5 and 6 are around a call"""
 
 
 def plainly(ids: list[int]) -> list[list[bool]]:
     """Token by token."""
     states, found = [False] * len(LATCHES), []
-    for i, token in enumerate(ids):
+    for i in range(len(ids)):
         row = []
         for k, latch in enumerate(LATCHES):
-            events = [
-                e for e in latch.events if e.token == token and (e.before == -1 or (i > 0 and e.before == ids[i - 1]))
-            ]
+            events = [e for e in latch.events if tuple(ids[max(0, i + 1 - len(e.tokens)) : i + 1]) == e.tokens]
             for event in events:
                 states[k] = states[k] if event.effect == 0 else event.effect > 0
             row.append(bool(states[k] or events) if latch.with_markers else states[k] and not events)
@@ -96,7 +94,7 @@ def plainly(ids: list[int]) -> list[list[bool]]:
 def run(ids: torch.Tensor, index: torch.Tensor, cuts: list[int]) -> torch.Tensor:
     table = latch_table(LATCHES)
     states = torch.ones(len(ids), len(LATCHES), dtype=torch.bool)  # left by another text
-    last = torch.ones(len(ids), dtype=torch.long)
+    last = torch.tensor([[0, 1, 2]] * len(ids))
     parts = []
     for start, stop in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
         found = run_latches(LatchTable(*table), ids[:, start:stop], index[:, start:stop], states, last)
@@ -105,7 +103,7 @@ def run(ids: torch.Tensor, index: torch.Tensor, cuts: list[int]) -> torch.Tensor
     return torch.cat(parts, dim=1)
 
 
-@given(st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=12), min_size=1, max_size=3), st.data())
+@given(st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=12), min_size=1, max_size=3), st.data())
 def test_latches_are_those_of_a_loop_however_the_tokens_come(texts: list[list[int]], data: st.DataObject) -> None:
     width = max(map(len, texts)) + data.draw(st.integers(0, 2))
     cuts = sorted(data.draw(st.sets(st.integers(1, width - 1), max_size=4))) if width > 1 else []
@@ -137,6 +135,16 @@ TEXT = (
 )
 
 
+@pytest.fixture(scope="module")
+def spelling_tokenizer(tiny_tokenizer: Any) -> Any:
+    """One in which roles are several tokens."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(MARKERS, special_tokens=True)
+    tokenizer.chat_template += "{# <think> </think> <tool_call> </tool_call> #}"
+    assert len(tokenizer.encode("assistant")) > 2
+    return tokenizer
+
+
 def chosen(tokenizer: Any, words: str) -> str:
     """The part of TEXT that a scope picks."""
     latches = latches_of(Scope.parse(words), tokenizer)
@@ -144,8 +152,8 @@ def chosen(tokenizer: Any, words: str) -> str:
     index = torch.arange(ids.shape[1])[None]
     n = len(latches)
     table = latch_table([latch for latch, _ in latches])
-    empty = torch.zeros(1, n, dtype=torch.bool)
-    inside = run_latches(table, ids, index, empty, torch.tensor([-1])).inside
+    empty, last = torch.zeros(1, n, dtype=torch.bool), torch.zeros(1, table.tokens.shape[1], dtype=torch.long)
+    inside = run_latches(table, ids, index, empty, last).inside
     wanted = torch.tensor([want for _, want in latches])
     keep = (inside == wanted).all(-1)[0]
     return tokenizer.decode(ids[0][keep].tolist())
@@ -162,13 +170,18 @@ def chosen(tokenizer: Any, words: str) -> str:
         ("user no-tool-calls", "\nhi\nbye"),
     ],
 )
-def test_scopes_of_a_chat(chat_tokenizer: Any, words: str, expected: str) -> None:
-    assert chosen(chat_tokenizer, words) == expected
+def test_scopes_of_a_chat(chat_tokenizer: Any, spelling_tokenizer: Any, words: str, expected: str) -> None:
+    for tokenizer in (chat_tokenizer, spelling_tokenizer):
+        assert chosen(tokenizer, words) == expected
 
 
 def test_markers_that_are_several_tokens_are_refused(tiny_tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match=r"'<\|im_start\|>assistant' to be 2 tokens.*cannot be told from text"):
-        latches_of(Scope.parse("assistant"), tiny_tokenizer)
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template += "{# <think> #}"
+    with pytest.raises(
+        ConfigError, match=r"'</?think>' to be one token of this model, got \d+, so that it cannot be told"
+    ):
+        latches_of(Scope.parse("thinking"), tokenizer)
 
 
 def test_markers_that_the_template_does_not_have_are_refused(tiny_tokenizer: Any) -> None:
@@ -188,7 +201,6 @@ def test_formats_whose_roles_have_tokens_of_their_own(tiny_tokenizer: Any) -> No
         [tokenizer.encode("<｜User｜>hi<｜Assistant｜>yes<｜end▁of▁sentence｜>no", add_special_tokens=False)]
     )
     (found,) = latches_of(Scope.parse("assistant"), tokenizer)
-    inside = run_latches(
-        latch_table([found[0]]), ids, torch.arange(ids.shape[1])[None], torch.zeros(1, 1).bool(), torch.tensor([-1])
-    ).inside
+    table, index = latch_table([found[0]]), torch.arange(ids.shape[1])[None]
+    inside = run_latches(table, ids, index, torch.zeros(1, 1).bool(), torch.zeros(1, 1).long()).inside
     assert tokenizer.decode(ids[0][inside[0, :, 0]].tolist()) == "yes"
