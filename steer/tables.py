@@ -202,10 +202,15 @@ def applied(
     masks = [lane.mask(index, flags) for lane in lanes]
     changes = [lane.change(z, acts) for lane, z, acts in zip(lanes, readings, masks, strict=True)]
     moved = value + sum(changes[1:], start=changes[0])
-    kept = [acts.any(-1, keepdim=True) for lane, acts in zip(lanes, masks, strict=True) if lane.key.keeps_norm]
+    kept = [acts for lane, acts in zip(lanes, masks, strict=True) if lane.key.keeps_norm]
     if kept:
         length = value.float().norm(dim=-1, keepdim=True)
         scale = length / moved.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        moved = torch.where(torch.stack(kept).any(0), moved * scale, moved)
-    is_moved = torch.stack([acts.any(-1, keepdim=True) for acts in masks]).any(0)
-    return torch.where(is_moved, moved.to(value.dtype), value)
+        moved = torch.where(_any(kept), moved * scale, moved)
+    return torch.where(_any(masks), moved.to(value.dtype), value)
+
+
+def _any(masks: Sequence[Bool[Tensor, "batch pos _"]]) -> Bool[Tensor, "batch pos 1"]:
+    """Whether any slot of any of them acts."""
+    together = masks[0] if len(masks) == 1 else torch.cat([*masks], dim=-1)
+    return together if together.shape[-1] == 1 else together.any(-1, keepdim=True)
