@@ -140,6 +140,17 @@ def test_a_bfloat16_model_is_rounded_once(tiny_llama, vector: SteeringVector) ->
     assert torch.equal(after[:, 0], before[:, 0])
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch would rather see another package quantise
+def test_a_quantised_model_is_steered_like_any_other(tiny: LoadedModel, vector: SteeringVector) -> None:
+    from torch.ao.quantization import quantize_dynamic
+
+    small = replace(tiny, model=quantize_dynamic(tiny.model, {torch.nn.Linear}, dtype=torch.qint8))
+    x = ids(tiny)
+    moved = resid(small, Intervention.of(vector, 3.0), input_ids=x) - resid(small, input_ids=x)
+    torch.testing.assert_close(moved[0, 1:], (3 * direction(vector)).expand_as(moved[0, 1:]), atol=2e-6, rtol=0)
+    assert not torch.equal(resid(small, input_ids=x), resid(tiny, input_ids=x))
+
+
 # --- while it runs ---------------------------------------------------------------------------------------------------
 
 
