@@ -7,7 +7,8 @@ same: attention goes over the whole cache, whatever is masked. Turns of all vari
 another order, and a variant is compared with the model alone in the same round; medians over rounds are reported.
 
 On a GPU `device_us` is the time between two events around a turn that was queued as a whole behind a spinning kernel,
-so the GPU never waits for Python: kernels, and the gaps between them, but no launches. `wall_us` is what a clock says.
+so the GPU never waits for Python: kernels, and the gaps between them, but no launches. `wall_us` is what a clock says,
+`cpu_us` the time of the process on all cores, which other work on the machine moves less.
 """
 
 import copy
@@ -111,13 +112,13 @@ class Decoder:
             self._position += 1
         return logits.float().clone()
 
-    def wall_us(self) -> float:
-        """Microseconds a token, by the clock."""
+    def clock_us(self) -> tuple[float, float]:
+        """Microseconds a token, by the clock and of this process on all cores."""
         _synchronize()
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         self.turn(self._n)
         _synchronize()
-        return (time.perf_counter() - start) / self._n * 1e6
+        return (time.perf_counter() - start) / self._n * 1e6, (time.process_time() - cpu) / self._n * 1e6
 
     def device_us(self, spin_s: float) -> float:
         """Microseconds a token, of the GPU alone."""
@@ -143,9 +144,9 @@ Turn = tuple[Decoder, Callable[[], None]]
 def compare(variants: Mapping[str, Turn], settings: Settings, *, compiled: bool) -> dict[str, dict[str, Any]]:
     """Figures of each variant; the first is what the others are compared with.
 
-    Returns: `wall_us` and, compiled on a GPU, `device_us`: medians. `*_percent`: the median over rounds of how much
-      longer than the first it took, and `*_percent_quartiles` of the same. `moved`: how far its logits are from those
-      of the first after four tokens, in units of the largest: 0 if it does not steer.
+    Returns: `wall_us`, `cpu_us` and, compiled on a GPU, `device_us`: medians. `*_percent`: the median over rounds of
+      how much longer than the first it took, and `*_percent_quartiles` of the same. `moved`: how far its logits are
+      from those of the first after four tokens, in units of the largest: 0 if it does not steer.
     """
     on_device = compiled and torch.cuda.is_available()
     ends = {}
@@ -155,15 +156,17 @@ def compare(variants: Mapping[str, Turn], settings: Settings, *, compiled: bool)
             prepare()
             for _ in range(4):  # the first compiles, the second records, the third replays
                 ends[name] = decoder.turn(4)
-    spin_s = max(decoder.wall_us() for decoder, _ in variants.values()) * 1e-6 * settings.tokens
-    found: dict[str, dict[str, list[float]]] = {name: {"wall": [], "device": []} for name in variants}
+    spin_s = max(decoder.clock_us()[0] for decoder, _ in variants.values()) * 1e-6 * settings.tokens
+    found: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": [], "device": []} for name in variants}
     order, shuffle = list(variants), random.Random(settings.seed)
     for _ in range(settings.rounds):
         shuffle.shuffle(order)
         for name in order:
             decoder, prepare = variants[name]
             prepare()
-            found[name]["wall"].append(decoder.wall_us())
+            wall, cpu = decoder.clock_us()
+            found[name]["wall"].append(wall)
+            found[name]["cpu"].append(cpu)
             if on_device:
                 found[name]["device"].append(decoder.device_us(spin_s))
     first = next(iter(variants))

@@ -43,6 +43,7 @@ class Plan:
         everything = [*interventions, *(each for row in rows or () for each in row), *reserve]
         found = dict.fromkeys(gate for each in everything for gate in gates_of(each.gate))
         self.gates: list[Gate] = sorted(found, key=lambda gate: gate.readout.hook_point.depth)
+        self._check_names()
         self._literals = {each.scope: latches_of(each.scope, loaded.tokenizer) for each in everything}
         pairs = [pair for literals in self._literals.values() for pair in literals]
         self.latches: list[Latch] = list(dict.fromkeys(latch for latch, _ in pairs))
@@ -152,6 +153,13 @@ class Plan:
         return slots
 
     # --- checks ------------------------------------------------------------------------------------------------------
+
+    def _check_names(self) -> None:
+        names = [gate.name for gate in self.gates]
+        for name in names:
+            if names.count(name) > 1:
+                fix = "Give them names, by which the log tells them apart."
+                raise ConfigError(f"gate '{name}'", expected="one of this name", got=names.count(name), fix=fix)
 
     def _check(self, each: Intervention) -> None:
         loaded = self._loaded

@@ -89,13 +89,13 @@ def _seen_by_the_compiler(steered: "Steering") -> Iterator[None]:
     """Let torch.compile look for hooks, and forget what it compiled while it did not.
 
     It takes modules of one class for equal otherwise, and runs what was compiled for one without hooks, or for one with
-    as many other hooks. Buffers with static addresses are read where they are by CUDA graphs, instead of being copied.
+    as many other hooks. Tensors with static addresses are read where they are by CUDA graphs, instead of being copied.
     """
     import torch._dynamo
 
     torch.compiler.reset()
-    for buffer in steered.buffers():
-        torch._dynamo.mark_static_address(buffer)
+    for tensor in (*steered.buffers(), *steered.parameters()):
+        torch._dynamo.mark_static_address(tensor)
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
         yield
 
@@ -136,14 +136,12 @@ class Steering(nn.Module):
         Raises: as `steering`, and ConfigError for more than there was room made for at the start.
         """
         contents = self._plan.contents(interventions, rows, prompt_lengths)
-        unknown = [key for key in contents if key not in {lane.key for lane in self._lanes}]
-        if unknown:
-            raise ConfigError(
-                f"steering at {unknown[0].acts}",
-                expected="operations of kinds that room was made for at the start",
-                got="another kind, or another hook point",
-                fix=RESERVE,
-            )
+        room = {lane.key: lane.n_slots for lane in self._lanes}
+        for key, slots in contents.items():
+            n = max(map(len, slots))
+            if n > room.get(key, 0):
+                expected = f"at most {room.get(key, 0)} operations of its kind, for which there is room since the start"
+                raise ConfigError(f"steering at {key.acts}", expected=expected, got=n, fix=RESERVE)
         for lane in self._lanes:
             lane.fill(contents.get(lane.key, []))
 
@@ -182,6 +180,7 @@ class Steering(nn.Module):
         if self._has_flags:
             before = torch.where((index == 0).any(1), 0, self.seen[:batch])
             self.seen[:batch] = torch.maximum(before, index.amax(1) + 1)
+            self.seen[batch:] = 0
         if self.events is not None:
             run.flags = self._latches(inputs.get("input_ids"), index)
 

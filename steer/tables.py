@@ -21,10 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from activations.errors import ConfigError
 from activations.hook_points import HookPoint
 from sae.artefact import SaeArtefact
-from sae.torch_view import TorchSae
 from steer.operations import Slot
 
 FEW = 4
@@ -89,25 +87,15 @@ class Lane(nn.Module):
         for name in ("constant", "bias", "threshold", "gain", "floor", "ceiling", "strength"):
             self._buffer(name, torch.zeros(shape))
         self._buffer("reads", torch.zeros(*shape, d_model) if key.reads is not None else torch.zeros(0))
-        self.encoder = TorchSae(key.topk) if key.topk is not None else None
+        self.encoder = _encoder(key.topk) if key.topk is not None else None
 
     def _buffer(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor, persistent=False)
 
     def fill(self, rows: Sequence[Sequence[Row]]) -> None:
-        """Rewrite the table: the slots of each row of it.
-
-        Raises: ConfigError if there are more slots than it has room for.
-        """
+        """Rewrite the table: the slots of each row of it, no more than there is room for."""
         new = {name: torch.zeros_like(buffer, device="cpu") for name, buffer in self.named_buffers(recurse=False)}
         for r, row in enumerate(rows):
-            if len(row) > self.n_slots:
-                raise ConfigError(
-                    f"steering at {self.key.acts}",
-                    expected=f"at most {self.n_slots} operations of this kind, the room made at the start",
-                    got=len(row),
-                    fix="Name what may come later in `reserve` when steering starts.",
-                )
             for k, (slot, where) in enumerate(row):
                 _write(new, (r, k), slot, where)
         with torch.inference_mode(False), torch.no_grad():
@@ -133,8 +121,9 @@ class Lane(nn.Module):
         if self.encoder is None:
             s = products(x, self.reads) + self.bias[:, None]
             return torch.where(s > self.threshold[:, None], s, 0.0)
-        pre = self.encoder.preactivations(x)
-        least = pre.topk(int(self.encoder.k or 1), dim=-1).values[..., -1:]
+        assert self.key.topk is not None
+        pre = self.encoder(x)
+        least = pre.topk(int(self.key.topk.k or 1), dim=-1).values[..., -1:]
         s = pre.gather(-1, self.latent[:, None].expand(*x.shape[:2], -1))
         return torch.where((s >= least) & (s > self.threshold[:, None]), s, 0.0)
 
@@ -145,6 +134,17 @@ class Lane(nn.Module):
             wanted = (self.gain[:, None] * z).clamp(self.floor[:, None], self.ceiling[:, None])
             amount = amount + self.strength[:, None] * (wanted - z)
         return combined(torch.where(acts, amount, 0.0), self.writes)
+
+
+def _encoder(sae: SaeArtefact) -> nn.Linear:
+    """All pre-activations of an SAE, with b_dec folded into the bias."""
+    W_enc, bias = torch.tensor(sae.W_enc), torch.tensor(sae.b_enc).double()
+    if sae.apply_b_dec_to_input:
+        bias = bias - torch.tensor(sae.b_dec).double() @ W_enc.double()
+    linear = nn.Linear(*W_enc.shape, device="meta").to_empty(device="cpu").requires_grad_(False)
+    linear.weight.copy_(W_enc.T)
+    linear.bias.copy_(bias)
+    return linear
 
 
 def _write(new: Mapping[str, Tensor], at: tuple[int, int], slot: Slot, where: Where) -> None:

@@ -206,6 +206,22 @@ def test_gate_states_survive_batches_padding_and_chunks(tiny: LoadedModel) -> No
             torch.testing.assert_close(torch.cat(together, 1)[row, -len(logits) :], logits, atol=3e-5, rtol=1e-4)
 
 
+def test_gates_of_one_name_are_refused(tiny: LoadedModel) -> None:
+    both = [Gate(probe(torch.ones(tiny.d_model), 0.0, "resid_post.0"), on) for on in (0.0, 1.0)]
+    steer = Intervention(Add(torch.ones(tiny.d_model)), POINT, gate=both[0] & ~both[1])
+    with pytest.raises(ConfigError, match=r"gate 'gate'.*names"), steering(tiny, [steer]):
+        pass
+
+
+def test_the_log_is_that_of_the_latest_batch(tiny: LoadedModel) -> None:
+    steer = Intervention(Ablate(torch.ones(tiny.d_model)), POINT, gate=Gate(cosine(torch.ones(32), "resid_pre.1"), 0.0))
+    with torch.no_grad(), steering(tiny, [steer]) as steered:
+        tiny.model(**inputs(tiny, TEXTS))
+        both = steered.fired()
+        tiny.model(**inputs(tiny, TEXTS[1:]))
+        assert steered.fired() == both[1:]
+
+
 # --- calibration -----------------------------------------------------------------------------------------------------
 
 

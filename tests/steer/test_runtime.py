@@ -182,7 +182,7 @@ def test_there_is_room_for_what_was_reserved_and_no_more(tiny: LoadedModel, vect
     with torch.no_grad(), steering(tiny, [Intervention.of(vector, 1.0)], reserve=[later]) as steered:
         steered.set([later])
         assert torch.equal(tiny.model(x).logits, expected)
-        with pytest.raises(ConfigError, match=r"resid_post\.0.*reserve"):
+        with pytest.raises(ConfigError, match=r"resid_post\.0.*at most 0.*got 1.*reserve"):
             steered.set([Intervention(Add(v), HookPoint("resid_post", 0))])
         with pytest.raises(ConfigError, match=r"at most 1.*got 2.*reserve"):
             steered.set([later, Intervention(Ablate(v.flip(0)), HookPoint("resid_post", 2))])
@@ -192,6 +192,7 @@ def test_there_is_room_for_what_was_reserved_and_no_more(tiny: LoadedModel, vect
             )
         with pytest.raises(ShapeError, match="rows"):
             steered.set(rows=[[], []])
+        assert torch.equal(tiny.model(x).logits, expected), "what is refused leaves all as it was"
 
 
 def test_compiled_as_eager_without_compiling_again(tiny: LoadedModel, vector: SteeringVector) -> None:
