@@ -257,19 +257,19 @@ class _Site(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         """The value at the hook point, steered."""
-        lanes, run = self._lanes, self._run
-        if _may_rest() and self.gates is None and all(lanes[i].is_empty for i in (*self._reading, *self._acting)):
-            return value
-        if self.gates is not None or self._reading:
+        lanes, run, reading, acting = self._lanes, self._run, self._reading, self._acting
+        if _may_rest():
+            reading, acting = ([i for i in which if not lanes[i].is_empty] for which in (reading, acting))
+        if self.gates is not None or reading:
             x = value.float()
             if self.gates is not None:
                 run.flags = torch.cat([run.flags, self._opened(x, run.index)], dim=-1)
-            for i in self._reading:
+            for i in reading:
                 run.readings[i] = lanes[i].read(x)
-        if not self._acting:
+        if not acting:
             return value
-        acting, readings = [lanes[i] for i in self._acting], [run.readings[i] for i in self._acting]
-        return applied(value, acting, readings, run.index, run.flags)
+        readings = [run.readings[i] for i in acting]
+        return applied(value, [lanes[i] for i in acting], readings, run.index, run.flags)
 
     def _opened(self, x: Tensor, index: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos gate"]:
         """Which gates are open on which tokens; moves them on, and writes the log."""
@@ -289,7 +289,7 @@ class _Site(nn.Module):
 
 
 def _may_rest() -> bool:
-    """Whether a pass may be left alone if nothing acts; a compiled one may not, since it would be compiled again."""
+    """Whether what is empty may be passed over; a compiled pass may not, since it would be compiled again."""
     return not torch.compiler.is_compiling()
 
 
