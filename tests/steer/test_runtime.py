@@ -200,25 +200,28 @@ def test_compiled_as_eager_without_compiling_again(tiny: LoadedModel, vector: St
     from torch._dynamo.testing import CompileCounterWithBackend
     from transformers import StaticCache
 
-    v, x = direction(vector), ids(tiny).repeat(2, 1)
+    chat = "<|im_start|>user\nhi there<|im_end|>\n<|im_start|>assistant\nyes, and no"
+    v, x = direction(vector), ids(tiny, chat).repeat(2, 1)
     w = torch.linspace(-1, 1, len(v))
     gate = Gate(probe(w, 0.0, "resid_post.0"), 0.3, -0.3, 2)
+    assistant = Scope.parse("assistant")
     rows = [
-        [Intervention(Add(v, 3.0), POINT)],
+        [Intervention(Add(v, 3.0), POINT, assistant), Intervention(Add(w, 2.0), POINT)],
         [Intervention(Ablate(w), POINT, gate=gate), Intervention(Clamp(v, 4.0, 4.0), POINT)],
     ]
     changes = {
         7: [[Intervention(Add(w, 6.0), POINT, Scope.parse("after:9"))], []],
-        10: [[], [Intervention(Ablate(v), POINT, gate=~gate)]],
+        10: [[Intervention(Add(v, 5.0), POINT, assistant)], [Intervention(Ablate(v), POINT, gate=~gate)]],
     }
 
-    def run(model, steered) -> Tensor:
+    def run(model, steered=None) -> Tensor:
         cache = StaticCache(config=tiny.model.config, max_cache_len=32)
-        steered.set(rows=rows)
+        if steered is not None:
+            steered.set(rows=rows)
         tiny.model(x[:, :5], past_key_values=cache)
         parts = []
-        for i in range(5, 14):
-            if i in changes:
+        for i in range(5, x.shape[1]):
+            if i in changes and steered is not None:
                 steered.set(rows=changes[i])
             position = torch.full((2, 1), i)
             parts.append(model(input_ids=x[:, i : i + 1], position_ids=position, past_key_values=cache).logits)
@@ -229,13 +232,15 @@ def test_compiled_as_eager_without_compiling_again(tiny: LoadedModel, vector: St
     config.update("jaxtyping_disable", True)
     try:
         with torch.no_grad():
+            plain = run(compiled)
             with steering(tiny, rows=rows) as steered:
                 expected, fired = run(tiny.model, steered), steered.fired()
                 torch.testing.assert_close(run(compiled, steered), expected, atol=2e-5, rtol=1e-5)
-                assert compiles.frame_count == 1
+                assert compiles.frame_count == 2, "one for the model alone, one for all that it is steered with"
                 assert steered.fired() == fired
-                assert 0 < len(fired[1]["gate"]) < 13
-            with steering(tiny, rows=rows) as steered:  # a new context is not that of the compiled model
+                assert 0 < len(fired[1]["gate"]) < x.shape[1] - 1
+            torch.testing.assert_close(run(compiled), plain, atol=2e-5, rtol=1e-5)
+            with steering(tiny, rows=rows) as steered:  # in a new context, which the compiled model has not seen
                 torch.testing.assert_close(run(compiled, steered), expected, atol=2e-5, rtol=1e-5)
     finally:
         config.update("jaxtyping_disable", False)
