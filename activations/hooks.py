@@ -146,10 +146,5 @@ class _Hook:
         return tensor.clone() if self.place.shared else tensor
 
     def _write(self, tensor: Tensor, edited: Tensor, value: Tensor) -> Tensor:
-        new = _in_every_stream(tensor, edited - value) if self.place.streams else edited
+        new = (tensor + (edited - value)[:, :, None]).to(tensor.dtype) if self.place.streams else edited
         return tensor.copy_(new) if self.place.shared else new
-
-
-def _in_every_stream(streams: Tensor, change: Tensor) -> Tensor:
-    """Where there is no change, -0 stays -0 as well."""
-    return torch.where(change[:, :, None] == 0, streams, (streams + change[:, :, None]).to(streams.dtype))

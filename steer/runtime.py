@@ -20,7 +20,8 @@ Flow of one forward pass, all of it in tensors on the device:
   does not look for hooks; so a compiled model compiles again at its first token inside.
 
 Rounding: readings, sums and lengths are float32 whatever the model runs in; the result is rounded once, to the dtype of
-the residual stream. Several residual streams are read as their mean and each gets what the mean is changed by.
+the residual stream. Several residual streams are read as their mean and each gets what the mean is changed by; where
+nothing acts that is 0, which leaves every number but may turn -0 into 0.
 
 Left out: speculative decoding and beam search, which take tokens back or change places; caches that were filled under
 other steering; text from prompts (`steer.generate`).
