@@ -181,7 +181,7 @@ class Steering(nn.Module):
         if self._has_flags:
             before = torch.where((index == 0).any(1), 0, self.seen[:batch])
             self.seen[:batch] = torch.maximum(before, index.amax(1) + 1)
-            self.seen[batch:] = 0
+            self.seen[batch:].zero_()
         if self.events is not None:
             run.flags = self._latches(inputs.get("input_ids"), index)
 
