@@ -6,6 +6,7 @@ one scope and gate, is summed into one slot; 4. the fullest sequence says how ma
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ RESERVE = "Name it in `reserve` when steering starts."
 Interventions = Sequence[Intervention]
 Contents = dict[LaneKey, list[list[Row]]]
 """lane -> the slots of each row of its table"""
+_Groups = dict[tuple[LaneKey, Scope, Where], list[Intervention]]
 
 
 class Plan:
@@ -52,12 +54,11 @@ class Plan:
         self._lengths = prompt_lengths if any(each.scope.part for each in everything) else None
         self.is_by_row = rows is not None or self._lengths is not None
         self.n_rows = len(rows if rows is not None else self._lengths or [0])
-        contents = self.contents(interventions, rows, prompt_lengths)
-        spare = self._sorted(reserve, 1)
-        self._room = {
-            key: max(map(len, contents.get(key, [[]]))) + len(spare.get(key, []))
-            for key in dict.fromkeys([*contents, *spare])
-        }
+        self.contents(interventions, rows, prompt_lengths)
+        by_row = [self._needed([*interventions, *row], 1) for row in (rows or [[]])]
+        spare = self._needed(reserve, 1)
+        keys = dict.fromkeys(key for needed in (*by_row, spare) for key in needed)
+        self._room = {key: max(needed[key] for needed in by_row) + spare[key] for key in keys}
 
     @property
     def has_flags(self) -> bool:
@@ -99,14 +100,26 @@ class Plan:
                 found.setdefault(key, [[] for _ in range(self.n_rows)])[r] = slots
         return found
 
-    def _sorted(self, interventions: Iterable[Intervention], n_prompt: int | None) -> dict[LaneKey, list[Row]]:
-        """The slots of one sequence by lane."""
-        groups: dict[tuple[LaneKey, Scope, Where], list[Intervention]] = {}
+    def _groups(self, interventions: Iterable[Intervention], n_prompt: int | None) -> _Groups:
+        """The interventions of one sequence by lane and by where they act."""
+        groups: _Groups = {}
         for each in interventions:
             key = (self._lane(each), each.scope, self._where(each, n_prompt))
             groups.setdefault(key, []).append(each)
+        return groups
+
+    def _needed(self, interventions: Iterable[Intervention], n_prompt: int) -> Counter[LaneKey]:
+        """Slots that each lane needs, also for what has coefficient 0 for the time being."""
+        needed: Counter[LaneKey] = Counter()
+        for (lane, *_), group in self._groups(interventions, n_prompt).items():
+            slots = [slot for each in group for slot in each.operation.slots()]
+            needed[lane] += len(slots) if lane.reads is not None else 1
+        return needed
+
+    def _sorted(self, interventions: Iterable[Intervention], n_prompt: int | None) -> dict[LaneKey, list[Row]]:
+        """The slots of one sequence by lane."""
         found: dict[LaneKey, list[Row]] = {}
-        for (lane, _, where), group in groups.items():
+        for (lane, _, where), group in self._groups(interventions, n_prompt).items():
             slots = folded([slot for each in group for slot in self._slots(each)])
             self._check_dose(group, slots)
             if slots:
@@ -119,6 +132,9 @@ class Plan:
         in_scope = {(self._flags[latch], wanted) for latch, wanted in literals}
         joined = (in_scope | {(self._flags[gate], wanted) for gate, wanted in c.items()} for c in clauses(each.gate))
         found = tuple(frozenset(clause) for clause in joined)
+        if len(found) > self._n_clauses:
+            expected = f"a gate of at most {self._n_clauses} alternatives, as many as at the start"
+            raise ConfigError(f"gate of {each}", expected=expected, got=len(found), fix=RESERVE)
         return Where(low, high if found else low, found)
 
     def _known(self, each: Intervention) -> list[tuple[Latch, bool]]:
@@ -130,8 +146,9 @@ class Plan:
             )
         literals = self._literals.get(each.scope)
         literals = latches_of(each.scope, self._loaded.tokenizer) if literals is None else literals
-        if any(latch not in self._flags for latch, _ in literals):
-            expected = "a scope whose markers are looked for since the start"
+        has_no_lengths = each.scope.part is not None and each.scope not in self._literals and self._lengths is None
+        if has_no_lengths or any(latch not in self._flags for latch, _ in literals):
+            expected = "a scope that asks for no more than those at the start"
             raise ConfigError(f"scope '{each.scope}'", expected=expected, got="a new one", fix=RESERVE)
         return literals
 

@@ -141,7 +141,7 @@ def _encoder(sae: SaeArtefact) -> nn.Linear:
     W_enc, bias = torch.tensor(sae.W_enc), torch.tensor(sae.b_enc).double()
     if sae.apply_b_dec_to_input:
         bias = bias - torch.tensor(sae.b_dec).double() @ W_enc.double()
-    linear = nn.Linear(*W_enc.shape, device="meta").to_empty(device="cpu").requires_grad_(False)
+    linear = nn.Linear(sae.d_model, sae.d_sae, device="meta").to_empty(device="cpu").requires_grad_(False)
     linear.weight.copy_(W_enc.T)
     linear.bias.copy_(bias)
     return linear

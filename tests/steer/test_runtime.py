@@ -195,6 +195,29 @@ def test_there_is_room_for_what_was_reserved_and_no_more(tiny: LoadedModel, vect
         assert torch.equal(tiny.model(x).logits, expected), "what is refused leaves all as it was"
 
 
+def test_a_coefficient_may_start_at_zero(tiny: LoadedModel, vector: SteeringVector) -> None:
+    x, w = ids(tiny), torch.linspace(-1, 1, tiny.d_model)
+    later = [Intervention.of(vector, 2.0), Intervention(Ablate(w), POINT)]
+    expected, plain = logits(tiny, *later, input_ids=x), logits(tiny, input_ids=x)
+    now = [Intervention.of(vector, 0.0), Intervention(Ablate(w, 0.0), POINT)]
+    with torch.no_grad(), steering(tiny, rows=[now]) as steered:
+        assert torch.equal(tiny.model(x).logits, plain)
+        steered.set(rows=[later])
+        assert torch.equal(tiny.model(x).logits, expected)
+
+
+def test_conditions_that_were_not_foreseen_are_refused(tiny: LoadedModel, vector: SteeringVector) -> None:
+    v = direction(vector)
+    a, b = (Gate(probe(v, 0.0, "resid_post.0"), on, name=str(on)) for on in (0.0, 1.0))
+    with steering(tiny, [Intervention(Add(v), POINT, gate=a & b)]) as steered:
+        steered.set([Intervention(Add(v), POINT, gate=~a & b)])
+        with pytest.raises(ConfigError, match=r"at most 1 alternatives.*got 2.*reserve"):
+            steered.set([Intervention(Add(v), POINT, gate=a | b)])
+        with pytest.raises(ConfigError, match=r"scope 'generated'.*reserve"):
+            steered.set([Intervention(Add(v), POINT, Scope.parse("generated"), a)], prompt_lengths=[3])
+        steered.set([Intervention(Add(v), POINT, Scope.parse("after:3"), a)])
+
+
 def test_compiled_as_eager_without_compiling_again(tiny: LoadedModel, vector: SteeringVector) -> None:
     """Vectors, coefficients, scopes and gates change between tokens; checks of types would stop the compiler."""
     from torch._dynamo.testing import CompileCounterWithBackend
