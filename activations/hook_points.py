@@ -51,6 +51,11 @@ class HookPoint(NamedTuple):
             )
         return cls(match["site"], int(match["layer"]))
 
+    @property
+    def depth(self) -> tuple[int, int]:
+        """Sorts hook points in the order in which a model comes by them."""
+        return self.layer, list(SITES).index(self.site)
+
     def check(self, n_layers: int, sites: Collection[str] = SITES) -> "HookPoint":
         """Return self if a model of `n_layers` blocks with these sites has it, else raise HookPointError."""
         if self.site not in sites:

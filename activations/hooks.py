@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from activations.errors import ShapeError
 from activations.families import ModelFamily
 from activations.families.base import Place
-from activations.hook_points import SITES, HookPoint
+from activations.hook_points import HookPoint
 
 EditFn = Callable[[Tensor], Tensor]
 
@@ -52,7 +52,7 @@ def capture(
       Under a KV cache it holds the positions of the latest pass only.
     Raises: HookPointError if the model does not have a layer or a site.
     """
-    points = sorted(set(hook_points), key=_depth)
+    points = sorted(set(hook_points), key=lambda point: point.depth)
     captured: dict[HookPoint, Tensor] = {}
     with ExitStack() as stack:
         for point in points:
@@ -88,10 +88,6 @@ def run_until(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         return model(**{"use_cache": False, **inputs})
     except _StopForward:
         return None
-
-
-def _depth(point: HookPoint) -> tuple[int, int]:
-    return point.layer, list(SITES).index(point.site)
 
 
 def _keep(captured: dict[HookPoint, Tensor], point: HookPoint, stop: bool, value: Tensor) -> Tensor:

@@ -2,12 +2,17 @@
 
 from typing import Any
 
+import torch
+
 from activations.errors import MissingArtefactError
 from activations.models import LoadedModel, Status, chat_prompt, load_model
 from steer.config import ChatConfig
+from steer.gates import Gate, energy
 from steer.generate import generate
 from steer.library import find_vector, load_library
-from steer.runtime import Steer, check_model
+from steer.operations import Intervention
+from steer.runtime import steering
+from steer.scopes import Scope
 from steer.vectors import SteeringVector
 
 
@@ -15,17 +20,20 @@ class Chat:
     """A conversation: each answer sees the turns before it."""
 
     def __init__(self, config: ChatConfig, loaded: LoadedModel | None = None, *, on_status: Status | None = None):
-        """Load model and vector. Raises: MismatchError if the vector was made from another model."""
+        """Load model and vector. Raises: as `steer.runtime.steering` does for a vector that does not fit the model."""
         vector = _vector(config)
         self._config = config
         self._turns: list[dict[str, str]] = []
         self._loaded = loaded or load_model(config.model, device=config.device, on_status=on_status)
-        self._steers: list[Steer] = []
+        self._interventions: list[Intervention] = []
         self.steering: dict[str, Any] = {"vector": None, "coefficient": 0.0, "dose": 0.0}
         if vector is not None:
-            check_model(vector, self._loaded)
             coefficient = _coefficient(config, vector)
-            self._steers = [Steer.of(vector, coefficient)]
+            scope = None if config.scope is None else Scope.parse(config.scope)
+            intervention = Intervention.of(vector, coefficient, scope=scope, gate=_gate(config, vector))
+            with steering(self._loaded, [intervention], prompt_lengths=[0], force=config.force):
+                pass  # refuses what does not fit before anybody types a question
+            self._interventions = [intervention]
             self.steering = {"vector": vector.name, "coefficient": coefficient, "dose": vector.dose(coefficient)}
 
     def answer(self, text: str) -> str:
@@ -39,8 +47,9 @@ class Chat:
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             seed=config.seed,
-            steers=self._steers,
+            interventions=self._interventions,
             add_special_tokens=config.plain,
+            force=config.force,
         )
         self._turns.append({"role": "assistant", "content": answer.strip()})
         return answer.strip()
@@ -61,3 +70,10 @@ def _coefficient(config: ChatConfig, vector: SteeringVector) -> float:
     if config.dose is not None:
         return vector.coefficient_of(config.dose)
     return config.coefficient if config.coefficient is not None else vector.coefficient
+
+
+def _gate(config: ChatConfig, vector: SteeringVector) -> Gate | None:
+    if config.gate is None:
+        return None
+    readout = energy(torch.from_numpy(vector.direction), vector.hook_point)
+    return Gate(readout, config.gate, config.gate_off, config.gate_tokens, vector.name)

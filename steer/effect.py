@@ -14,6 +14,7 @@ Left out: judges, benchmarks of skill, safety suites.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,8 @@ from activations.hooks import capture
 from activations.models import LoadedModel
 from sae.torch_view import TorchSae
 from steer.generate import generate_conditions
-from steer.runtime import Steer, steering
+from steer.operations import Intervention
+from steer.runtime import steering
 from steer.vectors import SteeringVector
 
 READ_ROWS = 8
@@ -108,7 +110,7 @@ def kl_per_token(
         batch = _encode(loaded, prompts[start : start + READ_ROWS], texts[start : start + READ_ROWS])
         with torch.inference_mode():
             plain = _logits(loaded, batch).log_softmax(-1)
-            with steering(loaded, [Steer.of(vector, coefficient)]):
+            with steering(loaded, [Intervention.of(vector, coefficient)], force=True):
                 steered = _logits(loaded, batch).log_softmax(-1)
             kl = (plain.exp() * (plain - steered)).sum(-1)
         total += float(kl[:, 1:][batch.attend[:, 1:]].sum())
@@ -127,11 +129,10 @@ def sweep_doses(
     seed: int,
 ) -> list[DoseTrial]:
     """Rate and cost at each dose; the first trial is dose 0."""
-    point, direction = HookPoint.parse(vector.hook_point), torch.from_numpy(vector.direction)
     coefficients = [0.0, *(vector.coefficient_of(dose) for dose in doses)]
-    deltas = torch.stack([coefficient * direction for coefficient in coefficients])
-    texts = generate_conditions(loaded, point, prompts, deltas, max_new_tokens=max_new_tokens, seed=seed)
-    readings = reread(loaded, concept.hook_point, [*prompts] * len(deltas), [text for row in texts for text in row])
+    conditions = [[Intervention.of(vector, coefficient)] for coefficient in coefficients]
+    texts = generate_conditions(loaded, conditions, prompts, max_new_tokens=max_new_tokens, seed=seed)
+    readings = reread(loaded, concept.hook_point, [*prompts] * len(texts), [text for row in texts for text in row])
     rates, nlls = (table.mean(axis=1) for table in _tables(readings, concept, len(prompts)))
     return [
         DoseTrial(vector.dose(coefficient), coefficient, float(rate), float(nll))
@@ -166,15 +167,11 @@ def measure(
       n_random: random unit directions that are steered with at the same coefficient.
     Returns: a JSON-ready dict; rates are shares of tokens, `kl` and `nll` are nats a token.
     """
-    point, n = HookPoint.parse(vector.hook_point), len(prompts)
-    random = _random_directions(n_random, loaded.d_model, seed)
-    rows = [torch.zeros(loaded.d_model), torch.from_numpy(vector.direction), *random]
-    texts = generate_conditions(
-        loaded, point, prompts, coefficient * torch.stack(rows), max_new_tokens=max_new_tokens, seed=seed
-    )
-    asked = [f"{instruction}\n\n{prompt}" for prompt in prompts]
-    zero = torch.zeros(1, loaded.d_model)
-    texts += generate_conditions(loaded, point, asked, zero, max_new_tokens=max_new_tokens, seed=seed)
+    n, limits = len(prompts), {"max_new_tokens": max_new_tokens, "seed": seed}
+    random = [replace(vector, direction=v) for v in _random_directions(n_random, loaded.d_model, seed)]
+    steered = [[Intervention.of(each, coefficient)] for each in (vector, *random)]
+    texts = generate_conditions(loaded, [[], *steered], prompts, **limits)
+    texts += generate_conditions(loaded, [[]], [f"{instruction}\n\n{prompt}" for prompt in prompts], **limits)
     readings = reread(loaded, concept.hook_point, [*prompts] * len(texts), [text for row in texts for text in row])
     rates, nlls = _tables(readings, concept, n)
     gain = rates[1] - rates[0]
@@ -229,9 +226,9 @@ def _logits(loaded: LoadedModel, batch: _Batch) -> Float[Tensor, "text pos vocab
     return loaded.model(**inputs, use_cache=False).logits.float().cpu()
 
 
-def _random_directions(n: int, d_model: int, seed: int) -> list[Float[Tensor, " d_model"]]:
-    values = torch.from_numpy(np.random.default_rng(seed).standard_normal((n, d_model))).float()
-    return list(values / values.norm(dim=1, keepdim=True))
+def _random_directions(n: int, d_model: int, seed: int) -> list[Float[np.ndarray, " d_model"]]:
+    values = np.random.default_rng(seed).standard_normal((n, d_model)).astype(np.float32)
+    return list(values / np.linalg.norm(values, axis=1, keepdims=True))
 
 
 def _bootstrap_interval(values: Float[np.ndarray, " n"], seed: int, draws: int = 2000) -> list[float]:

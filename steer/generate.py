@@ -7,13 +7,11 @@ Left out: streaming.
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from activations.errors import ConfigError
-from activations.hook_points import HookPoint
 from activations.models import LoadedModel
-from steer.runtime import Steer, steering
+from steer.plan import Interventions
+from steer.runtime import steering
 
 
 def generate(
@@ -23,21 +21,26 @@ def generate(
     max_new_tokens: int = 40,
     temperature: float = 0.7,
     seed: int = 0,
-    steers: Sequence[Steer] = (),
+    interventions: Interventions = (),
+    rows: Sequence[Interventions] | None = None,
     add_special_tokens: bool = True,
+    force: bool = False,
 ) -> list[str]:
     """Continuations of `prompts`, without the prompts and without special tokens.
 
     Args:
       prompts: texts as they are; apply a chat template first if the model is to answer.
       temperature: 0 decodes greedily.
+      interventions: what all of them are steered with.
+      rows: besides, one list for each prompt.
+      force: allow doses that `steering` refuses.
       add_special_tokens: whether the tokenizer adds its own, such as BOS; not for chat prompts, which hold theirs.
     Raises: ConfigError if prompt and continuation do not fit the model's context.
     """
     tokenizer = loaded.tokenizer
-    rows = [tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in prompts]
-    width = max(len(row) for row in rows)
-    if not all(rows):
+    token_rows = [tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in prompts]
+    width = max(len(row) for row in token_rows)
+    if not all(token_rows):
         raise ConfigError("prompt", expected="at least one token", got="none", fix="Write something.")
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     if limit is not None and width + max_new_tokens > limit:
@@ -45,13 +48,21 @@ def generate(
             "prompt", expected=f"at most {limit - max_new_tokens} tokens", got=width, fix="Shorten the prompt."
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in token_rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in token_rows])
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature > 0 else {"do_sample": False}
     )
     devices = [loaded.device] if loaded.device.type == "cuda" else []
-    with torch.inference_mode(), torch.random.fork_rng(devices=devices), steering(loaded, steers):
+    steered = steering(
+        loaded,
+        interventions,
+        rows=rows,
+        prompt_lengths=[len(row) for row in token_rows],
+        force=force,
+        max_batch=len(prompts),
+    )
+    with torch.inference_mode(), torch.random.fork_rng(devices=devices), steered:
         torch.manual_seed(seed)
         out = loaded.model.generate(  # type: ignore[operator]
             input_ids=ids.to(loaded.device),
@@ -65,25 +76,25 @@ def generate(
 
 def generate_conditions(
     loaded: LoadedModel,
-    hook_point: HookPoint,
+    conditions: Sequence[Interventions],
     prompts: Sequence[str],
-    deltas: Float[Tensor, "condition d_model"],
     *,
     max_new_tokens: int,
     seed: int,
     temperature: float = 0.7,
 ) -> list[list[str]]:
-    """Continuations of the same prompts under several additive conditions, in one batch.
+    """Continuations of the same prompts under several conditions, in one batch, at whatever dose.
 
-    Returns: by condition, one text a prompt. A delta of zero is the unsteered model.
+    Returns: by condition, one text a prompt. A condition of no interventions is the unsteered model.
     """
     n = len(prompts)
     texts = generate(
         loaded,
-        [*prompts] * len(deltas),
+        [*prompts] * len(conditions),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        steers=[Steer(hook_point, deltas.repeat_interleave(n, dim=0))],
+        rows=[condition for condition in conditions for _ in prompts],
+        force=True,
     )
-    return [texts[i * n : (i + 1) * n] for i in range(len(deltas))]
+    return [texts[i * n : (i + 1) * n] for i in range(len(conditions))]

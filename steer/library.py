@@ -21,9 +21,11 @@ from safetensors.numpy import save as save_tensors
 
 from activations.errors import CorruptArtefactError, MissingArtefactError, UnknownNameError
 from activations.store_schema import ModelRef
+from steer.operations import vector_operation
+from steer.scopes import Scope
 from steer.vectors import SteeringVector
 
-FORMAT = "saekit-library-1"
+FORMAT = "saekit-library-2"
 
 
 def save_library(path: Path, vectors: Sequence[SteeringVector]) -> str:
@@ -82,7 +84,8 @@ def _entry(vector: SteeringVector) -> dict[str, Any]:
         "name": vector.name,
         "model": vector.model.model_dump(mode="json"),
         "hook_point": vector.hook_point,
-        "operation": "add",
+        "operation": vector.operation,
+        "scope": vector.scope,
         "coefficient": vector.coefficient,
         "dose": vector.dose(vector.coefficient),
         "mean_norm": vector.mean_norm,
@@ -104,7 +107,14 @@ def _vector(entry: dict[str, Any], direction: np.ndarray) -> SteeringVector:
         entry["source"],
         float(entry["coefficient"]),
         entry["receipts"],
+        _known_operation(entry["operation"]),
+        str(Scope.parse(entry["scope"])),
     )
+
+
+def _known_operation(name: str) -> str:
+    vector_operation(name)
+    return name
 
 
 def _content_hash(tensors: bytes, entries: object) -> str:
@@ -118,14 +128,16 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _card(vectors: Sequence[SteeringVector]) -> str:
-    lines = ["# Steering vectors", "", "Each adds `coefficient * direction` at its hook point.", ""]
-    lines += ["| vector | model | hook point | coefficient | dose | effect | random control | KL |", "|" + "---|" * 8]
+    lines = ["# Steering vectors", "", "Each is used at its hook point, on the tokens of its scope.", ""]
+    columns = "vector | model | hook point | operation | scope | coefficient | dose | effect | random control | KL"
+    lines += [f"| {columns} |", "|" + "---|" * 10]
     for vector in vectors:
         receipt = vector.receipts[-1] if vector.receipts else {}
         measured = [
             f"{receipt[key]:+.3f}" if key in receipt else "-" for key in ("effect", "random_control_effect", "kl")
         ]
-        cells = [vector.name, vector.model.id, vector.hook_point, f"{vector.coefficient:.3g}"]
+        cells = [vector.name, vector.model.id, vector.hook_point, vector.operation, vector.scope]
+        cells.append(f"{vector.coefficient:.3g}")
         lines.append("| " + " | ".join([*cells, f"{vector.dose(vector.coefficient):.2f}", *measured]) + " |")
     return "\n".join([*lines, "", "Effect: rise in the share of generated tokens on which the concept shows.", ""])
 

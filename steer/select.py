@@ -21,6 +21,7 @@ from sae.index_db import FeatureIndex, LatentRow
 from sae.torch_view import TorchSae
 from steer.effect import latent_reader, rate, reread
 from steer.generate import generate_conditions
+from steer.operations import Add, Intervention
 from steer.vectors import places_of
 
 MIN_DENSITY, MAX_DENSITY = 5e-4, 0.03
@@ -75,11 +76,11 @@ def try_latents(
     """
     places, sae = places_of(artefact), TorchSae(artefact)
     rows = torch.from_numpy(artefact.W_dec[list(latents)])
-    deltas = coefficient * torch.cat([torch.zeros(1, artefact.d_out), rows / rows.norm(dim=1, keepdim=True)])
-    texts = generate_conditions(loaded, places.writes, prompts, deltas, max_new_tokens=max_new_tokens, seed=seed)
-    readings = reread(loaded, places.reads, [*prompts] * len(deltas), [text for row in texts for text in row])
+    conditions = [[], *([Intervention(Add(row / row.norm(), coefficient), places.writes)] for row in rows)]
+    texts = generate_conditions(loaded, conditions, prompts, max_new_tokens=max_new_tokens, seed=seed)
+    readings = reread(loaded, places.reads, [*prompts] * len(texts), [text for row in texts for text in row])
     n = len(prompts)
-    by_condition = [readings[i * n : (i + 1) * n] for i in range(len(deltas))]
+    by_condition = [readings[i * n : (i + 1) * n] for i in range(len(texts))]
     plain, steered = by_condition[0], by_condition[1:]
     trials = []
     for latent, after in zip(latents, steered, strict=True):

@@ -54,6 +54,10 @@ class SteeringVector:
     """suggested coefficient; 0 until one was measured"""
     receipts: list[dict[str, Any]] = field(default_factory=list)
     """measured effects, newest last"""
+    operation: str = "add"
+    """what it is used for: a key of `steer.operations.VECTOR_OPERATIONS`"""
+    scope: str = "all"
+    """on which tokens, in the words of `steer.scopes`"""
 
     def dose(self, coefficient: float) -> float:
         """|coefficient| in units of the mean norm of the residual stream."""
@@ -143,15 +147,39 @@ def places_of(artefact: SaeArtefact) -> Places:
     return Places(HookPoint.parse(wiring.reads[0]), HookPoint.parse(wiring.writes[0]))
 
 
+class EncoderRow(NamedTuple):
+    """How one latent is read: z = s where s = weight·x + bias is above the threshold, else 0."""
+
+    weight: Float[Tensor, " d_model"]
+    bias: float
+    threshold: float
+    """at least 0; a TopK SAE asks besides that s be one of the k largest"""
+
+
+def encoder_row(artefact: SaeArtefact, latent: int) -> EncoderRow:
+    """The encoder of a latent, b_dec folded into its bias. Raises: UnknownNameError if there is no such latent."""
+    _check_latent(artefact, latent)
+    weight = torch.tensor(artefact.W_enc[:, latent])
+    bias = float(artefact.b_enc[latent])
+    if artefact.apply_b_dec_to_input:
+        bias -= float(torch.tensor(artefact.b_dec).double() @ weight.double())
+    threshold = 0.0 if artefact.threshold is None else max(0.0, float(artefact.threshold[latent]))
+    return EncoderRow(weight, bias, threshold)
+
+
+def _check_latent(artefact: SaeArtefact, latent: int) -> None:
+    if not 0 <= latent < artefact.d_sae:
+        raise UnknownNameError(
+            f"latent {latent}", expected=f"0 to {artefact.d_sae - 1}", got=latent, fix="Choose a latent of this SAE."
+        )
+
+
 def from_latent(artefact: SaeArtefact, latent: int, model: ModelRef, mean_norm: float) -> SteeringVector:
     """The decoder row of one latent, at the hook point that the SAE writes.
 
     Raises: UnknownNameError if the SAE has no such latent, MismatchError if it has several hook points.
     """
-    if not 0 <= latent < artefact.d_sae:
-        raise UnknownNameError(
-            f"latent {latent}", expected=f"0 to {artefact.d_sae - 1}", got=latent, fix="Choose a latent of this SAE."
-        )
+    _check_latent(artefact, latent)
     row = artefact.W_dec[latent].astype(np.float32)
     source = {"kind": "latent", "latent": latent, "sae_sha256": artefact.sha256}
     direction, hook_point = row / np.linalg.norm(row), str(places_of(artefact).writes)

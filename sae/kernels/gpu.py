@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from sae.kernels.codes import Codes
 
+LEAST_CHUNK = 2048
 NARROW = 4096
-"""latents up to which smaller chunks are faster"""
+"""latents up to which chunks of half the size are faster"""
 ROWS = 1
 """whose largest a program looks for at a time"""
 Groups = Int[Array, " latents"] | None
@@ -78,7 +79,7 @@ def keep_largest(
     """The k largest of products + b in each row, and how many of a row are above the threshold."""
     batch, d_sae = products.shape
     padded = _power_of_2(slots)
-    least = 1024 if d_sae <= NARROW else 2048
+    least = LEAST_CHUNK // 2 if d_sae <= NARROW else LEAST_CHUNK
     chunk = max(least, 2 * padded, _power_of_2(math.isqrt(padded * d_sae) // 2 + 1))
     values, indices, passing, _ = _call(
         "keep_largest", products, b, k.ravel(), threshold.ravel(),

@@ -18,7 +18,8 @@ from steer.config import ChatConfig, DemoConfig, MeasureConfig
 from steer.demo import run_demo, transcript
 from steer.generate import generate
 from steer.library import load_library
-from steer.runtime import Steer, check_model, steering
+from steer.operations import Intervention
+from steer.runtime import steering
 
 MEASURE = MeasureConfig(doses=(0.5,), select_prompts=2, heldout_prompts=8, max_new_tokens=20, n_random=2)
 SMALL: dict[str, Any] = {
@@ -87,7 +88,7 @@ def test_every_artefact_opens(config: DemoConfig, summary: dict[str, Any], smoll
     assert index.info["sae_sha256"] == artefact.sha256
     assert len(library) == 2
     for vector in library.values():
-        check_model(vector, smollm2)
+        assert vector.model.fingerprint == smollm2.fingerprint
     index.close()
 
 
@@ -125,9 +126,12 @@ def test_coefficient_zero_and_the_cache_on_the_real_model(
     vector = next(iter(load_library(config.out / "library").values()))
     prompts = ["The letter said that", "At noon"]
     plain = generate(smollm2, prompts, max_new_tokens=8, temperature=0.0)
-    assert generate(smollm2, prompts, max_new_tokens=8, temperature=0.0, steers=[Steer.of(vector, 0.0)]) == plain
+    assert (
+        generate(smollm2, prompts, max_new_tokens=8, temperature=0.0, interventions=[Intervention.of(vector, 0.0)])
+        == plain
+    )
     ids = torch.tensor([smollm2.tokenizer("The letter said that nobody would come before the evening")["input_ids"]])
-    with torch.no_grad(), steering(smollm2, [Steer.of(vector, vector.coefficient)]):
+    with torch.no_grad(), steering(smollm2, [Intervention.of(vector, vector.coefficient)]):
         whole = smollm2.model(ids).logits
         cache, parts = None, []
         for stop in (3, 4, 5, ids.shape[1]):

@@ -471,7 +471,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         lambda m, t: [*belongs(m, t, "vector", model=m.other_model, kind="contrast"), *sets(*MEASURE)], "a store of",
     ),
     "chat with a vector of another model": (
-        lambda m, t: ["chat", "Hi", *sets(model=m.other_model, library=m.library)], "a vector of other-model",
+        lambda m, t: ["chat", "Hi", *sets(model=m.other_model, library=m.library)], "one of other-model",
     ),
     "store of other settings": (
         lambda m, t: harvest(m, t, out=m.store, ctx=16, commit_sequences=16, hook_points=f"[{HOOK}, {OTHER}]"),

@@ -26,7 +26,8 @@ from steer.effect import (
     sweep_doses,
 )
 from steer.generate import generate_conditions
-from steer.runtime import Steer, steering
+from steer.operations import Intervention
+from steer.runtime import steering
 from steer.vectors import SteeringVector
 
 POINT = HookPoint("resid_post", 1)
@@ -116,7 +117,7 @@ def test_kl_is_that_of_single_texts_without_their_first_token(tiny: LoadedModel,
         x, _ = encoded(tiny, prompt, text)
         with torch.no_grad():
             plain = tiny.model(x).logits[0].log_softmax(-1)
-            with steering(tiny, [Steer.of(vector, 3.0)]):
+            with steering(tiny, [Intervention.of(vector, 3.0)]):
                 steered = tiny.model(x).logits[0].log_softmax(-1)
         kl = torch.nn.functional.kl_div(steered, plain, log_target=True, reduction="none").sum(-1)
         assert kl[0] == 0, "the first token is never steered"
@@ -143,8 +144,8 @@ def test_a_sweep_begins_unsteered_and_rates_each_dose(tiny: LoadedModel, vector:
     trials = sweep_doses(tiny, vector, contrast_reader(vector), PROMPTS, doses, **limits)
     assert [t.dose for t in trials] == pytest.approx([0.0, *doses])
     assert [t.coefficient for t in trials] == pytest.approx([0.0, 0.5 * vector.mean_norm, 3.0 * vector.mean_norm])
-    deltas = torch.tensor([t.coefficient for t in trials])[:, None] * torch.from_numpy(vector.direction)
-    texts = generate_conditions(tiny, POINT, PROMPTS, deltas, **limits)
+    conditions = [[Intervention.of(vector, t.coefficient)] for t in trials]
+    texts = generate_conditions(tiny, conditions, PROMPTS, **limits)
     for t, row in zip(trials, texts, strict=True):
         readings = reread(tiny, POINT, PROMPTS, row)
         assert t.rate == pytest.approx(np.mean([rate(r, contrast_reader(vector)) for r in readings]), abs=0.02)
@@ -162,9 +163,10 @@ def receipt(tiny: LoadedModel) -> tuple[SteeringVector, dict[str, Any], list[tor
     vector = side(vector, tiny)
     deltas = []
 
-    def spy(loaded: Any, point: Any, prompts: Any, delta: torch.Tensor, **limits: Any) -> Any:
-        deltas.append(delta)
-        return generate_conditions(loaded, point, prompts, delta, **limits)
+    def spy(loaded: Any, conditions: Any, prompts: Any, **limits: Any) -> Any:
+        slots = [[slot for each in condition for slot in each.operation.slots()] for condition in conditions]
+        deltas.append(torch.stack([sum((s.constant * s.writes for s in row), start=torch.zeros(32)) for row in slots]))
+        return generate_conditions(loaded, conditions, prompts, **limits)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(effect, "generate_conditions", spy)

@@ -6,8 +6,11 @@ import torch
 from activations.errors import ConfigError
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel
+from steer.gates import Gate, cosine
 from steer.generate import generate, generate_conditions
-from steer.runtime import Steer, steering
+from steer.operations import Ablate, Add, Intervention
+from steer.runtime import steering
+from steer.scopes import Scope
 from steer.vectors import SteeringVector
 
 PROMPTS = ["The river ran past the mill", "A cat", "Numbers such as 12, 345 and 6789 are written"]
@@ -18,12 +21,12 @@ def ids(loaded: LoadedModel, prompt: str) -> torch.Tensor:
     return torch.tensor([loaded.tokenizer(prompt)["input_ids"]])
 
 
-def stepwise(loaded: LoadedModel, prompt: str, steers: list[Steer], n: int = N) -> str:
+def stepwise(loaded: LoadedModel, prompt: str, interventions: list[Intervention], n: int = N) -> str:
     """Greedy text by a full forward pass a token, without a cache."""
     x = ids(loaded, prompt)
     start = x.shape[1]
     for _ in range(n):
-        with torch.no_grad(), steering(loaded, steers):
+        with torch.no_grad(), steering(loaded, interventions):
             token = loaded.model(x, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
         if int(token) == loaded.tokenizer.eos_token_id:
             break
@@ -59,7 +62,7 @@ def test_left_padding_of_unequal_prompts_changes_nothing(
     tiny: LoadedModel, vector: SteeringVector, coefficient: float
 ) -> None:
     assert len({ids(tiny, prompt).shape[1] for prompt in PROMPTS}) == 3
-    limits = {"max_new_tokens": N, "temperature": 0.0, "steers": [Steer.of(vector, coefficient)]}
+    limits = {"max_new_tokens": N, "temperature": 0.0, "interventions": [Intervention.of(vector, coefficient)]}
     together = generate(tiny, PROMPTS, **limits)
     assert together == [generate(tiny, [prompt], **limits)[0] for prompt in PROMPTS]
 
@@ -68,15 +71,20 @@ def test_left_padding_of_unequal_prompts_changes_nothing(
 def test_generating_with_a_cache_is_recomputing_every_step(
     tiny: LoadedModel, vector: SteeringVector, coefficient: float
 ) -> None:
-    steers = [Steer.of(vector, coefficient)]
+    steers = [Intervention.of(vector, coefficient)]
     for prompt in PROMPTS:
-        (text,) = generate(tiny, [prompt], max_new_tokens=N, temperature=0.0, steers=steers)
+        (text,) = generate(tiny, [prompt], max_new_tokens=N, temperature=0.0, interventions=steers)
         assert text == stepwise(tiny, prompt, steers)
 
 
 def test_steering_changes_the_text(tiny: LoadedModel, vector: SteeringVector) -> None:
     plain = generate(tiny, PROMPTS, max_new_tokens=N, temperature=0.0)
-    assert generate(tiny, PROMPTS, max_new_tokens=N, temperature=0.0, steers=[Steer.of(vector, 20.0)]) != plain
+    assert (
+        generate(
+            tiny, PROMPTS, max_new_tokens=N, temperature=0.0, interventions=[Intervention.of(vector, 20.0)], force=True
+        )
+        != plain
+    )
     assert generate(tiny, PROMPTS, max_new_tokens=N, temperature=0.0) == plain
 
 
@@ -85,7 +93,11 @@ def test_special_tokens_are_left_out(tiny: LoadedModel) -> None:
     head = tiny.model.lm_head.weight
     end[:] = head[tiny.tokenizer.eos_token_id] - head.mean(0)
     (text,) = generate(
-        tiny, [PROMPTS[0]], max_new_tokens=N, temperature=0.0, steers=[Steer(HookPoint("resid_post", 3), 500 * end)]
+        tiny,
+        [PROMPTS[0]],
+        max_new_tokens=N,
+        temperature=0.0,
+        interventions=[Intervention(Add(end, 500.0), HookPoint("resid_post", 3))],
     )
     assert text == ""
 
@@ -108,8 +120,39 @@ def test_an_empty_prompt_is_an_error_of_ours(tiny: LoadedModel) -> None:
 
 def test_conditions_are_those_of_single_runs_in_order(tiny: LoadedModel, vector: SteeringVector) -> None:
     point, v = HookPoint.parse(vector.hook_point), torch.from_numpy(vector.direction)
-    deltas = torch.stack([0 * v, 6 * v, -6 * v])
-    texts = generate_conditions(tiny, point, PROMPTS, deltas, max_new_tokens=N, seed=0, temperature=0.0)
-    for delta, row in zip(deltas, texts, strict=True):
-        assert row == generate(tiny, PROMPTS, max_new_tokens=N, temperature=0.0, steers=[Steer(point, delta)])
+    conditions = [[], *([Intervention(Add(v, c), point)] for c in (6.0, -6.0))]
+    texts = generate_conditions(tiny, conditions, PROMPTS, max_new_tokens=N, seed=0, temperature=0.0)
+    for condition, row in zip(conditions, texts, strict=True):
+        assert row == generate(tiny, PROMPTS, max_new_tokens=N, temperature=0.0, interventions=condition)
     assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_scopes_and_gates_in_generation_are_those_of_the_whole_text(
+    tiny: LoadedModel, vector: SteeringVector, cache: str
+) -> None:
+    """With left padding, whatever the model is told about it: a static cache gets positions and no mask to count."""
+    v = torch.from_numpy(vector.direction)
+    gate = Gate(cosine(v.flip(0), "resid_post.0"), 0.0, -0.1, 2)
+    steers = [
+        Intervention(Add(v, 5.0), HookPoint("resid_post", 1), Scope.parse("generated")),
+        Intervention(Ablate(v), HookPoint("resid_post", 2), Scope.parse("prompt"), gate),
+    ]
+    encoded = tiny.tokenizer(PROMPTS, padding=True, padding_side="left", return_tensors="pt")
+    lengths = encoded["attention_mask"].sum(1).tolist()
+    width = max(lengths)
+    with torch.inference_mode(), steering(tiny, steers, prompt_lengths=lengths) as steered:
+        out = tiny.model.generate(
+            **encoded, max_new_tokens=6, do_sample=False, cache_implementation=cache, output_logits=True,
+            return_dict_in_generate=True, pad_token_id=0,
+        )  # fmt: skip
+        fired = steered.fired()
+    for row, length in enumerate(lengths):
+        text = out.sequences[row : row + 1, width - length : -1]
+        with torch.no_grad(), steering(tiny, steers, prompt_lengths=[length]) as steered:
+            expected = tiny.model(text, use_cache=False).logits[0, length - 1 :]
+        n = min(len(expected), 5)
+        found = torch.stack([logits[row] for logits in out.logits[:n]])
+        torch.testing.assert_close(found, expected[:n], atol=2e-5, rtol=1e-5)
+        assert fired[row] == steered.fired()[0]
+    assert any(log["gate"] for log in fired)

@@ -62,7 +62,7 @@ def test_changed_vectors_are_refused(library: Path) -> None:
         load_library(library)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": "saekit-library-1"}'])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": "saekit-library-2"}'])
 def test_other_manifests_are_refused(library: Path, content: str) -> None:
     (library / "manifest.json").write_text(content)
     with pytest.raises(CorruptArtefactError):

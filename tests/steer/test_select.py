@@ -16,6 +16,7 @@ from sae.index_db import FeatureIndex, LatentRow, write_index
 from sae.torch_view import TorchSae
 from steer.effect import latent_reader, rate, reread
 from steer.generate import generate_conditions
+from steer.operations import Add, Intervention
 from steer.select import (
     MAX_DENSITY,
     MIN_DENSITY,
@@ -110,9 +111,9 @@ def test_trials_are_measured_on_the_texts_of_each_latent_and_sorted(tiny: Loaded
     assert [t.score for t in trials] == sorted((t.score for t in trials), reverse=True)
 
     unit = torch.from_numpy(W_dec[tried] / np.linalg.norm(W_dec[tried], axis=1, keepdims=True))
-    deltas, point = torch.cat([torch.zeros(1, 32), 6.0 * unit]), HookPoint("resid_post", 1)
-    written = HookPoint.parse(hook_point.rpartition(">")[2])
-    texts = generate_conditions(tiny, written, prompts, deltas, **limits)
+    point, written = HookPoint("resid_post", 1), HookPoint.parse(hook_point.rpartition(">")[2])
+    conditions = [[], *([Intervention(Add(row, 6.0), written)] for row in unit)]
+    texts = generate_conditions(tiny, conditions, prompts, **limits)
     plain, sae = reread(tiny, point, prompts, texts[0]), TorchSae(artefact)
     by_latent = {t.latent: t for t in trials}
     for latent, row_ in zip(tried, texts[1:], strict=True):

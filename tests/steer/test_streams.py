@@ -10,7 +10,8 @@ from torch import Tensor
 from activations.hook_points import SITES, HookPoint
 from activations.hooks import capture, run_until
 from activations.models import LoadedModel, load_model
-from steer.runtime import Steer, steering
+from steer.operations import Add, Intervention
+from steer.runtime import steering
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,10 @@ def test_adds_the_vector_to_every_token_but_the_first(loaded: LoadedModel, direc
     point = HookPoint(site, 1)
     with capture(loaded.model, loaded.family, [point]) as before:
         run_until(loaded.model, {"input_ids": ids(loaded)})
-    with steering(loaded, [Steer(point, 3 * direction)]), capture(loaded.model, loaded.family, [point]) as after:
+    with (
+        steering(loaded, [Intervention(Add(direction, 3.0), point)]),
+        capture(loaded.model, loaded.family, [point]) as after,
+    ):
         run_until(loaded.model, {"input_ids": ids(loaded)})
     moved = after[point] - before[point]
     assert not moved[0, 0].any()
@@ -79,7 +83,7 @@ def test_adds_the_vector_to_every_token_but_the_first(loaded: LoadedModel, direc
 @pytest.mark.parametrize("site", SITES)
 def test_cached_and_uncached_logits_agree(loaded: LoadedModel, direction: Tensor, site: str) -> None:
     x, cache, parts, start = ids(loaded), None, [], 0
-    with torch.no_grad(), steering(loaded, [Steer(HookPoint(site, 1), 4 * direction)]):
+    with torch.no_grad(), steering(loaded, [Intervention(Add(direction, 4.0), HookPoint(site, 1))]):
         whole = loaded.model(x, use_cache=False).logits
         for stop in (4, 5, 6, x.shape[1]):
             out = loaded.model(x[:, start:stop], past_key_values=cache, use_cache=True)
@@ -96,7 +100,7 @@ def test_a_bfloat16_model_with_float32_mixers_can_be_steered(folder: Path, direc
     half = load_model(str(folder), device="cpu", dtype="bfloat16")
     block: Any = half.family.block(half.model, 1)
     assert block.attn_hc.fn.dtype == torch.float32
-    with torch.no_grad(), steering(half, [Steer(HookPoint(site, 1), 4 * direction)]):
+    with torch.no_grad(), steering(half, [Intervention(Add(direction, 4.0), HookPoint(site, 1))]):
         logits = half.model(ids(half)).logits
     assert logits.dtype == torch.bfloat16
     assert logits.isfinite().all()

@@ -1,0 +1,233 @@
+"""From interventions to the contents of tables, and how much room those need.
+
+Flow: 1. every intervention is checked against the model; 2. gates and the latches of scopes become flags, in the order
+in which a forward pass comes by them; 3. the slots of each sequence are sorted into lanes, and what only adds, under
+one scope and gate, is summed into one slot; 4. the fullest sequence says how many slots a lane has room for.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from activations.errors import ConfigError, HookPointError, MismatchError, NumericsError, ShapeError
+from activations.hook_points import HookPoint
+from activations.models import LoadedModel
+from steer.gates import Gate, clauses, gates_of
+from steer.operations import Intervention, Slot, folded
+from steer.scopes import Latch, Scope, latches_of
+from steer.tables import Lane, LaneKey, Row, Where
+
+MAX_DOSE = 2.0
+"""length that an intervention may ask for, in mean ‖h‖ at its hook point; text falls apart well below it"""
+RESERVE = "Name it in `reserve` when steering starts."
+
+Interventions = Sequence[Intervention]
+Contents = dict[LaneKey, list[list[Row]]]
+"""lane -> the slots of each row of its table"""
+_Groups = dict[tuple[LaneKey, Scope, Where], list[Intervention]]
+
+
+class Plan:
+    """What is fixed when steering starts: flags, lanes, and their sizes."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        interventions: Interventions,
+        rows: Sequence[Interventions] | None,
+        prompt_lengths: Sequence[int] | None,
+        reserve: Interventions,
+        force: bool,
+    ):
+        """Check everything; raises as `steer.runtime.steering` says."""
+        self._loaded, self._force = loaded, force
+        everything = [*interventions, *(each for row in rows or () for each in row), *reserve]
+        found = dict.fromkeys(gate for each in everything for gate in gates_of(each.gate))
+        self.gates: list[Gate] = sorted(found, key=lambda gate: gate.readout.hook_point.depth)
+        self._check_names()
+        self._literals = {each.scope: latches_of(each.scope, loaded.tokenizer) for each in everything}
+        pairs = [pair for literals in self._literals.values() for pair in literals]
+        self.latches: list[Latch] = list(dict.fromkeys(latch for latch, _ in pairs))
+        self._flags: dict[Latch | Gate, int] = {flag: i for i, flag in enumerate([*self.latches, *self.gates])}
+        self._n_clauses = max((len(clauses(each.gate)) for each in everything), default=1)
+        self._lengths = prompt_lengths if any(each.scope.part for each in everything) else None
+        self.is_by_row = rows is not None or self._lengths is not None
+        self.n_rows = len(rows if rows is not None else self._lengths or [0])
+        self.contents(interventions, rows, prompt_lengths)
+        by_row = [self._needed([*interventions, *row], 1) for row in (rows or [[]])]
+        spare = self._needed(reserve, 1)
+        keys = dict.fromkeys(key for needed in (*by_row, spare) for key in needed)
+        self._room = {key: max(needed[key] for needed in by_row) + spare[key] for key in keys}
+
+    @property
+    def has_flags(self) -> bool:
+        """Whether a pass leaves something for the next one."""
+        return bool(self._flags)
+
+    @property
+    def points(self) -> list[HookPoint]:
+        """Where something is read or acts, in the order of a pass."""
+        points = {gate.readout.hook_point for gate in self.gates}
+        points |= {point for key in self._room for point in (key.acts, key.reads) if point is not None}
+        return sorted(points, key=lambda point: point.depth)
+
+    def lanes(self) -> list[Lane]:
+        """Empty tables of the right sizes."""
+        sizes = (self.n_rows, self._n_clauses, len(self._flags), self._loaded.d_model)
+        return [Lane(key, n_slots, *sizes) for key, n_slots in self._room.items()]
+
+    def contents(
+        self,
+        interventions: Interventions,
+        rows: Sequence[Interventions] | None,
+        prompt_lengths: Sequence[int] | None,
+    ) -> Contents:
+        """What each lane is to hold.
+
+        Raises: ConfigError for a gate, or a scope's markers, that were not known at the start; ShapeError for other
+          numbers of sequences than then; and what is wrong with an intervention.
+        """
+        lengths = (prompt_lengths or self._lengths) if self._lengths is not None else None
+        for what, given in (("rows", rows), ("prompt_lengths", lengths)):
+            if given is not None and (len(given) != self.n_rows or not self.is_by_row):
+                fix = "Give one for each sequence of the batch, and as many as when steering started."
+                raise ShapeError(f"steering: {what}", expected=str(self.n_rows), got=len(given), fix=fix)
+        found: Contents = {}
+        for r in range(self.n_rows):
+            own = [*interventions, *(rows[r] if rows is not None else ())]
+            for key, slots in self._sorted(own, None if lengths is None else lengths[r]).items():
+                found.setdefault(key, [[] for _ in range(self.n_rows)])[r] = slots
+        return found
+
+    def _groups(self, interventions: Iterable[Intervention], n_prompt: int | None) -> _Groups:
+        """The interventions of one sequence by lane and by where they act."""
+        groups: _Groups = {}
+        for each in interventions:
+            key = (self._lane(each), each.scope, self._where(each, n_prompt))
+            groups.setdefault(key, []).append(each)
+        return groups
+
+    def _needed(self, interventions: Iterable[Intervention], n_prompt: int) -> Counter[LaneKey]:
+        """Slots that each lane needs, also for what has coefficient 0 for the time being."""
+        needed: Counter[LaneKey] = Counter()
+        for (lane, *_), group in self._groups(interventions, n_prompt).items():
+            slots = [slot for each in group for slot in each.operation.slots()]
+            needed[lane] += len(slots) if lane.reads is not None else 1
+        return needed
+
+    def _sorted(self, interventions: Iterable[Intervention], n_prompt: int | None) -> dict[LaneKey, list[Row]]:
+        """The slots of one sequence by lane."""
+        found: dict[LaneKey, list[Row]] = {}
+        for (lane, _, where), group in self._groups(interventions, n_prompt).items():
+            slots = folded([slot for each in group for slot in self._slots(each)])
+            self._check_dose(group, slots)
+            if slots:
+                found.setdefault(lane, []).extend(Row(slot, where) for slot in slots)
+        return found
+
+    def _where(self, each: Intervention, n_prompt: int | None) -> Where:
+        literals = self._known(each)
+        low, high = each.scope.bounds(n_prompt)
+        in_scope = {(self._flags[latch], wanted) for latch, wanted in literals}
+        joined = (in_scope | {(self._flags[gate], wanted) for gate, wanted in c.items()} for c in clauses(each.gate))
+        found = tuple(frozenset(clause) for clause in joined)
+        if len(found) > self._n_clauses:
+            expected = f"a gate of at most {self._n_clauses} alternatives, as many as at the start"
+            raise ConfigError(f"gate of {each}", expected=expected, got=len(found), fix=RESERVE)
+        return Where(low, high if found else low, found)
+
+    def _known(self, each: Intervention) -> list[tuple[Latch, bool]]:
+        """The latches of its scope, if those and its gates are among the flags."""
+        unknown = [gate.name for gate in gates_of(each.gate) if gate not in self._flags]
+        if unknown:
+            raise ConfigError(
+                f"gate '{unknown[0]}'", expected="one that runs since the start", got="a new one", fix=RESERVE
+            )
+        literals = self._literals.get(each.scope)
+        literals = latches_of(each.scope, self._loaded.tokenizer) if literals is None else literals
+        has_no_lengths = each.scope.part is not None and each.scope not in self._literals and self._lengths is None
+        if has_no_lengths or any(latch not in self._flags for latch, _ in literals):
+            expected = "a scope that asks for no more than those at the start"
+            raise ConfigError(f"scope '{each.scope}'", expected=expected, got="a new one", fix=RESERVE)
+        return literals
+
+    def _lane(self, each: Intervention) -> LaneKey:
+        self._check(each)
+        operation = each.operation
+        topk = operation.sae if operation.sae is not None and operation.sae.architecture == "topk" else None
+        return LaneKey(each.acts_at, each.reads_at, topk, operation.keeps_norm)
+
+    def _slots(self, each: Intervention) -> list[Slot]:
+        slots = each.operation.slots()
+        where = f"{each} at {each.acts_at}"
+        for slot in slots:
+            for tensor in (slot.writes, slot.writes if slot.reads is None else slot.reads):
+                self._check_vector(where, tensor)
+            numbers = (slot.constant, slot.strength, slot.bias, slot.gain)
+            if not all(map(math.isfinite, numbers)) or any(map(math.isnan, (slot.low, slot.high, slot.threshold))):
+                raise _not_finite(where)
+        return slots
+
+    # --- checks ------------------------------------------------------------------------------------------------------
+
+    def _check_names(self) -> None:
+        names = [gate.name for gate in self.gates]
+        for name in names:
+            if names.count(name) > 1:
+                fix = "Give them names, by which the log tells them apart."
+                raise ConfigError(f"gate '{name}'", expected="one of this name", got=names.count(name), fix=fix)
+
+    def _check(self, each: Intervention) -> None:
+        loaded = self._loaded
+        self._check_model(str(each), each.model)
+        sites = loaded.family.sites(loaded.model.config)
+        acts = each.acts_at.check(loaded.n_layers, sites)
+        reads = [(f"{each} at {acts}", each.reads_at)] if each.reads_at is not None else []
+        for gate in gates_of(each.gate):
+            self._check_model(f"gate '{gate.name}'", gate.model)
+            self._check_vector(f"gate '{gate.name}'", gate.readout.weight)
+            reads.append((f"gate '{gate.name}'", gate.readout.hook_point))
+        for where, point in reads:
+            assert point is not None
+            if point.check(loaded.n_layers, sites).depth > acts.depth:
+                expected = f"a hook point no later than {acts}, where it acts"
+                raise HookPointError(where, expected=expected, got=point, fix="Read it earlier, or act later.")
+
+    def _check_model(self, where: str, fingerprint: str | None) -> None:
+        if fingerprint not in (None, self._loaded.fingerprint):
+            raise MismatchError(
+                where,
+                expected=f"one of {self._loaded.id}",
+                got=f"one of other weights, {str(fingerprint)[:12]}",
+                fix="Load the model that it was made from.",
+            )
+
+    def _check_vector(self, where: str, vector: Any) -> None:
+        if vector.ndim != 1 or len(vector) != self._loaded.d_model:
+            raise ShapeError(
+                where,
+                expected=f"vectors of d_model {self._loaded.d_model}",
+                got="x".join(map(str, vector.shape)),
+                fix="Use what was made from this model.",
+            )
+        if not bool(vector.isfinite().all()):
+            raise _not_finite(where)
+
+    def _check_dose(self, group: Sequence[Intervention], slots: Sequence[Slot]) -> None:
+        norms = [each.mean_norm for each in group if each.mean_norm is not None]
+        if self._force or not norms:
+            return
+        added = max((float(slot.constant * slot.writes.norm()) for slot in slots if slot.reads is None), default=0.0)
+        reach = max([added, *(each.operation.reach for each in group if each.reads_at is not None)])
+        if reach > MAX_DOSE * min(norms):
+            raise ConfigError(
+                f"{', '.join(map(str, group))} at {group[0].acts_at}",
+                expected=f"a dose of at most {MAX_DOSE:g}",
+                got=f"{reach / min(norms):.3g}",
+                fix="Lower the coefficient, or say force if you mean it.",
+            )
+
+
+def _not_finite(where: str) -> NumericsError:
+    return NumericsError(where, expected="finite numbers", got="NaN or infinity", fix="Make the vector again.")

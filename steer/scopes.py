@@ -1,0 +1,373 @@
+"""Token scopes: which tokens of a sequence are steered, whatever they say to the model's inside.
+
+A scope is written in words, all of which have to hold: `generated`, `assistant no-tool-calls`, `after:20 before:60`.
+
+| word | tokens |
+|---|---|
+| `all` | every token but the first of the sequence, which is an attention sink and never steered |
+| `prompt`, `generated` | those of the prompt, those behind it. The last prompt token chooses the first generated one |
+| `after:N`, `before:N` | those whose index is at least N, below N; the first attended token has index 0 |
+| `system`, `user`, `assistant`, `tool` | what is written in that role, without the markers around it |
+| `thinking` | what is written between the model's thinking markers, without them |
+| `final` | what the assistant writes outside of them |
+| `no-tool-calls` | all but tool calls, with the markers around them |
+
+Flow: 1. a scope names ranges of indices and latches; 2. a `Latch` is the tokens that open and close it, found in the
+chat template of the model's tokenizer; 3. `run_latches` goes over the tokens of one forward pass, from the state that
+the pass before left, so that a sequence may arrive in chunks of any length.
+
+Indices count attended tokens, so padding changes nothing. Left out: markers that are neither a token of their own nor
+one with a word behind it, such as a role; tool calls that are plain text.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from activations.errors import ConfigError, UnknownNameError
+
+ROLES = ("system", "user", "assistant", "tool")
+PARTS = ("prompt", "generated")
+PHASES = ("thinking", "final")
+SPARING = "no-tool-calls"
+NO_END = 2**62
+"""an index behind every token"""
+NONE = -2
+"""no token's id: in front of the first one"""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which tokens are steered; `Scope.parse` reads the words of the module docstring."""
+
+    part: str | None = None
+    """`prompt`, `generated`, or both"""
+    after: int = 1
+    """lowest index; the first token is never steered"""
+    before: int | None = None
+    """index behind the highest; none: no end"""
+    role: str | None = None
+    """one of ROLES, or any"""
+    phase: str | None = None
+    """`thinking`, `final`, or any"""
+    spares_tool_calls: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Scope":
+        """Read it from words.
+
+        Raises: UnknownNameError for a word that is none of them, ConfigError for two of a kind.
+
+        >>> Scope.parse("assistant after:5 no-tool-calls")
+        Scope(part=None, after=5, before=None, role='assistant', phase=None, spares_tool_calls=True)
+        """
+        fields: dict[str, Any] = {}
+        for word in text.split() or [""]:
+            name, value = _read_word(word, text)
+            if name in fields:
+                fix = "Leave one out."
+                raise ConfigError(f"scope '{text}'", expected=f"one word that says {name}", got="two", fix=fix)
+            fields |= {name: value} if name != "all" else {}
+        return cls(**fields)
+
+    def __str__(self) -> str:
+        """The words."""
+        words = [self.part, self.role, self.phase, SPARING if self.spares_tool_calls else None]
+        words += [f"after:{self.after}" if self.after != 1 else None]
+        words += [f"before:{self.before}" if self.before is not None else None]
+        return " ".join(word for word in words if word) or "all"
+
+    def bounds(self, n_prompt: int | None) -> tuple[int, int]:
+        """Lowest index, and the index behind the highest one, of a sequence with so many prompt tokens.
+
+        Raises: ConfigError if the scope needs to know the prompt's length and it is not given.
+        """
+        low, high = max(1, self.after), NO_END if self.before is None else self.before
+        if self.part is None:
+            return low, high
+        if n_prompt is None:
+            raise ConfigError(
+                f"scope '{self}'",
+                expected="prompt_lengths, the number of prompt tokens of each sequence",
+                got="none",
+                fix="Give them to `steering`, or generate with steer.generate.",
+            )
+        return (low, min(high, n_prompt)) if self.part == "prompt" else (max(low, n_prompt), high)
+
+
+EVERYWHERE = Scope()
+
+
+def _read_word(word: str, text: str) -> tuple[str, Any]:
+    if match := re.fullmatch(r"(after|before):(\d+)", word):
+        return match[1], int(match[2])
+    for name, words in (("part", PARTS), ("role", ROLES), ("phase", PHASES), ("all", ("all",))):
+        if word in words:
+            return name, word
+    if word == SPARING:
+        return "spares_tool_calls", True
+    known = ["all", *PARTS, "after:N", "before:N", *ROLES, *PHASES, SPARING]
+    raise UnknownNameError(
+        f"scope '{text}'", expected=f"words among {', '.join(known)}", got=f"'{word}'", fix="Correct it."
+    )
+
+
+class Event(NamedTuple):
+    """Tokens in a row, and what the last of them does to a latch."""
+
+    tokens: tuple[int, ...]
+    effect: int
+    """1 opens the latch, -1 closes it, 0 leaves it and is a marker all the same"""
+
+
+@dataclass(frozen=True)
+class Latch:
+    """Something that tokens open and close."""
+
+    name: str
+    events: frozenset[Event]
+    with_markers: bool
+    """whether the tokens that open and close it belong to it, or no marker at all does"""
+
+
+# --- markers of chat templates ---------------------------------------------------------------------------------------
+
+
+class ChatFormat(NamedTuple):
+    """How a chat template marks turns."""
+
+    start: str | None
+    """token in front of the word of a role; none: each role has a token of its own"""
+    roles: dict[str, str]
+    """role -> its word, or its token"""
+    ends: tuple[str, ...]
+    """tokens that end a turn"""
+    frames: tuple[str, ...] = ()
+    """other tokens that are no content"""
+
+
+_WORDS = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+CHAT_FORMATS: dict[str, ChatFormat] = {
+    "chatml": ChatFormat("<|im_start|>", _WORDS, ("<|im_end|>",)),
+    "llama3": ChatFormat(
+        "<|start_header_id|>", _WORDS | {"tool": "ipython"}, ("<|eot_id|>", "<|eom_id|>"), ("<|end_header_id|>",)
+    ),
+    "llama4": ChatFormat("<|header_start|>", _WORDS | {"tool": "ipython"}, ("<|eot|>", "<|eom|>"), ("<|header_end|>",)),
+    "gemma": ChatFormat("<start_of_turn>", {"user": "user", "assistant": "model"}, ("<end_of_turn>",)),
+    "harmony": ChatFormat(
+        "<|start|>",
+        _WORDS | {"developer": "developer"},
+        ("<|end|>", "<|return|>", "<|call|>"),
+        ("<|channel|>", "<|message|>", "<|constrain|>"),
+    ),
+    "command": ChatFormat(
+        "<|START_OF_TURN_TOKEN|>",
+        {"system": "<|SYSTEM_TOKEN|>", "user": "<|USER_TOKEN|>", "assistant": "<|CHATBOT_TOKEN|>"},
+        ("<|END_OF_TURN_TOKEN|>",),
+    ),
+    "deepseek": ChatFormat(None, {"user": "<｜User｜>", "assistant": "<｜Assistant｜>"}, ("<｜end▁of▁sentence｜>",)),
+    "phi": ChatFormat(
+        None, {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}, ("<|end|>", "<|endoftext|>")
+    ),
+    "mistral": ChatFormat(
+        None,
+        {"system": "[SYSTEM_PROMPT]", "user": "[INST]", "assistant": "[/INST]"},
+        ("[/SYSTEM_PROMPT]", "</s>"),
+    ),
+}
+"""The first whose markers are in a chat template is its format."""
+
+THINKING: tuple[tuple[str, str], ...] = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|channel|>analysis", "<|end|>"),
+)
+TOOL_CALLS: tuple[tuple[str, str], ...] = (
+    ("<tool_call>", "</tool_call>"),
+    ("<|tool_call_start|>", "<|tool_call_end|>"),
+    ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+    ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+    ("<|python_tag|>", "<|eom_id|>"),
+    ("[TOOL_CALLS]", "</s>"),
+    ("<|channel|>commentary", "<|call|>"),
+)
+"""What opens and closes them; the end of a turn closes them too."""
+
+
+def latches_of(scope: Scope, tokenizer: Any) -> list[tuple[Latch, bool]]:
+    """The latches of a scope, and whether each has to be open or shut.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+    Raises: ConfigError if its chat template has no such markers, or has some that are no single tokens.
+    """
+    markers = _Markers(tokenizer, f"scope '{scope}'")
+    found = []
+    if scope.role is not None:
+        found.append((markers.role(scope.role), True))
+    if scope.phase == "thinking":
+        found.append((markers.span("thinking", THINKING, with_markers=False), True))
+    if scope.phase == "final":
+        found.append((markers.role("assistant"), True))
+        if markers.has(THINKING):
+            found.append((markers.span("thinking", THINKING, with_markers=True), False))
+    if scope.spares_tool_calls:
+        found.append((markers.span("tool call", TOOL_CALLS, with_markers=True), False))
+    return list(dict.fromkeys(found))
+
+
+class _Markers:
+    """The markers of one tokenizer's chat template."""
+
+    def __init__(self, tokenizer: Any, where: str):
+        self._tokenizer, self._where = tokenizer, where
+        template = tokenizer.chat_template
+        self._template = "\n".join(template.values()) if isinstance(template, dict) else template or ""
+        formats = (form for form in CHAT_FORMATS.values() if (form.start or form.roles["assistant"]) in self._template)
+        self._format = next(formats, None)
+
+    def role(self, role: str) -> Latch:
+        form = self._format
+        if form is None or role not in form.roles:
+            raise self._missing(f"markers of the role {role}")
+        shut = {*self._known(form.ends)}
+        if form.start is not None:
+            shut.add(self._ids(form.start))
+        else:
+            shut |= {self._ids(marker) for marker in form.roles.values() if marker in self._template}
+        opens = self._ids(form.roles[role], behind=form.start or "")
+        events = {Event(tokens, -1) for tokens in shut - {opens}} | {Event(opens, 1)}
+        frames = {Event(tokens, 0) for tokens in self._known(form.frames)}
+        return Latch(role, frozenset(events | frames), with_markers=False)
+
+    def has(self, pairs: Sequence[tuple[str, str]]) -> bool:
+        return any(self._holds(start) for start, _ in pairs)
+
+    def span(self, name: str, pairs: Sequence[tuple[str, str]], *, with_markers: bool) -> Latch:
+        present = [pair for pair in pairs if self._holds(pair[0])]
+        if not present:
+            raise self._missing(f"{name} markers")
+        start, end = present[0]
+        form = self._format
+        ends = {self._ids(end), *self._known(form.ends if form else ())}
+        token, word = _split(start)
+        opens = self._ids(word or token, behind=token if word else "")
+        return Latch(name, frozenset([Event(opens, 1), *(Event(tokens, -1) for tokens in ends)]), with_markers)
+
+    def _holds(self, marker: str) -> bool:
+        """Whether the template speaks of it; a word behind a token may be put in by the template's logic."""
+        return all(part in self._template for part in _split(marker))
+
+    def _known(self, markers: Iterable[str]) -> list[tuple[int, ...]]:
+        """Those that are tokens: the end of a turn has other names in other versions of a format."""
+        ids = [tuple(self._tokenizer.encode(marker, add_special_tokens=False)) for marker in markers]
+        return [found for found in ids if len(found) == 1]
+
+    def _ids(self, marker: str, behind: str = "") -> tuple[int, ...]:
+        """The token of a marker, or those of a word together with the one token that it stands behind."""
+        ids = self._tokenizer.encode(behind + marker, add_special_tokens=False)
+        alone = self._tokenizer.encode(behind or marker, add_special_tokens=False)
+        if len(alone) != 1 or ids[:1] != alone:
+            raise ConfigError(
+                self._where,
+                expected=f"'{behind or marker}' to be one token of this model",
+                got=f"{len(alone)}, so that it cannot be told from text",
+                fix="Use another scope.",
+            )
+        return tuple(ids)
+
+    def _missing(self, what: str) -> ConfigError:
+        got = "others" if self._template else "no chat template"
+        return ConfigError(
+            self._where, expected=f"{what} in the model's chat template", got=got, fix="Use another scope."
+        )
+
+
+def _split(marker: str) -> tuple[str, str]:
+    """A marker's token and the word behind it, if there is one."""
+    token, end, word = marker.rpartition("|>")
+    return (token + end, word) if end else (marker, "")
+
+
+# --- latches over tokens ---------------------------------------------------------------------------------------------
+
+
+class LatchTable(NamedTuple):
+    """Latches as tensors; one row an event."""
+
+    tokens: Int[Tensor, "event back"]
+    """the last token of each event, the one before it, and so on; -1 where it does not matter"""
+    effect: Int[Tensor, "event latch"]
+    """1, -1 or 0"""
+    marks: Bool[Tensor, "event latch"]
+    """whether the event is one of the latch"""
+    with_markers: Bool[Tensor, " latch"]
+
+
+def latch_table(latches: Sequence[Latch]) -> LatchTable:
+    """The table of some latches, in this order."""
+    keys = sorted({event.tokens for latch in latches for event in latch.events})
+    effect = torch.zeros(len(keys), len(latches), dtype=torch.long)
+    marks = torch.zeros(len(keys), len(latches), dtype=torch.bool)
+    for i, latch in enumerate(latches):
+        for event in latch.events:
+            row = keys.index(event.tokens)
+            effect[row, i], marks[row, i] = event.effect, True
+    longest = max(map(len, keys))
+    tokens = torch.tensor([[*reversed(key), *[-1] * (longest - len(key))] for key in keys])
+    with_markers = torch.tensor([latch.with_markers for latch in latches], dtype=torch.bool)
+    return LatchTable(tokens, effect, marks, with_markers)
+
+
+class LatchRun(NamedTuple):
+    """Latches over the tokens of one forward pass."""
+
+    inside: Bool[Tensor, "batch pos latch"]
+    """whether a token belongs to it"""
+    states: Bool[Tensor, "batch latch"]
+    """which are open behind the last token"""
+    last: Int[Tensor, "batch back"]
+    """the last tokens, in their order: as many as the longest event has"""
+
+
+def run_latches(
+    table: LatchTable,
+    ids: Int[Tensor, "batch pos"],
+    index: Int[Tensor, "batch pos"],
+    states: Bool[Tensor, "batch latch"],
+    last: Int[Tensor, "batch back"],
+) -> LatchRun:
+    """Go on from `states` and `last`; a sequence that starts in this pass starts with all of them shut.
+
+    Args:
+      index: of each token in its sequence, -1 for padding.
+    """
+    real = index >= 0
+    n, length = last.shape[1], ids.shape[1]
+    row = torch.cat([last, ids], dim=1)
+    back = [torch.where(index >= k, row[:, n - k : n - k + length], NONE) for k in range(n)]
+    matches = (torch.stack(back, dim=-1)[:, :, None] == table.tokens) | (table.tokens < 0)
+    hits = matches.all(-1) & real[..., None]
+    is_marker = (hits[..., None] & table.marks).any(2)
+    effect = (hits[..., None] * table.effect).sum(2)
+    effect = torch.where((index == 0)[..., None] & (effect == 0), -1, effect)
+    opened = _latest(effect, states)
+    inside = torch.where(table.with_markers, opened | is_marker, opened & ~is_marker)
+    end = torch.where(real, torch.arange(1, length + 1, device=ids.device), 0).amax(dim=1, keepdim=True)
+    latest = row.gather(1, end + torch.arange(n, device=ids.device))
+    return LatchRun(inside & real[..., None], opened[:, -1], latest)
+
+
+def _latest(effect: Int[Tensor, "batch pos latch"], states: Bool[Tensor, "batch latch"]) -> Tensor:
+    """Whether each latch is open after each token: what the latest effect on it was, or else its state before."""
+    if effect.shape[1] == 1:
+        return torch.where(effect == 0, states[:, None], effect > 0)
+    columns = torch.arange(effect.shape[1], device=effect.device)[None, :, None]
+    at = torch.where(effect == 0, -1, columns).cummax(dim=1).values
+    return torch.where(at < 0, states[:, None], effect.gather(1, at.clamp(min=0)) > 0)

@@ -1,0 +1,216 @@
+"""Tables of slots: what the runtime holds on the device, and how it is applied to a forward pass.
+
+A `Lane` is the slots of one hook point that are of one kind: where they read, which SAE decides about their threshold,
+whether lengths are kept. Its buffers are [row, slot, ...], with one row for every sequence of the batch, or one for
+all. Their shapes are fixed when it is made and their contents are rewritten in place, so that a compiled model goes on
+as it is. A slot that is not used acts on no token.
+
+Whether a slot acts on a token is data too:
+
+    low <= index < high   and, for one of the slot's clauses, every needed flag is up and no vetoed one is
+
+where flags are the latches of scopes and the gates, in the order in which a forward pass comes by them.
+
+Left out: which module calls this when (`steer.runtime`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from activations.hook_points import HookPoint
+from sae.artefact import SaeArtefact
+from steer.operations import Slot
+
+FEW = 4
+"""slots up to which one is applied after the other, which a compiler fuses; more take a matrix product"""
+
+
+class LaneKey(NamedTuple):
+    """What the slots of a lane have in common."""
+
+    acts: HookPoint
+    reads: HookPoint | None
+    """none: they read nothing"""
+    topk: SaeArtefact | None
+    """the SAE that has to be encoded to know which latents are active"""
+    keeps_norm: bool
+
+
+class Where(NamedTuple):
+    """On which tokens of a sequence a slot acts."""
+
+    low: int
+    high: int
+    clauses: tuple[frozenset[tuple[int, bool]], ...]
+    """flags that have to be up (True) or not (False), all of one clause; no clause: never"""
+
+
+class Row(NamedTuple):
+    """A slot and where it acts."""
+
+    slot: Slot
+    where: Where
+
+
+class Lane(nn.Module):
+    """The slots of one kind at one hook point."""
+
+    writes: Float[Tensor, "row k d_model"]
+    reads: Float[Tensor, "row k d_model"]
+    constant: Float[Tensor, "row k"]
+    bias: Float[Tensor, "row k"]
+    threshold: Float[Tensor, "row k"]
+    gain: Float[Tensor, "row k"]
+    floor: Float[Tensor, "row k"]
+    ceiling: Float[Tensor, "row k"]
+    strength: Float[Tensor, "row k"]
+    latent: Int[Tensor, "row k"]
+    low: Int[Tensor, "row k"]
+    high: Int[Tensor, "row k"]
+    need: Bool[Tensor, "row k clause flag"]
+    veto: Bool[Tensor, "row k clause flag"]
+
+    def __init__(self, key: LaneKey, n_slots: int, n_rows: int, n_clauses: int, n_flags: int, d_model: int):
+        """Make the table, empty."""
+        super().__init__()
+        self.key, self.n_slots, self.is_empty = key, n_slots, True
+        shape, conditions = (n_rows, n_slots), (n_rows, n_slots, n_clauses, n_flags)
+        self._buffer("writes", torch.zeros(*shape, d_model))
+        for name in ("low", "high", "latent"):
+            self._buffer(name, torch.zeros(shape, dtype=torch.long))
+        for name in ("need", "veto"):
+            self._buffer(name, torch.zeros(conditions, dtype=torch.bool))
+        for name in ("constant", "bias", "threshold", "gain", "floor", "ceiling", "strength"):
+            self._buffer(name, torch.zeros(shape))
+        self._buffer("reads", torch.zeros(*shape, d_model) if key.reads is not None else torch.zeros(0))
+        self.encoder = _encoder(key.topk) if key.topk is not None else None
+
+    def _buffer(self, name: str, tensor: Tensor) -> None:
+        self.register_buffer(name, tensor, persistent=False)
+
+    def fill(self, rows: Sequence[Sequence[Row]]) -> None:
+        """Rewrite the table: the slots of each row of it, no more than there is room for."""
+        new = {name: torch.zeros_like(buffer, device="cpu") for name, buffer in self.named_buffers(recurse=False)}
+        for r, row in enumerate(rows):
+            for k, (slot, where) in enumerate(row):
+                _write(new, (r, k), slot, where)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, buffer in self.named_buffers(recurse=False):
+                buffer.copy_(new[name])
+        self.is_empty = not any(rows)
+
+    def mask(
+        self, index: Int[Tensor, "batch pos"], flags: Bool[Tensor, "batch pos flag"]
+    ) -> Bool[Tensor, "batch pos k"]:
+        """On which tokens each slot acts; flags that are not known yet are asked for by none."""
+        at = index[..., None]
+        acts = (at >= self.low[:, None]) & (at < self.high[:, None])
+        n = flags.shape[-1]
+        if n == 0:
+            return acts
+        up = flags[:, :, None, None]
+        fails = (self.need[:, None, ..., :n] & ~up) | (self.veto[:, None, ..., :n] & up)
+        return acts & (~fails.any(-1)).any(-1)
+
+    def read(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos k"]:
+        """z of each slot: what it reads on each token of x, which is float32."""
+        if self.encoder is None:
+            s = products(x, self.reads) + self.bias[:, None]
+            return torch.where(s > self.threshold[:, None], s, 0.0)
+        assert self.key.topk is not None
+        pre = self.encoder(x)
+        least = pre.topk(int(self.key.topk.k or 1), dim=-1).values[..., -1:]
+        s = pre.gather(-1, self.latent[:, None].expand(*x.shape[:2], -1))
+        return torch.where((s >= least) & (s > self.threshold[:, None]), s, 0.0)
+
+    def change(self, z: Tensor | None, acts: Bool[Tensor, "batch pos k"]) -> Float[Tensor, "batch pos d_model"]:
+        """Σ δ u over the slots, 0 where they do not act."""
+        amount = self.constant[:, None]
+        if z is not None:
+            wanted = (self.gain[:, None] * z).clamp(self.floor[:, None], self.ceiling[:, None])
+            amount = amount + self.strength[:, None] * (wanted - z)
+        return combined(torch.where(acts, amount, 0.0), self.writes)
+
+
+def _encoder(sae: SaeArtefact) -> nn.Linear:
+    """All pre-activations of an SAE, with b_dec folded into the bias."""
+    W_enc, bias = torch.tensor(sae.W_enc), torch.tensor(sae.b_enc).double()
+    if sae.apply_b_dec_to_input:
+        bias = bias - torch.tensor(sae.b_dec).double() @ W_enc.double()
+    linear = nn.Linear(sae.d_model, sae.d_sae, device="meta").to_empty(device="cpu").requires_grad_(False)
+    linear.weight.copy_(W_enc.T)
+    linear.bias.copy_(bias)
+    return linear
+
+
+def _write(new: Mapping[str, Tensor], at: tuple[int, int], slot: Slot, where: Where) -> None:
+    new["writes"][at] = slot.writes
+    if slot.reads is not None:
+        new["reads"][at] = slot.reads
+    for name, value in {
+        "constant": slot.constant,
+        "bias": slot.bias,
+        "threshold": slot.threshold,
+        "gain": slot.gain,
+        "floor": slot.low,
+        "ceiling": slot.high,
+        "strength": slot.strength,
+        "latent": slot.latent,
+        "low": where.low,
+        "high": where.high,
+    }.items():
+        new[name][at] = value
+    if new["need"].shape[-1] == 0:
+        return
+    new["need"][at], new["veto"][at] = True, True  # which contradicts itself: a clause that never holds
+    for c, clause in enumerate(where.clauses):
+        new["need"][at][c], new["veto"][at][c] = False, False
+        for flag, wanted in clause:
+            new["need" if wanted else "veto"][at][c][flag] = True
+
+
+def products(x: Float[Tensor, "batch pos d"], rows: Float[Tensor, "r k d"]) -> Float[Tensor, "batch pos k"]:
+    """x·row for each slot; r is 1 or batch."""
+    if x.shape[1] == 1 and rows.shape[1] <= FEW:
+        return torch.stack([(x * rows[:, k : k + 1]).sum(-1) for k in range(rows.shape[1])], dim=-1)
+    return x @ (rows[0].T if len(rows) == 1 else rows.mT)
+
+
+def combined(amounts: Float[Tensor, "batch pos k"], rows: Float[Tensor, "r k d"]) -> Float[Tensor, "batch pos d"]:
+    """Σ amount * row over the slots; r is 1 or batch."""
+    if rows.shape[1] <= FEW:
+        terms = [amounts[..., k : k + 1] * rows[:, k : k + 1] for k in range(rows.shape[1])]
+        return sum(terms[1:], start=terms[0])
+    return amounts @ (rows[0] if len(rows) == 1 else rows)
+
+
+def applied(
+    value: Float[Tensor, "batch pos d_model"],
+    lanes: Sequence[Lane],
+    readings: Sequence[Any],
+    index: Int[Tensor, "batch pos"],
+    flags: Bool[Tensor, "batch pos flag"],
+) -> Float[Tensor, "batch pos d_model"]:
+    """What the lanes make of a hook point; tokens on which no slot acts are those of `value`, bit for bit.
+
+    What is written is summed in float32, added to `value` in float32, and rounded once, to the dtype of `value`.
+    """
+    masks = [lane.mask(index, flags) for lane in lanes]
+    changes = [lane.change(z, acts) for lane, z, acts in zip(lanes, readings, masks, strict=True)]
+    moved = value + sum(changes[1:], start=changes[0])
+    kept = [acts for lane, acts in zip(lanes, masks, strict=True) if lane.key.keeps_norm]
+    if kept:
+        length = value.float().norm(dim=-1, keepdim=True)
+        scale = length / moved.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        moved = torch.where(_any(kept), moved * scale, moved)
+    return torch.where(_any(masks), moved.to(value.dtype), value)
+
+
+def _any(masks: Sequence[Bool[Tensor, "batch pos _"]]) -> Bool[Tensor, "batch pos 1"]:
+    """Whether any slot of any of them acts."""
+    together = masks[0] if len(masks) == 1 else torch.cat([*masks], dim=-1)
+    return together if together.shape[-1] == 1 else together.any(-1, keepdim=True)
