@@ -6,11 +6,10 @@ Left out: streaming.
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from activations.errors import ConfigError
+from activations.generate import generate as generate_text
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel
 from steer.runtime import Steer, steering
@@ -34,33 +33,15 @@ def generate(
       add_special_tokens: whether the tokenizer adds its own, such as BOS; not for chat prompts, which hold theirs.
     Raises: ConfigError if prompt and continuation do not fit the model's context.
     """
-    tokenizer = loaded.tokenizer
-    rows = [tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in prompts]
-    width = max(len(row) for row in rows)
-    if not all(rows):
-        raise ConfigError("prompt", expected="at least one token", got="none", fix="Write something.")
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
-    if limit is not None and width + max_new_tokens > limit:
-        raise ConfigError(
-            "prompt", expected=f"at most {limit - max_new_tokens} tokens", got=width, fix="Shorten the prompt."
-        )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature > 0 else {"do_sample": False}
-    )
-    devices = [loaded.device] if loaded.device.type == "cuda" else []
-    with torch.inference_mode(), torch.random.fork_rng(devices=devices), steering(loaded, steers):
-        torch.manual_seed(seed)
-        out = loaded.model.generate(  # type: ignore[operator]
-            input_ids=ids.to(loaded.device),
-            attention_mask=mask.to(loaded.device),
+    with steering(loaded, steers):
+        return generate_text(
+            loaded,
+            prompts,
             max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            **sampling,
+            temperature=temperature,
+            seed=seed,
+            add_special_tokens=add_special_tokens,
         )
-    return tokenizer.batch_decode(out[:, width:].tolist(), skip_special_tokens=True)
 
 
 def generate_conditions(
