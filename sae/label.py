@@ -186,7 +186,7 @@ def _estimate(session: Session) -> Estimate:
             request = explain_request(session, case)
             total += session.ledger.estimate(session.explainer, [request])
             answer = session.ledger.kept(session.explainer, request)
-            text = UNKNOWN if answer is None else read_explanation(answer)
+            text = f"{UNKNOWN} {case.latent}" if answer is None else read_explanation(answer)
             if text is not None:
                 explained.append(Explained(case, text, tokens_of(session, case.row)))
         sheets = {each.case.latent: _guessed_sheet(session, each) for each in with_others(explained)}

@@ -18,7 +18,7 @@ class Message(NamedTuple):
     """A turn of a conversation."""
 
     role: str
-    """system or user"""
+    """system or user; or assistant, in the last message alone: how to begin, where a model can be made to"""
     content: str
 
 
@@ -35,7 +35,7 @@ class Reply(NamedTuple):
     """What became of a request."""
 
     text: str | None
-    """the raw answer; none if there was none"""
+    """the raw answer, its beginning included where that was given; none if there was none"""
     tokens_in: int = 0
     tokens_out: int = 0
     error: str | None = None

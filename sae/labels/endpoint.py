@@ -11,8 +11,8 @@ MAX_BYTES of what comes; 4. an answer is given on; of everything else is said wh
     fatal     no key, a wrong key, no money, nothing at this address: the run stops
 
 A request is repeated `retries` times; a run stops when nothing was answered for `give_up_s`. Redirects are not
-followed, so that the key goes nowhere else, and the key is cut out of whatever is kept or said. Left out: streamed
-answers, tools, and log-probabilities, which few endpoints give.
+followed, so that the key goes nowhere else, and the key is cut out of whatever is kept or said. Left out: beginnings of
+answers, which few endpoints take, streamed answers, tools, and log-probabilities.
 """
 
 import asyncio
@@ -115,7 +115,7 @@ class Endpoint:
         """Try until there is an answer, or no use in trying."""
         body = {
             "model": self.name,
-            "messages": [message._asdict() for message in request.messages],
+            "messages": [message._asdict() for message in request.messages if message.role != "assistant"],
             **self.settings,
         }
         about, failures, tries, lost = self.count(request.messages), 0, 0, 0

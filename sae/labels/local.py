@@ -55,7 +55,8 @@ class LocalChat:
                 return [self._replies([request])[0] for request in batch]
             return [Reply(None, error=str(error), is_refused=True)]
         return [
-            Reply(text, self._tokens(prompt), self._tokens(text)) for prompt, text in zip(prompts, texts, strict=True)
+            Reply(_beginning(request) + text, self._tokens(prompt), self._tokens(text))
+            for request, prompt, text in zip(batch, prompts, texts, strict=True)
         ]
 
     def _prompt(self, messages: tuple[Message, ...]) -> str:
@@ -63,3 +64,9 @@ class LocalChat:
 
     def _tokens(self, text: str) -> int:
         return len(self._loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _beginning(request: Request) -> str:
+    """How the answer was made to begin."""
+    last = request.messages[-1]
+    return last.content if last.role == "assistant" else ""

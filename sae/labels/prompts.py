@@ -52,33 +52,34 @@ def explain(excerpts: Sequence[tuple[str, int]], logits: Sequence[str] = ()) -> 
     lines = [f"{i}. (strength {strength}) {text}" for i, (text, strength) in enumerate(excerpts, 1)]
     if logits:
         lines.append(f"When it is active, these tokens become more likely: {', '.join(logits)}")
-    return Message("system", _EXPLAIN), Message("user", "\n".join(lines))
+    return Message("system", _EXPLAIN), Message("user", "\n".join(lines)), Message("assistant", "Explanation:")
 
 
 def detect(explanation: str, texts: Sequence[str]) -> tuple[Message, ...]:
     """Ask which texts have what is described."""
-    return Message("system", _DETECT), Message("user", _described(explanation, texts))
+    return Message("system", _DETECT), Message("user", _described(explanation, texts)), Message("assistant", "1:")
 
 
 def fuzz(explanation: str, texts: Sequence[str]) -> tuple[Message, ...]:
     """Ask in which texts the right tokens are marked."""
-    return Message("system", _FUZZ), Message("user", _described(explanation, texts))
+    return Message("system", _FUZZ), Message("user", _described(explanation, texts)), Message("assistant", "1:")
 
 
 def choose(explanation: str, a: str, b: str) -> tuple[Message, ...]:
     """Ask which of two texts shows more of what is described."""
-    return Message("system", _CHOOSE), Message("user", f"Description: {explanation}\n\nText A: {a}\n\nText B: {b}")
+    asked = f"Description: {explanation}\n\nText A: {a}\n\nText B: {b}"
+    return Message("system", _CHOOSE), Message("user", asked), Message("assistant", "Answer: text")
 
 
 def read_explanation(answer: str) -> str | None:
-    """The explanation in an answer; None if there is nothing like one.
+    """The explanation in an answer: what follows the word, or an answer of one line; None if there is neither.
 
     >>> read_explanation("Sure!\\n**Explanation:** words for *rivers*.\\n")
     'words for rivers.'
     """
     lines = [line for line in _without_thoughts(answer).splitlines() if any(map(str.isalnum, line))]
     labelled = [found[1] for line in lines if (found := _LABELLED.match(line)) and any(map(str.isalnum, found[1]))]
-    for line in (*labelled[-1:], *lines[:1]):
+    for line in labelled[-1:] or lines[: len(lines) == 1]:
         text = one_line(re.sub(r"[*_`]+", "", line), MAX_EXPLANATION).strip(" \"'“”")
         if any(map(str.isalnum, text)):
             return text
