@@ -7,7 +7,7 @@ models, `sae.labels.endpoint` and `sae.labels.local`, and keeping answers (`sae.
 import hashlib
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 LETTERS_A_TOKEN = 3
 """fewer than most tokenizers need for English, so that estimates lie above what is used"""
@@ -45,6 +45,7 @@ class Reply(NamedTuple):
     tries: int = 1
 
 
+@runtime_checkable
 class Chat(Protocol):
     """A model that answers."""
 

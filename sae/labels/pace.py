@@ -7,11 +7,12 @@ more. Clock and chance are given, so that tests wait for nothing.
 import asyncio
 import random
 import time
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 
 
+@runtime_checkable
 class Clock(Protocol):
     """Time, and waiting."""
 

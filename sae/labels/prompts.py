@@ -37,6 +37,7 @@ EXPLAIN_SHA256 = digest(_EXPLAIN)
 
 _THOUGHTS = re.compile(r"<(think|thinking|thought)>.*?(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 _LABELLED = re.compile(r"^\W*(?:the\s+)?explanation[\s*_]*[:：]\s*(.*)$", re.IGNORECASE)
+_MARKUP = re.compile(r"[*_`]+|^\s*(?:\d{1,2}[.)]|-)\s+")
 _NUMBERED = re.compile(r"(?<![\w.])(\d{1,4})\s*[.:)\]=-]+[\s*_\"'(]*(yes|no|true|false|[01])(?!\w)", re.IGNORECASE)
 _YES_OR_NO = re.compile(r"\W*(?:answer\W+)?(yes|no|true|false|[01])(?!\w)", re.IGNORECASE)
 _LIST = re.compile(r"\[([^\[\]]*)\]")
@@ -74,16 +75,15 @@ def choose(explanation: str, a: str, b: str) -> tuple[Message, ...]:
 def read_explanation(answer: str) -> str | None:
     """The explanation in an answer: what follows the word, or an answer of one line; None if there is neither.
 
-    >>> read_explanation("Sure!\\n**Explanation:** words for *rivers*.\\n")
-    'words for rivers.'
+    >>> read_explanation("Sure!\\n**Explanation:** words for *rivers*.\\n"), read_explanation("Explanation:\\n1. Rivers")
+    ('words for rivers.', 'Rivers')
     """
-    lines = [line for line in _without_thoughts(answer).splitlines() if any(map(str.isalnum, line))]
-    labelled = [found[1] for line in lines if (found := _LABELLED.match(line)) and any(map(str.isalnum, found[1]))]
-    for line in labelled[-1:] or lines[: len(lines) == 1]:
-        text = one_line(re.sub(r"[*_`]+", "", line), MAX_EXPLANATION).strip(" \"'“”")
-        if any(map(str.isalnum, text)):
-            return text
-    return None
+    lines = [line for line in _without_thoughts(answer).splitlines() if line.strip()]
+    found = [(_LABELLED.match(line), below) for line, below in zip(lines, [*lines[1:], ""], strict=True)]
+    said = [label[1] if _has_words(label[1]) else below for label, below in found if label]
+    text = said[-1] if said else lines[0] if len(lines) == 1 else ""
+    text = one_line(_MARKUP.sub("", text), MAX_EXPLANATION).strip(" \"'“”")
+    return text if _has_words(text) else None
 
 
 def read_numbered(answer: str, n: int) -> list[bool | None]:
@@ -121,6 +121,10 @@ def read_choice(answer: str) -> bool | None:
 def _described(explanation: str, texts: Sequence[str]) -> str:
     numbered = "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1))
     return f"Description: {explanation}\n\nTexts:\n{numbered}"
+
+
+def _has_words(text: str) -> bool:
+    return any(map(str.isalnum, text))
 
 
 def _without_thoughts(answer: str) -> str:
