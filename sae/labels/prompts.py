@@ -36,14 +36,14 @@ _CHOOSE = (
 EXPLAIN_SHA256 = digest(_EXPLAIN)
 
 _THOUGHTS = re.compile(r"<(think|thinking|thought)>.*?(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
-_LABELLED = re.compile(r"^\W*(?:the\s+)?explanation[\s*_]*[:：]\s*(.*)$", re.IGNORECASE)
+_LABELLED = re.compile(r"^\W*(?:the\s+)?explanation[\s*_\]]*[:：]\s*(.*)$", re.IGNORECASE)
 _MARKUP = re.compile(r"[*_`]+|^\s*(?:\d{1,2}[.)]|-)\s+")
 _NUMBERED = re.compile(r"(?<![\w.])(\d{1,4})\s*[.:)\]=-]+[\s*_\"'(]*(yes|no|true|false|[01])(?!\w)", re.IGNORECASE)
 _YES_OR_NO = re.compile(r"\W*(?:answer\W+)?(yes|no|true|false|[01])(?!\w)", re.IGNORECASE)
 _LIST = re.compile(r"\[([^\[\]]*)\]")
 _ITEM = re.compile(r"\s*[\"']?(yes|no|true|false|[01])[\"']?\s*", re.IGNORECASE)
 _ANSWER = re.compile(r"answer(?:\s+is)?[\s:*\"'(]*(?:text\s+)?([AB])\b", re.IGNORECASE)
-_TEXT = re.compile(r"\btext\s+([AB])\b")
+_TEXT = re.compile(r"\b(?i:text)\s+([AB])\b")
 _LETTER = re.compile(r"[\s*\"'(\[]*([AB])(?:[\s*\"')\].:,;!]*\Z|[)\].:,;]|\s*\n)")
 _YES = {"yes", "true", "1"}
 
@@ -75,11 +75,11 @@ def choose(explanation: str, a: str, b: str) -> tuple[Message, ...]:
 def read_explanation(answer: str) -> str | None:
     """The explanation in an answer: what follows the word, or an answer of one line; None if there is neither.
 
-    >>> read_explanation("Sure!\\n**Explanation:** words for *rivers*.\\n"), read_explanation("Explanation:\\n1. Rivers")
-    ('words for rivers.', 'Rivers')
+    >>> read_explanation("Sure!\\n**Explanation:** words for *rivers*.\\n")
+    'words for rivers.'
     """
     lines = [line for line in _without_thoughts(answer).splitlines() if line.strip()]
-    found = [(_LABELLED.match(line), below) for line, below in zip(lines, [*lines[1:], ""], strict=True)]
+    found = [(_LABELLED.match(line), below) for line, below in zip(lines, [*lines, ""][1:], strict=True)]
     said = [label[1] if _has_words(label[1]) else below for label, below in found if label]
     text = said[-1] if said else lines[0] if len(lines) == 1 else ""
     text = one_line(_MARKUP.sub("", text), MAX_EXPLANATION).strip(" \"'“”")

@@ -15,7 +15,7 @@ class Fault(NamedTuple):
 
     status: int = 200
     content: bytes = b""
-    headers: Mapping[str, str] = {}  # noqa: RUF012 (never changed)
+    headers: Mapping[str, str] = {}
     cut: int | None = None
     """bytes of the content after which the connection is closed"""
     hangs: bool = False
@@ -53,6 +53,7 @@ class StandIn(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body together: two packets would wait for each other
     server: StandIn
 
     def do_POST(self) -> None:
@@ -87,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.wfile.write(content)
-        self.wfile.flush()
+        self.wfile.flush()  # what is counted below has left
         if fault is None:
             with self.server.lock:
                 self.server.answered[json.dumps(body, sort_keys=True)] += 1
@@ -100,7 +101,9 @@ def completion(text: Any, **message: Any) -> bytes:
     """What an endpoint answers."""
     whole = {
         "id": "x",
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": text, **message}, "finish_reason": "stop"}],
+        "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": text, **message}, "finish_reason": "stop"}
+        ],
         "usage": {"prompt_tokens": 100, "completion_tokens": 7},
     }
     return json.dumps(whole).encode()

@@ -55,9 +55,7 @@ def run(chat: Endpoint, n: int = 1) -> list[Reply]:
     return [found[i] for i in range(n)]
 
 
-def test_what_is_sent_and_what_comes_back(
-    server: StandIn, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_sent_and_what_comes_back(server: StandIn, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THE_KEY", "k-123")
     chat = endpoint(server, clock, key_env="THE_KEY", extra={"seed": 3}, temperature=0.5, max_answer_tokens=9)
     assert run(chat) == [Reply("to question 0", 100, 7)]
@@ -172,9 +170,7 @@ def test_answers_that_came_with_the_failure_are_given_on(server: StandIn, clock:
 
 
 @pytest.mark.parametrize(("status", "about"), [(401, "the key"), (402, "the account"), (404, "the address")])
-def test_what_no_patience_mends_stops_at_once(
-    server: StandIn, clock: FakeClock, status: int, about: str
-) -> None:
+def test_what_no_patience_mends_stops_at_once(server: StandIn, clock: FakeClock, status: int, about: str) -> None:
     server.always = Fault(status, b'{"error": "no"}')
     with pytest.raises(EndpointError, match=f"HTTP {status}: no .about {about}"):
         run(endpoint(server, clock))
@@ -229,9 +225,7 @@ def test_rates_are_kept(server: StandIn, clock: FakeClock, limits: dict[str, flo
     assert clock.time == pytest.approx(20, rel=0.1)
 
 
-def test_the_key_is_neither_kept_nor_said(
-    server: StandIn, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_key_is_neither_kept_nor_said(server: StandIn, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THE_KEY", "k-123")
     server.answer = lambda body: "your key is k-123"
     server.faults.append(Fault(400, b'{"error": {"message": "Bearer k-123 is odd"}}'))
@@ -245,7 +239,7 @@ def test_the_key_is_neither_kept_nor_said(
 
 def test_a_key_that_is_not_there_is_one_line(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("THE_KEY", raising=False)
-    with pytest.raises(ConfigError, match="environment variable THE_KEY.*export THE_KEY="):
+    with pytest.raises(ConfigError, match=r"environment variable THE_KEY.*export THE_KEY="):
         endpoint(None, clock, base_url="http://x/v1", key_env="THE_KEY")
 
 
