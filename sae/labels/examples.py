@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from sae.contexts import Context
 from sae.histogram import share_below
 from sae.index_db import FeatureIndex, LatentRow
-from sae.labels.words import one_line
+from sae.labels.words import one_line, shown
 
 MARKED = 0.3
 """share of a context's largest activation above which a token is marked"""
@@ -93,17 +93,22 @@ def draw_pool(index: FeatureIndex, n: int, seed: int) -> list[Context]:
 
 def make_case(row: LatentRow, pool: Pool, n_shown: int, n_positives: int, n_bins: int, seed: int) -> Case:
     """The contexts of a latent, as many with it as without it."""
-    shown, held = split(row, seed)
+    offered, held = split(row, seed)
+    shown = spread(row, offered, n_shown, n_bins)
     positives = spread(row, held, n_positives, n_bins)
     rng = np.random.default_rng([seed, row.latent, 2])
-    own = {(context.source, context.document) for context in (*shown, *held)}
     silent = np.flatnonzero(~pool.active[:, row.latent])
-    easy = [pool.contexts[i] for i in rng.permutation(silent).tolist()]
-    easy = [context for context in easy if (context.source, context.document) not in own]
-    near = list(row.near_misses)
+    easy = _elsewhere([pool.contexts[i] for i in rng.permutation(silent).tolist()], [*offered, *held])
+    near = _elsewhere(row.near_misses, shown)
     n_near = max(min(len(near), len(positives) // 2), len(positives) - len(easy))
     negatives = [*near[:n_near], *easy[: len(positives) - n_near]][: len(positives)]
-    return Case(row, spread(row, shown, n_shown, n_bins), positives[: len(negatives)], negatives)
+    return Case(row, shown, positives[: len(negatives)], negatives)
+
+
+def _elsewhere(contexts: Iterable[Context], others: Iterable[Context]) -> list[Context]:
+    """Contexts of documents that others are not of."""
+    taken = {(other.source, other.document) for other in others}
+    return [context for context in contexts if (context.source, context.document) not in taken]
 
 
 def marks(context: Context) -> Bool[np.ndarray, " window"]:
@@ -145,7 +150,7 @@ def text_of(
         before = after
         if marked[start] and text:
             inner = text.lstrip()
-            parts.append(f"{text[: len(text) - len(inner)]}<<{inner}>>")
+            parts.append(f"{text[: len(text) - len(inner)]}<<{inner or shown(text)}>>")
         else:
             parts.append(text)
     return _line("".join(parts))

@@ -43,11 +43,13 @@ class Ledger:
 
     def __init__(self, store: LabelStore, budget: BudgetConfig, chats: Iterable[Chat]):
         self._store, self._budget = store, budget
-        self._spent = store.spent({chat.name for chat in chats})
+        self._names = {chat.name for chat in chats}
+        self._spent = store.spent(self._names)
         self._reserved: dict[str, tuple[int, float]] = {}
         self.stopped: str | None = None
         """why no more is asked; none while it is"""
         self.n_answered = self.n_kept = self.n_failed = 0
+        """requests to these models: answered now, answered before, and failed"""
 
     @property
     def spent(self) -> Spent:
@@ -58,7 +60,8 @@ class Ledger:
         """Replies by key; none for what the budget had no room for, or what failed but may work another time."""
         by_key = {key_of(chat, request.messages): request for request in requests}
         replies = {key: Reply(text) for key, text in self._store.answers(by_key).items()}
-        self.n_kept += len(replies)
+        is_counted = chat.name in self._names
+        self.n_kept += is_counted * len(replies)
         missing = {key: request for key, request in by_key.items() if key not in replies}
         if not missing:
             return replies
@@ -68,8 +71,8 @@ class Ledger:
                 self._store.keep(chat, request, reply)
                 del self._reserved[key]
                 self._spent = self._spent.plus(reply.tokens_in, reply.tokens_out, cost_of(chat, *reply[1:3]))
-                self.n_answered += reply.text is not None
-                self.n_failed += reply.text is None
+                self.n_answered += is_counted and reply.text is not None
+                self.n_failed += is_counted and reply.text is None
                 if reply.text is not None or reply.is_refused:
                     replies[key] = reply
                 advance(1)

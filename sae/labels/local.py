@@ -55,7 +55,7 @@ class LocalChat:
                 return [self._replies([request])[0] for request in batch]
             return [Reply(None, error=str(error), is_refused=True)]
         return [
-            Reply(_beginning(request) + text, self._tokens(prompt), self._tokens(text))
+            Reply(_beginning(request) + text, self._tokens(prompt), min(self._tokens(text), self.max_answer_tokens))
             for request, prompt, text in zip(batch, prompts, texts, strict=True)
         ]
 

@@ -29,6 +29,8 @@ _FUZZ = (
     f"{_GIVEN} with some tokens between << and >>. Decide for each text whether the marked tokens are those that the "
     f"description is about. {_ANY}{_DATA}{_LINES}"
 )
+_QUESTION = "Which texts have what is described? One line for each text: its number, a colon, and yes or no."
+_MARKS_QUESTION = "In which texts are the right tokens marked? One line for each: its number, a colon, and yes or no."
 _CHOOSE = (
     "You get a description and two texts, A and B. One of them was written while a language model was pushed towards "
     f"what is described. Decide which of them shows it more. {_DATA}Answer with one letter, A or B."
@@ -53,22 +55,33 @@ def explain(excerpts: Sequence[tuple[str, int]], logits: Sequence[str] = ()) -> 
     lines = [f"{i}. (strength {strength}) {text}" for i, (text, strength) in enumerate(excerpts, 1)]
     if logits:
         lines.append(f"When it is active, these tokens become more likely: {', '.join(logits)}")
+    lines.append(
+        "\nIn one short phrase: what do the tokens between << and >>, or the text around them, have in common?"
+    )
     return Message("system", _EXPLAIN), Message("user", "\n".join(lines)), Message("assistant", "Explanation:")
 
 
 def detect(explanation: str, texts: Sequence[str]) -> tuple[Message, ...]:
     """Ask which texts have what is described."""
-    return Message("system", _DETECT), Message("user", _described(explanation, texts)), Message("assistant", "1:")
+    return (
+        Message("system", _DETECT),
+        Message("user", _described(explanation, texts, _QUESTION)),
+        Message("assistant", "1:"),
+    )
 
 
 def fuzz(explanation: str, texts: Sequence[str]) -> tuple[Message, ...]:
     """Ask in which texts the right tokens are marked."""
-    return Message("system", _FUZZ), Message("user", _described(explanation, texts)), Message("assistant", "1:")
+    return (
+        Message("system", _FUZZ),
+        Message("user", _described(explanation, texts, _MARKS_QUESTION)),
+        Message("assistant", "1:"),
+    )
 
 
 def choose(explanation: str, a: str, b: str) -> tuple[Message, ...]:
     """Ask which of two texts shows more of what is described."""
-    asked = f"Description: {explanation}\n\nText A: {a}\n\nText B: {b}"
+    asked = f"Description: {explanation}\n\nText A: {a}\n\nText B: {b}\n\nWhich text shows it more, A or B?"
     return Message("system", _CHOOSE), Message("user", asked), Message("assistant", "Answer: text")
 
 
@@ -118,9 +131,9 @@ def read_choice(answer: str) -> bool | None:
     return said.pop() == "A" if len(said) == 1 else None
 
 
-def _described(explanation: str, texts: Sequence[str]) -> str:
+def _described(explanation: str, texts: Sequence[str], question: str) -> str:
     numbered = "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1))
-    return f"Description: {explanation}\n\nTexts:\n{numbered}"
+    return f"Description: {explanation}\n\nTexts:\n{numbered}\n\n{question}"
 
 
 def _has_words(text: str) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 
 from sae.labels.embedding import MEMBERS
 from sae.labels.tables import Score
+from sae.labels.words import one_line
 from sae.metrics import means
 
 CHANCE = {
@@ -22,7 +23,7 @@ CHANCE = {
     "intruder": ("guessing", 1 / (MEMBERS + 1)),
 }
 """method -> what needs no label, and what it gets"""
-SHOWN_LABELS = 12
+SHOWN_LABELS, SHOWN_LETTERS = 12, 90
 
 
 def summarise(scores: Mapping[int, Sequence[Score]], methods: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
@@ -78,7 +79,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, Any]:
     columns = ("value", "95%", "measure", "latents", "texts", "failed_parses")
     scores = {name: {column: row[column] for column in columns} for name, row in rows.items()}
     labels = {
-        str(each["latent"]): {"explanation": each["explanation"] or "–", "tokens": each["tokens"] or "–"}
+        str(each["latent"]): {name: one_line(each[name] or "–", SHOWN_LETTERS) for name in ("explanation", "tokens")}
         for each in result["labels"][:SHOWN_LABELS]
     }
     return {**shown, **({"scores": scores} if scores else {}), **({"latent": labels} if len(labels) > 1 else {})}

@@ -15,7 +15,7 @@ from sae.labels.examples import Pool, draw_pool, make_case, marks, split, spread
 from sae.labels.reading import active_in
 from sae.torch_view import TorchSae
 from sae.wiring import Wiring
-from tests.sae.labels.conftest import HOOK, Indexed, context, latent_row
+from tests.sae.labels.conftest import D_SAE, HOOK, Indexed, context, latent_row
 
 
 def many(n: int = 24, latent: int = 5) -> LatentRow:
@@ -75,6 +75,20 @@ def test_half_of_the_negatives_are_near_misses_and_none_activates_the_latent() -
     assert not documents(case.shown) & documents([*case.positives, *case.negatives])
 
 
+def test_the_explainer_is_shown_no_document_that_a_label_is_tested_on(indexed: Indexed) -> None:
+    index = FeatureIndex.open(indexed.index)
+    contexts = draw_pool(index, 30, 0)
+    pool, n_tested = Pool(contexts, np.zeros((len(contexts), D_SAE), bool)), 0
+    for row in index.each():
+        case = make_case(row, pool, 6, 6, 5, 0)
+        tested = documents([*case.positives, *case.negatives])
+        n_tested += len(tested)
+        assert not documents(case.shown) & tested
+        assert len(case.positives) == len(case.negatives)
+    assert n_tested > 100
+    index.close()
+
+
 def test_where_negatives_are_few_so_are_positives() -> None:
     active = np.ones((30, 8), bool)
     active[:2, 5] = False
@@ -127,8 +141,16 @@ def test_a_marked_text_without_its_marks_is_the_text(tiny_tokenizer: Any, tokens
     ids, marked = np.array([token for token, _ in tokens]), np.array([mark for _, mark in tokens])
     plain = text_of(tiny_tokenizer.decode, ids)
     text = text_of(tiny_tokenizer.decode, ids, marked)
-    if "<" not in plain and ">" not in plain and "�" not in plain and not any(map(str.isspace, plain)):
+    letters = tiny_tokenizer.decode(ids)
+    if letters.isprintable() and not set(letters) & set("<> �"):
         assert text.replace("<<", "").replace(">>", "") == plain
+
+
+def test_white_space_that_is_marked_can_be_seen() -> None:
+    words = ["end", "\n\n", "Begin", "  "]
+    marked = np.array([False, True, False, True])
+    text = text_of(lambda ids: "".join(words[i] for i in ids), np.arange(4), marked)
+    assert text == "end ↵ ↵ <<↵↵>>Begin <<␣␣>>"
 
 
 def test_marks_are_around_words_and_spaces_are_outside(tiny_tokenizer: Any) -> None:

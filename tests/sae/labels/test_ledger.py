@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from activations.errors import ConfigError
 from sae.labels.chat import Message, Reply, Request, key_of
 from sae.labels.config import BudgetConfig

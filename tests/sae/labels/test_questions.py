@@ -75,7 +75,7 @@ def test_every_text_is_asked_about_also_in_a_last_short_prompt(method: str) -> N
 
 
 def numbered(question: Question) -> list[str]:
-    return question.messages[1].content.split("Texts:\n")[1].splitlines()
+    return question.messages[1].content.split("Texts:\n")[1].split("\n\n")[0].splitlines()
 
 
 def test_how_many_are_a_yes_differs_between_prompts() -> None:
