@@ -81,7 +81,7 @@ def label(config: LabelConfig, loaded: LoadedModel | None = None, *, on_status: 
         with open_session(config, loaded, on_status, write=True) as session:
             config.save(config.index / CONFIG_NAME)
             if session.chosen:
-                say(_line(_estimate(session)))
+                say(_line(session, _estimate(session)))
                 _finish(_label(session, tally))
             return _result(session, tally)
     except KeyboardInterrupt:
@@ -101,7 +101,8 @@ def estimate(
     Raises: whatever `label` raises before it asks.
     """
     with open_session(config, loaded, on_status, write=False) as session:
-        return {"latents": len(session.chosen), **_estimate(session)._asdict()}
+        found = _estimate(session)
+        return {"latents": len(session.chosen), **found._asdict(), "cost": _money(session, found.cost)}
 
 
 def _finish(work: Coroutine[Any, Any, None]) -> None:
@@ -204,11 +205,20 @@ def _guessed_sheet(session: Session, each: Explained) -> Sheet:
     return sheet_of(session, each, material(session, each.case, written))
 
 
-def _line(found: Estimate) -> str:
+def _line(session: Session, found: Estimate) -> str:
+    cost = _money(session, found.cost)
+    money = "cost not known without price_in and price_out" if cost is None else f"at most {cost:,.2f} of money"
     return (
         f"about {found.requests:,} requests to make ({found.kept:,} are answered already): {found.tokens_in:,} tokens "
-        f"of prompts, at most {found.tokens_out:,} of answers, at most {found.cost:,.2f} in the unit of the prices"
+        f"of prompts, at most {found.tokens_out:,} of answers, {money}"
     )
+
+
+def _money(session: Session, cost: float) -> float | None:
+    """A cost in the unit of the prices; none if an endpoint has no prices."""
+    chats = session.config.explainer, session.config.judge or session.config.explainer
+    is_known = all(chat.base_url is None or None not in (chat.price_in, chat.price_out) for chat in chats)
+    return round(cost, 6) if is_known else None
 
 
 def _result(session: Session, tally: Tally) -> dict[str, Any]:
@@ -233,7 +243,7 @@ def _result(session: Session, tally: Tally) -> dict[str, Any]:
         "requests_answered_before": ledger.n_kept,
         "tokens_in": ledger.spent.tokens_in,
         "tokens_out": ledger.spent.tokens_out,
-        "cost": round(ledger.spent.cost, 6),
+        "cost": _money(session, ledger.spent.cost),
         "stopped": ledger.stopped,
         "scores": summarise(scores, config.scoring.methods, config.seed),
         "labels": [
