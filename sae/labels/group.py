@@ -50,7 +50,7 @@ def case_of(session: Session, row: LatentRow) -> Case:
 
 def tokens_of(session: Session, row: LatentRow) -> str | None:
     """The label of a latent's tokens."""
-    return token_label(row, lambda token: session.decode([token]))
+    return token_label(row, session.names)
 
 
 def explain_request(session: Session, case: Case) -> Request:

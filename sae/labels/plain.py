@@ -7,8 +7,9 @@
 They say what was counted and explain nothing, and are marked as such by their kind. Left out: storing them.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,7 +34,15 @@ class ActiveToken(NamedTuple):
     """of the latent's activation in the stored contexts"""
 
 
-def active_tokens(row: LatentRow, decode: Callable[[int], str]) -> list[ActiveToken]:
+Names = Callable[[int], str]
+
+
+def namer(tokenizer: Any) -> Names:
+    """A function from a token to what it is called here, the same for all that differ in case or space alone."""
+    return functools.cache(lambda token: shown(str(tokenizer.decode([token]))).lower())
+
+
+def active_tokens(row: LatentRow, name: Names) -> list[ActiveToken]:
     """Kinds of tokens by how much of the latent's activation they hold, largest first, in one context a document."""
     contexts = {(each.source, each.document): each for each in (*row.contexts, *row.sampled)}.values()
     if not contexts:
@@ -44,16 +53,15 @@ def active_tokens(row: LatentRow, decode: Callable[[int], str]) -> list[ActiveTo
     weights: dict[str, float] = {}
     for token, weight in zip(kinds.tolist(), np.bincount(which, values).tolist(), strict=True):
         if weight > 0:
-            text = shown(decode(token)).lower()
-            weights[text] = weights.get(text, 0.0) + weight
+            weights[name(token)] = weights.get(name(token), 0.0) + weight
     total = sum(weights.values())
     ranked = sorted(weights.items(), key=lambda pair: (-pair[1], pair[0]))
     return [ActiveToken(text, weight / total) for text, weight in ranked]
 
 
-def token_label(row: LatentRow, decode: Callable[[int], str]) -> str | None:
+def token_label(row: LatentRow, name: Names) -> str | None:
     """The latent's tokens as a label; none for one that was never active."""
-    tokens = active_tokens(row, decode)
+    tokens = active_tokens(row, name)
     if not tokens:
         return None
     if tokens[0].share >= SINGLE:
@@ -67,10 +75,10 @@ def logit_label(row: LatentRow) -> str:
     return f"raises {', '.join(dict.fromkeys(shown(text) for text, _ in row.top_logits[:N_TOKENS]))}"
 
 
-def plain_labels(rows: Iterable[LatentRow], decode: Callable[[int], str]) -> Iterator[NewLabel]:
+def plain_labels(rows: Iterable[LatentRow], name: Names) -> Iterator[NewLabel]:
     """Both labels of every latent; a latent that was never active has the second only."""
     for row in rows:
-        tokens = token_label(row, decode)
+        tokens = token_label(row, name)
         if tokens is not None:
             yield NewLabel(row.latent, TOKENS, tokens, AUTHOR)
         yield NewLabel(row.latent, LOGITS, logit_label(row), AUTHOR)

@@ -5,7 +5,6 @@ together; 4. the database, and the labels that no model has to be asked for; 5. 
 Left out: asking (`sae.label`).
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from sae.labels.endpoint import Endpoint
 from sae.labels.examples import Pool, draw_pool, text_of
 from sae.labels.ledger import Ledger, check_budget
 from sae.labels.local import LocalChat
-from sae.labels.plain import plain_labels
+from sae.labels.plain import Names, namer, plain_labels
 from sae.labels.reading import active_in, pooled
 from sae.labels.store import LabelStore
 from sae.torch_view import TorchSae
@@ -49,6 +48,7 @@ class Session:
     pool: Pool
     embed: Embed
     chosen: list[int]
+    names: Names
 
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids."""
@@ -91,6 +91,7 @@ def open_session(
             pool=pool,
             embed=_embedding(config, model, contexts),
             chosen=chosen,
+            names=namer(model.tokenizer),
         )
 
 
@@ -110,9 +111,8 @@ def _local(chat: ChatModelConfig, config: LabelConfig, loaded: LoadedModel, on_s
 
 
 def _label_plainly(index: FeatureIndex, store: LabelStore, loaded: LoadedModel) -> None:
-    decode = functools.cache(lambda token: str(loaded.tokenizer.decode([token])))
     with progress("labels without an LLM", index.info["d_sae"], "latents") as advance:
-        store.add_labels(plain_labels(_counted(index.each(), advance), decode))
+        store.add_labels(plain_labels(_counted(index.each(), advance), namer(loaded.tokenizer)))
 
 
 def _counted(rows: Iterator[LatentRow], advance: Callable[[int], None]) -> Iterator[LatentRow]:
