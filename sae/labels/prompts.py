@@ -24,6 +24,7 @@ _EXPLAIN = (
     f"where the unit is active. Describe the pattern and do not quote single texts. {_DATA}Answer with one line that "
     "begins with 'Explanation:'."
 )
+_BEGINNING = "Explanation: The tokens between << and >> are"
 _DETECT = f"{_GIVEN}. Decide for each text whether what is described is in it. {_ANY}{_DATA}{_LINES}"
 _FUZZ = (
     f"{_GIVEN} with some tokens between << and >>. Decide for each text whether the marked tokens are those that the "
@@ -35,7 +36,7 @@ _CHOOSE = (
     "You get a description and two texts, A and B. One of them was written while a language model was pushed towards "
     f"what is described. Decide which of them shows it more. {_DATA}Answer with one letter, A or B."
 )
-EXPLAIN_SHA256 = digest(_EXPLAIN)
+EXPLAIN_SHA256 = digest([_EXPLAIN, _BEGINNING])
 
 _THOUGHTS = re.compile(r"<(think|thinking|thought)>.*?(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 _LABELLED = re.compile(r"^\W*(?:the\s+)?explanation[\s*_\]]*[:：]\s*(.*)$", re.IGNORECASE)
@@ -58,7 +59,7 @@ def explain(excerpts: Sequence[tuple[str, int]], logits: Sequence[str] = ()) -> 
     lines.append(
         "\nIn one short phrase: what do the tokens between << and >>, or the text around them, have in common?"
     )
-    return Message("system", _EXPLAIN), Message("user", "\n".join(lines)), Message("assistant", "Explanation:")
+    return Message("system", _EXPLAIN), Message("user", "\n".join(lines)), Message("assistant", _BEGINNING)
 
 
 def detect(explanation: str, texts: Sequence[str]) -> tuple[Message, ...]:
