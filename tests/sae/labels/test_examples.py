@@ -1,5 +1,6 @@
 """What the explainer is shown is never what a label is scored on, and negatives are what they are said to be."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -87,6 +88,15 @@ def test_the_explainer_is_shown_no_document_that_a_label_is_tested_on(indexed: I
         assert len(case.positives) == len(case.negatives)
     assert n_tested > 100
     index.close()
+
+
+def test_a_near_miss_of_a_document_that_was_shown_is_left_out() -> None:
+    pool, row = pool_of(np.zeros((30, 8), bool)), many()
+    shown = make_case(row, pool, 6, 8, 5, 0).shown
+    case = make_case(
+        replace(row, near_misses=[context(shown[0].document, [7], [0.0]), *row.near_misses]), pool, 6, 8, 5, 0
+    )
+    assert [each.document for each in case.negatives[:4]] == [500, 501, 502, 503]
 
 
 def test_where_negatives_are_few_so_are_positives() -> None:
