@@ -24,7 +24,8 @@ _EXPLAIN = (
     f"where the unit is active. Describe the pattern and do not quote single texts. {_DATA}Answer with one line that "
     "begins with 'Explanation:'."
 )
-_BEGINNING = "Explanation: The tokens between << and >> are"
+_TOKENS_ARE = "The tokens between << and >> are"
+_BEGINNING = f"Explanation: {_TOKENS_ARE}"
 _DETECT = f"{_GIVEN}. Decide for each text whether what is described is in it. {_ANY}{_DATA}{_LINES}"
 _FUZZ = (
     f"{_GIVEN} with some tokens between << and >>. Decide for each text whether the marked tokens are those that the "
@@ -96,7 +97,7 @@ def read_explanation(answer: str) -> str | None:
     found = [(_LABELLED.match(line), below) for line, below in zip(lines, [*lines, ""][1:], strict=True)]
     said = [label[1] if _has_words(label[1]) else below for label, below in found if label]
     text = said[-1] if said else lines[0] if len(lines) == 1 else ""
-    text = one_line(_MARKUP.sub("", text), MAX_EXPLANATION).strip(" \"'“”")
+    text = one_line(_MARKUP.sub("", text).strip().removeprefix(_TOKENS_ARE), MAX_EXPLANATION).strip(" \"'“”")
     return text if _has_words(text) else None
 
 

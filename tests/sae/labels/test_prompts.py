@@ -91,6 +91,7 @@ def test_choices_that_are_none(answer: str) -> None:
         ("I see.\n**Explanation:** *names* of rivers", "names of rivers"),
         ("Explanation:\n\n1. names of rivers\n2. more", "names of rivers"),
         ("names of rivers", "names of rivers"),
+        ("Explanation: The tokens between << and >> are names of rivers.", "names of rivers."),
         ("<think>Explanation: no</think>Explanation: yes", "yes"),
         ("Explanation: \x1b[2Jnames\u202e", "[2Jnames"),
         ("1. (strength 9) a text\n2. (strength 8) another", None),
