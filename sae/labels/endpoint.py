@@ -31,7 +31,7 @@ from activations.errors import ConfigError, EndpointError
 from activations.quiet import first_line
 from sae.labels.chat import Message, Reply, Request, about_tokens
 from sae.labels.config import ChatModelConfig
-from sae.labels.pace import Clock, Pace, WallClock, wait_s
+from sae.labels.pace import FIRST_WAIT_S, Clock, Pace, WallClock, wait_s
 from sae.labels.words import one_line
 
 MAX_BYTES = 1 << 20
@@ -135,7 +135,7 @@ class Endpoint:
             if outcome.kind == "refused" or failures > self._config.retries:
                 is_refused = outcome.kind == "refused"
                 return request, Reply(None, lost, 0, outcome.said, is_refused=is_refused, tries=tries)
-            seconds = outcome.wait_s if outcome.wait_s is not None else wait_s(tries, self._chance)
+            seconds = wait_s(tries, self._chance) if outcome.wait_s is None else max(outcome.wait_s, FIRST_WAIT_S)
             if outcome.kind == "limited":
                 self._pace.pause(seconds)
             else:

@@ -96,9 +96,10 @@ class Ledger:
         for key, request in requests.items():
             tokens_in = chat.count(request.messages)
             needed = tokens_in + chat.max_answer_tokens, cost_of(chat, tokens_in, chat.max_answer_tokens)
-            self.stopped = self.stopped or self._over(*needed)
-            if self.stopped:
-                return
+            if chat.name in self._names:  # what nobody is paid for needs no budget
+                self.stopped = self.stopped or self._over(*needed)
+                if self.stopped:
+                    return
             self._reserved[key] = needed
             yield request
 

@@ -120,6 +120,12 @@ def test_retry_after_holds_all_back(server: StandIn, clock: FakeClock) -> None:
     assert clock.slept == [17]
 
 
+def test_an_endpoint_that_asks_to_come_back_at_once_is_not_hammered(server: StandIn, clock: FakeClock) -> None:
+    server.faults.extend([LIMITED._replace(headers={"Retry-After": "0"})] * 3)
+    run(endpoint(server, clock))
+    assert clock.slept == [1, 1, 1]
+
+
 def test_waiting_doubles_and_a_request_that_always_fails_is_left_behind(server: StandIn, clock: FakeClock) -> None:
     server.faults.extend([DOWN] * 5)
     first, second = run(endpoint(server, clock, retries=4), 2)

@@ -148,6 +148,16 @@ def test_what_the_budget_stopped_is_gone_on_with(run: Run, settings: dict[str, A
     assert whole["scores"]["detection"]["latents"] == N_LATENTS
 
 
+@pytest.mark.parametrize("tokens", [100, 600, 1500])
+def test_a_budget_for_less_than_the_explanations_stops_too(run: Run, server: StandIn, tokens: int) -> None:
+    stopped = run(budget={"max_tokens": tokens})
+    assert stopped["stopped"] is not None
+    assert stopped["explained"] + stopped["not_reached"] == N_LATENTS
+    assert stopped["not_reached"] > 0
+    assert run()["explained"] == N_LATENTS
+    assert set(server.answered.values()) == {1}
+
+
 def test_a_killed_run_goes_on_and_pays_for_no_answer_twice(
     run: Run,
     settings: dict[str, Any],
