@@ -11,6 +11,7 @@
     ├── DiskSpaceError (OSError)            not enough room, found out before or while writing
     ├── DeviceMemoryError (MemoryError)     a GPU that is too small for what was asked
     ├── StorageError (OSError)              a disk or object storage that fails or refuses
+    ├── EndpointError (OSError)             a language model's endpoint that does not answer, or refuses
     ├── InterruptedRunError                 stopped by the user; what was committed is kept
     └── ArtefactError (ValueError)          something on disk
         ├── MissingArtefactError (FileNotFoundError)
@@ -75,6 +76,10 @@ class DeviceMemoryError(SaekitError, MemoryError):
 
 class StorageError(SaekitError, OSError):
     """A disk or object storage fails, or refuses."""
+
+
+class EndpointError(SaekitError, OSError):
+    """The endpoint of a language model does not answer, or refuses."""
 
 
 class InterruptedRunError(SaekitError):

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from activations.config import Config, HarvestConfig
 from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
+from sae.labels.config import LabelConfig
 from steer.config import ChatConfig, DemoConfig, VectorConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -24,6 +25,7 @@ CLASSES: dict[str, type[Config]] = {
     "evaluate": EvaluateConfig,
     "index": IndexConfig,
     "inspect": CompareConfig,
+    "label": LabelConfig,
     "vector": VectorConfig,
     "chat": ChatConfig,
     "demo": DemoConfig,
@@ -47,6 +49,7 @@ EXAMPLES: dict[str, str] = {
     "train_sweep.yaml": "train",
     "evaluate.yaml": "evaluate",
     "index.yaml": "index",
+    "label.yaml": "label",
     "vector_latent.yaml": "vector",
     "vector_contrast.yaml": "vector",
     "chat.yaml": "chat",
@@ -70,7 +73,8 @@ default:
 ONE OTHER`, which compares, takes single keys alone. Values after `=` are YAML:
 `--set hook_points='[resid_post.6, resid_post.12]'`, `--set lr=null`. Dots reach into groups of keys. An unknown key is
 an error. `--dry-run` prints the resolved config and stops; that of `harvest` also measures, and that of `train` checks
-the store, what they would take. `harvest`, `train`, `index` and `demo` save the resolved config beside their output.
+the store, what they would take; that of `label` says what it would ask and cost. `harvest`, `train`, `index`, `label`
+and `demo` save the resolved config beside their output.
 Relative paths start from the current directory.
 
 The recipes for training say in their first lines how to harvest the store that they train on. tests/sae/test_recipes.py
@@ -139,6 +143,10 @@ def _type_name(annotation: Any) -> str:
         return _type_name(parts[0])
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{part}`" for part in parts)
+    if get_origin(annotation) is dict:
+        return "keys and values"
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return f"a group, `{annotation.__name__}`"
     if get_origin(annotation) is tuple:
         return f"list of {_type_name(parts[0])}"
     return " or ".join(_type_name(part) for part in parts)

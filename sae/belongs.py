@@ -4,6 +4,7 @@ from activations.errors import MismatchError
 from activations.models import LoadedModel
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
+from sae.index_db import FeatureIndex
 from sae.wiring import Wiring
 
 
@@ -43,3 +44,17 @@ def check_belongs(store: ActivationStore, loaded: LoadedModel, artefact: SaeArte
     """Raise MismatchError unless store and SAE were made from this model, and the SAE fits the store."""
     check_store(store, loaded)
     check_sae(artefact, loaded)
+
+
+def check_index(index: FeatureIndex, loaded: LoadedModel, artefact: SaeArtefact) -> None:
+    """Raise MismatchError unless the index was made from this SAE as it is now, and both from this model."""
+    check_sae(artefact, loaded)
+    info, fix = index.info, "Build it again, into another out, with: saekit index"
+    if info["model"]["fingerprint"] != loaded.fingerprint:
+        got = f"one of {info['model']['id']}"
+        raise MismatchError("feature index", expected=f"one of {loaded.id}", got=got, fix="Name its model.")
+    if info["hook_point"] != artefact.hook_point:
+        raise MismatchError("feature index", expected=f"one of {artefact.hook_point}", got=info["hook_point"], fix=fix)
+    if info["sae_sha256"] != artefact.sha256:
+        got = "one of other weights: the SAE has changed since, or is another"
+        raise MismatchError("feature index", expected="an index of this SAE", got=got, fix=fix)

@@ -3,7 +3,7 @@
 Small values are columns, so that a list can be sorted and filtered in the database; contexts are one blob a latent and
 kind (`sae.contexts`). The words that a latent says or stands on are full-text indexed (FTS5). Writing replaces the
 tables below in one transaction and leaves others alone, so that labels may live in the same file. Left out: building
-an index (`sae.index`) and labels.
+an index (`sae.index`) and writing labels (`sae.labels.store`).
 """
 
 import os
@@ -21,6 +21,7 @@ from sqlalchemy.exc import DatabaseError
 from activations.errors import CorruptArtefactError, MissingArtefactError, SaekitError, UnknownNameError
 from sae.contexts import Context, pack_contexts, unpack_contexts
 from sae.histogram import quantile, share_below
+from sae.labels.tables import Label, labels_of
 
 FILE_NAME = "index.sqlite"
 SCHEMA_VERSION = 2
@@ -173,20 +174,26 @@ class FeatureIndex:
         with self._session() as session:
             return [_read(row) for row in session.scalars(query)]
 
-    def in_order(self, n: int) -> Iterator[list[LatentRow]]:
-        """All latents by their numbers, `n` at a time."""
-        rows: list[LatentRow] = []
-        while True:
-            after = rows[-1].latent if rows else -1
-            query = sql.select(_Latent).where(_Latent.latent > after).order_by(_Latent.latent).limit(n)
-            with self._session() as session:
-                rows = [_read(row) for row in session.scalars(query)]
-            if not rows:
-                return
-            yield rows
+    def each(self) -> Iterator[LatentRow]:
+        """All latents in the order of their numbers, with a few of them in memory at a time."""
+        query = sql.select(_Latent).order_by(_Latent.latent).execution_options(yield_per=_BATCH)
+        with self._session() as session:
+            for row in session.scalars(query):
+                yield _read(row)
+
+    def latents(self, *, min_density: float = 0.0, max_density: float = 1.0) -> list[int]:
+        """Numbers of the latents within a density range, in order."""
+        query = sql.select(_Latent.latent).where(_Latent.density.between(min_density, max_density))
+        with self._session() as session:
+            return list(session.scalars(query.order_by(_Latent.latent)))
+
+    def labels(self, latent: int) -> list[Label]:
+        """What a latent was labelled as: the newest of each kind and author, with its scores."""
+        with self._session() as session:
+            return labels_of(session, latent, self.info["sae_sha256"])
 
     def search(self, text: str, limit: int = 50) -> list[int]:
-        """Latents whose words hold all words of `text`, by bm25; a word may be cut short."""
+        """Latents whose words, or one of whose labels, hold all words of `text`, by bm25; a word may be cut short."""
         words = " ".join('"' + word.replace('"', '""') + '"*' for word in text.split())
         query = sql.text("SELECT latent FROM search WHERE search MATCH :words GROUP BY latent ORDER BY min(rank)")
         if not words:

@@ -6,6 +6,7 @@ Left out: labels, and the state that more text is added to.
 import json
 import math
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ def export_index(path: str | Path, out: Path) -> dict[str, Any]:
     info = {"saekit": json.dumps(index.info)}
 
     def parts() -> Iterator[Part]:
+        latents = index.each()
         with progress("export", index.info["d_sae"], "latents") as advance:
-            for rows in index.in_order(ROWS):
+            while rows := list(islice(latents, ROWS)):
                 yield _part(rows)
                 advance(len(rows))
 

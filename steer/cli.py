@@ -18,6 +18,7 @@ from rich.table import Table
 from activations.config import HarvestConfig
 from activations.errors import SaekitError
 from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
+from sae.labels.config import LabelConfig
 from steer.config import ChatConfig, DemoConfig, VectorConfig
 
 PROBE_S = 3.0
@@ -118,6 +119,21 @@ def index(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fal
     from sae.index import build_index
 
     _show({"path": build_index(settings)}, json_)
+
+
+@app.command()
+def label(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Say what latents stand for, with a language model's help and without, and score what was said."""
+    settings = LabelConfig.load(config, set_)
+    from sae.label import estimate
+    from sae.label import label as run
+    from sae.labels.report import tables
+
+    if dry_run:
+        planned = estimate(settings, on_status=_status)
+        return _show({"config": settings.model_dump(mode="json"), **planned}, json_)
+    result = run(settings, on_status=_status)
+    _show(result if json_ else tables(result), json_)
 
 
 @app.command()

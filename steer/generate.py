@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from activations.errors import ConfigError
+from activations.generate import continuations, tokens_of
 from activations.models import LoadedModel
 from steer.plan import Interventions
 from steer.runtime import steering
@@ -37,23 +37,7 @@ def generate(
       add_special_tokens: whether the tokenizer adds its own, such as BOS; not for chat prompts, which hold theirs.
     Raises: ConfigError if prompt and continuation do not fit the model's context.
     """
-    tokenizer = loaded.tokenizer
-    token_rows = [tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in prompts]
-    width = max(len(row) for row in token_rows)
-    if not all(token_rows):
-        raise ConfigError("prompt", expected="at least one token", got="none", fix="Write something.")
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
-    if limit is not None and width + max_new_tokens > limit:
-        raise ConfigError(
-            "prompt", expected=f"at most {limit - max_new_tokens} tokens", got=width, fix="Shorten the prompt."
-        )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in token_rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in token_rows])
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature > 0 else {"do_sample": False}
-    )
-    devices = [loaded.device] if loaded.device.type == "cuda" else []
+    token_rows = tokens_of(loaded, prompts, add_special_tokens)
     steered = steering(
         loaded,
         interventions,
@@ -62,16 +46,8 @@ def generate(
         force=force,
         max_batch=len(prompts),
     )
-    with torch.inference_mode(), torch.random.fork_rng(devices=devices), steered:
-        torch.manual_seed(seed)
-        out = loaded.model.generate(  # type: ignore[operator]
-            input_ids=ids.to(loaded.device),
-            attention_mask=mask.to(loaded.device),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            **sampling,
-        )
-    return tokenizer.batch_decode(out[:, width:].tolist(), skip_special_tokens=True)
+    with torch.inference_mode(), steered:
+        return continuations(loaded, token_rows, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
 
 def generate_conditions(

@@ -1,5 +1,6 @@
 """What an artefact is and holds, from its own files alone."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def _index(path: Path, latent: int | None) -> dict[str, Any]:
         alive = len(index.rows(min_density=1e-12))
         return {"artefact": "feature index", **index.info, "live_latents": alive}
     row = index.latent(latent)
-    return {**vars(row), "contexts": len(row.contexts)}
+    return {**vars(row), "contexts": len(row.contexts), "labels": [asdict(label) for label in index.labels(latent)]}
 
 
 def _library(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from steer import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOK, OTHER = "resid_post.1", "mlp_out.2"
-VERBS = ("harvest", "train", "evaluate", "index", "vector", "chat", "convert", "inspect", "demo")
+VERBS = ("harvest", "train", "evaluate", "index", "label", "vector", "chat", "convert", "inspect", "demo")
 MEASURE = [
     f"measure.{key}={value}"
     for key, value in {
@@ -103,6 +103,7 @@ def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
         "train": sets("sae.d_sae=48", "sae.k=4", store=store, out=run, **train),
         "evaluate": sets(**common, ce_sequences=4),
         "index": sets(**common, out=index, n_logits=5),
+        "label": label(index, run / "sae", tiny_llama),
         "vector": sets(*MEASURE, **common, latent=5, out=library),
         "chat": ["Hello there", *sets(model=tiny_llama, library=library, max_new_tokens=4)],
     }
@@ -126,6 +127,11 @@ def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
         tiny_llama, folder / "text.jsonl", folder, store, run / "sae", index, library, folder / "other-model",
         folder / "wide-sae", results,
     )  # fmt: skip
+
+
+def label(index: Path, sae: Path, model: Path, *pairs: str, **changes: object) -> list[str]:
+    explainer = (f"explainer.model=local:{model}", "explainer.max_answer_tokens=4", "scoring.pool=8")
+    return sets(*explainer, *pairs, **{"index": index, "sae": sae, "model": model, "latents": "[5]"} | changes)
 
 
 class _Capture:
@@ -200,6 +206,17 @@ def test_a_dry_harvest_also_says_what_room_it_needs(saekit: Saekit, made: Made, 
     assert not (tmp_path / "s").exists()
 
 
+def test_a_dry_labelling_also_says_what_it_would_ask_and_the_result_is_a_table(saekit: Saekit, made: Made) -> None:
+    arguments = label(made.index, made.sae, made.model, latents="[5, 7]")
+    shown = saekit("label", *arguments, "--dry-run", "--json").json
+    assert shown["config"]["latents"] == [5, 7]
+    assert (shown["latents"], shown["cost"], shown["requests"] > 0, shown["tokens_in"] > 100) == (2, 0, True, True)
+    ran = saekit("label", *arguments)
+    assert "requests to make" in ran.err
+    lines = [line.split()[:1] for line in ran.out.splitlines()]
+    assert lines[-3:] == [["latent"], ["5"], ["7"]]
+
+
 def test_keep_tokens_makes_a_ring(saekit: Saekit, made: Made, tmp_path: Path) -> None:
     """Without a trainer it fills up and waits; here it is large enough for the whole text."""
     assert saekit(*harvest(made, tmp_path), "--keep-tokens", 10**7, "--json").code == 0
@@ -234,6 +251,9 @@ def test_the_pipeline_runs_through_the_verbs(made: Made, saekit: Saekit) -> None
     assert len(json.dumps(trained)) < 2000, "figures, not weights"
     assert 0 < results["evaluate"]["fvu"] < 2
     assert results["index"]["path"] == str(made.index)
+    assert (results["label"]["latents"], len(results["label"]["labels"])) == (1, 1)
+    labels = saekit("inspect", made.index, "--latent", 5, "--json").json["labels"]
+    assert [label["kind"] for label in labels[:2]] == ["tokens", "logits"]
     assert results["vector"]["name"] == "latent-5"
     assert len(results["vector"]["effect_ci95"]) == 2
     assert results["chat"]["vector"] == "latent-5"
@@ -427,6 +447,18 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "no SAE for a vector": (lambda m, t: belongs(m, t, "vector", sae=t / "no", latent=1), "saekit train"),
     "no library": (lambda m, t: ["chat", "Hi", *sets(model=m.model, library=t / "no")], "saekit vector"),
     "library without vectors": (lambda m, t: ["chat", "Hi", *sets(model=m.model, library=no_vectors(t))], "library"),
+    "no index to label": (lambda m, t: ["label", *label(t / "no", m.sae, m.model)], "saekit index"),
+    "no SAE to label": (lambda m, t: ["label", *label(m.index, t / "no", m.model)], "saekit train"),
+    "no endpoint to label": (
+        lambda m, t: ["label", *label(m.index, m.sae, m.model, "explainer.model=gpt")], "base_url",
+    ),
+    "no key to label": (
+        lambda m, t: ["label", *label(m.index, m.sae, m.model, "explainer.model=gpt",
+                                      "explainer.base_url=http://127.0.0.1:9/v1", "explainer.key_env=SAEKIT_NO_KEY")],
+        "SAEKIT_NO_KEY",
+    ),
+    "SAE of another width to label": (lambda m, t: ["label", *label(m.index, m.wide_sae, m.model)], WIDTHS),
+    "another model to label": (lambda m, t: ["label", *label(m.index, m.sae, m.other_model)], "one trained on"),
     "nothing to inspect": (lambda m, t: ["inspect", t / "no"], "none of them"),
     "no index to inspect": (lambda m, t: ["inspect", t, "--latent", 1], "feature index"),
     "unknown key": (lambda m, t: ["train", *sets(stor="x")], "unknown key 'stor'"),
