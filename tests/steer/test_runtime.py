@@ -349,8 +349,13 @@ def test_a_batch_of_another_size_is_refused(tiny: LoadedModel, vector: SteeringV
 
 
 class Cache:
+    """As long as it says, and of the same name in each process."""
+
     def __init__(self, length: int):
         self.length = length
+
+    def __repr__(self) -> str:
+        return f"Cache({self.length})"
 
     def get_seq_length(self) -> int:
         return self.length
