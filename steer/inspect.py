@@ -96,7 +96,7 @@ def _sae(path: Path) -> dict[str, Any]:
 def _index(path: Path, latent: int | None) -> dict[str, Any]:
     index = FeatureIndex.open(path)
     if latent is None:
-        alive = len(index.rows(min_density=1e-12))
+        alive = len(index.latents(min_density=1e-12))
         return {"artefact": "feature index", **index.info, "live_latents": alive}
     row = index.latent(latent)
     return {**vars(row), "contexts": len(row.contexts), "labels": [asdict(label) for label in index.labels(latent)]}

@@ -17,9 +17,10 @@ from sae.artefact import SaeArtefact
 from sae.belongs import check_belongs, check_store
 from sae.torch_view import TorchSae
 from steer.config import MeasureConfig, VectorConfig
+from steer.contrast import from_contrast, load_pairs
 from steer.effect import Concept, choose_dose, contrast_reader, latent_reader, measure, sweep_doses
 from steer.library import load_library, save_library
-from steer.vectors import SteeringVector, from_contrast, from_latent, load_pairs, places_of
+from steer.vectors import SteeringVector, from_latent, places_of
 
 
 def make_vector(config: VectorConfig, loaded: LoadedModel | None = None) -> SteeringVector:
@@ -38,7 +39,8 @@ def _direction(config: VectorConfig, loaded: LoadedModel, store: ActivationStore
     if config.kind == "contrast":
         check_store(store, loaded)
         hook_point = config.hook_point or store.hook_points[0]
-        vector = from_contrast(loaded, hook_point, Path(config.contrast).stem, load_pairs(config.contrast))
+        name, pairs = Path(config.contrast).stem, load_pairs(config.contrast)
+        vector = from_contrast(loaded, hook_point, name, pairs, config.method, config.measure.seed)
         mean_norm = store.stats(hook_point).mean_norm if hook_point in store.hook_points else vector.mean_norm
         return replace(vector, mean_norm=mean_norm), contrast_reader(vector)
     if config.latent is None:

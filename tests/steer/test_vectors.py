@@ -1,35 +1,17 @@
-"""Directions: from latents, from contrast pairs, and what is refused."""
+"""Vectors: from latents, their dose, and what is refused."""
 
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from activations.errors import MismatchError, TextError, UnknownNameError
+from activations.errors import MismatchError, UnknownNameError
 from activations.hook_points import HookPoint
-from activations.models import LoadedModel
 from activations.store_schema import ModelRef
 from sae.artefact import SaeArtefact
-from steer.vectors import (
-    ContrastPair,
-    SteeringVector,
-    contrast_names,
-    encode_pair,
-    from_contrast,
-    from_latent,
-    load_pairs,
-    places_of,
-)
-
-PAIRS = [
-    ContrastPair("The river", " ran on to the sea.", " stood still.", "fit"),
-    ContrastPair("A cat", " sat and looked on.", " was not there.", "fit"),
-    ContrastPair("The mill", " unused", " unused too", "heldout"),
-]
+from steer.vectors import SteeringVector, from_latent, places_of
 
 
 def artefact() -> SaeArtefact:
@@ -85,72 +67,6 @@ def test_dose_is_the_coefficient_over_the_mean_norm() -> None:
     vector = from_latent(artefact(), 0, MODEL, mean_norm=10.0)
     assert vector.dose(-5.0) == 0.5
     assert vector.coefficient_of(0.5) == 5.0
-
-
-def test_a_contrast_is_the_difference_of_means_over_the_fit_pairs(tiny: LoadedModel) -> None:
-    vector = from_contrast(tiny, "resid_post.2", "flow", PAIRS)
-
-    def tokens(side: str) -> torch.Tensor:
-        rows = []
-        for pair in PAIRS[:2]:
-            ids, start = encode_pair(tiny, pair.prompt, getattr(pair, side))
-            states = tiny.model(ids, output_hidden_states=True).hidden_states
-            rows.append(states[3][0, start:])
-        return torch.cat(rows)
-
-    positive, negative = tokens("positive"), tokens("negative")
-    expected = positive.mean(0) - negative.mean(0)
-    np.testing.assert_allclose(vector.direction, (expected / expected.norm()).numpy(), atol=1e-5)
-    sides = [float((side @ torch.from_numpy(vector.direction)).mean()) for side in (positive, negative)]
-    assert sides[0] > vector.source["midpoint"] > sides[1]
-    assert vector.source["midpoint"] == pytest.approx(np.mean(sides), abs=1e-4)
-    assert np.linalg.norm(vector.direction) == pytest.approx(1, abs=1e-6)
-
-
-def test_a_contrast_without_fit_pairs(tiny: LoadedModel) -> None:
-    with pytest.raises(TextError, match="'fit'"):
-        from_contrast(tiny, "resid_post.2", "none", PAIRS[2:])
-
-
-def test_a_continuation_starts_behind_its_prompt(tiny: LoadedModel) -> None:
-    ids, start = encode_pair(tiny, "The river", " ran on")
-    assert tiny.tokenizer.decode(ids[0, :start].tolist()) == "The river"
-
-
-@pytest.mark.parametrize("name", contrast_names())
-def test_shipped_pairs(name: str) -> None:
-    pairs = load_pairs(name)
-    fit, heldout = ([pair for pair in pairs if pair.split == split] for split in ("fit", "heldout"))
-    assert (len(fit), len(heldout)) == (40, 24)
-    assert not {pair.prompt for pair in fit} & {pair.prompt for pair in heldout}
-    assert all(pair.positive.startswith(" ") and pair.negative.startswith(" ") for pair in pairs)
-
-
-def test_two_contrasts_are_shipped() -> None:
-    assert contrast_names() == ["formal_vs_casual", "joyful_vs_gloomy"]
-
-
-def test_pairs_of_ones_own(tmp_path: Path) -> None:
-    path = tmp_path / "mine.jsonl"
-    path.write_text(json.dumps({"prompt": "a", "positive": " b", "negative": " c"}) + "\n\n")
-    assert load_pairs(str(path)) == [ContrastPair("a", " b", " c", "fit")]
-
-
-@pytest.mark.parametrize(
-    "line", ["{", "[]", '{"prompt": "a", "positive": " b"}', '{"prompt": "", "positive": 1, "negative": 2}']
-)
-def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "mine.jsonl"
-    path.write_text(f'{{"prompt": "a", "positive": " b", "negative": " c"}}\n{line}\n')
-    with pytest.raises(TextError, match="line 2"):
-        load_pairs(str(path))
-
-
-def test_unknown_contrasts_and_files(tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="joyful_vs_gloomy"):
-        load_pairs("jolly")
-    with pytest.raises(TextError, match="readable"):
-        load_pairs(str(tmp_path / "none.jsonl"))
 
 
 def test_vectors_are_plain_data(vector: SteeringVector) -> None:

@@ -1,0 +1,284 @@
+"""Steering vectors from contrast pairs: which direction tells the sides apart, and how far it can be believed.
+
+Flow of `from_contrast`:
+1. `lint` looks for what makes a direction mean something else: length, a first word, too few pairs;
+2. each side of a pair becomes a point, the mean residual stream over the tokens of its continuation. With p and n
+   those of the fit pairs and d = p - n, a row a pair, one of METHODS gives the direction, p lying further along it:
+
+    mean    mean(d)                                    Marks & Tegmark (arXiv:2310.06824), Rimsky et al. (2312.06681)
+    pca     first right singular vector of d           Zou et al. (arXiv:2310.01405), without centring
+    probe   weights of a logistic regression, without intercept, of d against -d
+
+3. `quality`: agreement of the pairs and stability under resampling, from the fit pairs; AUROC, accuracy, and the share
+   of pairs that steering moves the other way, from those held out.
+
+Left out: choosing a dose and measuring text (`steer.make`, `steer.effect`).
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from activations.errors import TextError, UnknownNameError
+from activations.hook_points import HookPoint
+from activations.models import LoadedModel
+from sae.metrics import RESAMPLES, auroc, draw, interval, means
+from steer.effect import reread
+from steer.operations import Add, Intervention
+from steer.runtime import steering
+from steer.vectors import SteeringVector
+
+ENOUGH = 20
+"""fit pairs from which on directions hardly change"""
+UNEVEN = 1.25
+"""ratio of the sides' lengths from which on a direction may mean length"""
+COMMON = 0.5
+"""share of one side's continuations that begin with the same word, from which on a direction may mean that word"""
+REFITS = 50
+"""directions of resampled pairs"""
+PROBE_DOSE = 0.3
+"""dose, either way, at which held-out pairs are read to see which way they are moved"""
+
+Sides = Float[np.ndarray, "pair d_model"]
+Direction = Float[np.ndarray, " d_model"]
+
+
+@dataclass(frozen=True)
+class ContrastPair:
+    """One prompt with two continuations that differ in the concept and in little else."""
+
+    prompt: str
+    positive: str
+    negative: str
+    split: str
+    """`fit` or `heldout`"""
+
+
+def contrast_names() -> list[str]:
+    """Names of the contrast sets that saekit ships."""
+    folder = resources.files("steer") / "data" / "contrasts"
+    return sorted(file.name.removesuffix(".jsonl") for file in folder.iterdir() if file.name.endswith(".jsonl"))
+
+
+def load_pairs(spec: str) -> list[ContrastPair]:
+    """Pairs from a shipped set's name or from a .jsonl file with the keys prompt, positive, negative and, optionally,
+    split.
+
+    Raises: UnknownNameError for a name that is not shipped, TextError for a file that is not such a file.
+    """
+    if spec in contrast_names():
+        text = (resources.files("steer") / "data" / "contrasts" / f"{spec}.jsonl").read_text()
+    elif spec.endswith(".jsonl"):
+        try:
+            text = Path(spec).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise TextError(spec, expected="a readable .jsonl file", got=str(error), fix="Check the path.") from error
+    else:
+        raise UnknownNameError(
+            f"contrast '{spec}'",
+            expected=f"one of {', '.join(contrast_names())}, or a .jsonl file",
+            got=f"'{spec}'",
+            fix="Correct the name.",
+        )
+    return [_parse_pair(line, f"{spec} line {i}") for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _parse_pair(line: str, where: str) -> ContrastPair:
+    try:
+        data = json.loads(line)
+        pair = ContrastPair(data["prompt"], data["positive"], data["negative"], data.get("split", "fit"))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise TextError(
+            where,
+            expected='{"prompt", "positive", "negative"}',
+            got=f"{type(error).__name__} {error}",
+            fix="Correct it.",
+        ) from error
+    if not all(isinstance(part, str) and part for part in (pair.prompt, pair.positive, pair.negative)):
+        raise TextError(where, expected="three non-empty strings", got=line[:60], fix="Correct the line.")
+    return pair
+
+
+# --- directions ------------------------------------------------------------------------------------------------------
+
+
+def mean_difference(d: Sides) -> Direction:
+    """mean(d), of any length."""
+    return d.mean(axis=0)
+
+
+def principal_difference(d: Sides) -> Direction:
+    """The first right singular vector of d: what most of the differences have in common, whatever their sign."""
+    return np.linalg.svd(d, full_matrices=False)[2][0]
+
+
+def probe_difference(d: Sides) -> Direction:
+    """Weights of a logistic regression of d against -d, of which the lengths are taken to be 1 on average."""
+    from sklearn.linear_model import LogisticRegression
+
+    unit = d / max(float(np.linalg.norm(d, axis=1).mean()), 1e-12)
+    model = LogisticRegression(fit_intercept=False, max_iter=1000)
+    return model.fit(np.concatenate([unit, -unit]), np.repeat([1, 0], len(d))).coef_[0]
+
+
+METHODS: dict[str, Callable[[Sides], Direction]] = {
+    "mean": mean_difference,
+    "pca": principal_difference,
+    "probe": probe_difference,
+}
+"""By name, from differences of the sides, a row a pair, to a direction of any length and sign."""
+
+
+def direction_of(d: Sides, method: str) -> Direction:
+    """The unit direction of some differences, along which they are positive on average."""
+    direction = METHODS[method](d)
+    direction = direction / max(float(np.linalg.norm(direction)), 1e-12)
+    return direction if float((d @ direction).mean()) >= 0 else -direction
+
+
+def from_contrast(
+    loaded: LoadedModel, hook_point: str, name: str, pairs: Sequence[ContrastPair], method: str = "mean", seed: int = 0
+) -> SteeringVector:
+    """The direction of the `fit` pairs, and in `source` what `lint` and `quality` say of it.
+
+    `source` also keeps the midpoint of the sides along the direction, which tells them apart when text is read back.
+
+    Raises: TextError if there are no fit pairs, or one of them has no tokens of its own.
+    """
+    fit, heldout = ([pair for pair in pairs if pair.split == split] for split in ("fit", "heldout"))
+    if not fit:
+        raise TextError(f"contrast '{name}'", expected="pairs of the split 'fit'", got="none", fix="Add some.")
+    point = HookPoint.parse(hook_point).check(loaded.n_layers, loaded.family.sites(loaded.model.config))
+    positive, negative, mean_norm = _sides(loaded, point, fit)
+    direction = direction_of(positive - negative, method).astype(np.float32)
+    source = {
+        "kind": "contrast",
+        "contrast": name,
+        "method": method,
+        "pairs": len(fit),
+        "midpoint": float(((positive + negative) @ direction).mean() / 2),
+        "warnings": lint(pairs),
+    }
+    vector = SteeringVector(name, direction, hook_point, loaded.ref, mean_norm, source)
+    source |= {
+        **fit_quality(positive - negative, direction, method, seed),
+        **heldout_quality(loaded, vector, heldout, seed),
+    }
+    return vector
+
+
+def _sides(loaded: LoadedModel, point: HookPoint, pairs: Sequence[ContrastPair]) -> tuple[Sides, Sides, float]:
+    """Both sides of each pair, and the mean norm over the tokens of all continuations."""
+    means, norms = [], []
+    for side in ("positive", "negative"):
+        texts = [getattr(pair, side) for pair in pairs]
+        readings = [reading.x for reading in reread(loaded, point, [pair.prompt for pair in pairs], texts)]
+        for text, x in zip(texts, readings, strict=True):
+            if not len(x):
+                fix = "Write more, or begin it with a space."
+                raise TextError(f"continuation '{text}'", expected="tokens of its own", got="none", fix=fix)
+        means.append(torch.stack([x.mean(0) for x in readings]).double().numpy())
+        norms += [x.norm(dim=1) for x in readings]
+    return means[0], means[1], float(torch.cat(norms).mean())
+
+
+# --- how far it can be believed --------------------------------------------------------------------------------------
+
+
+def lint(pairs: Sequence[ContrastPair]) -> list[str]:
+    """What is wrong with some pairs, in words; nothing is refused for it."""
+    fit, heldout = ([pair for pair in pairs if pair.split == split] for split in ("fit", "heldout"))
+    found = []
+    if len(fit) < ENOUGH:
+        found.append(f"{len(fit)} fit pairs: {ENOUGH} to 50 give a direction that hardly changes with the choice")
+    if not heldout:
+        found.append("no pairs of the split 'heldout': nothing says whether the direction holds beyond the fit pairs")
+    if equal := sum(pair.positive == pair.negative for pair in pairs):
+        found.append(f"{equal} pairs have two equal sides")
+    if again := len(pairs) - len({(pair.prompt, pair.positive, pair.negative) for pair in pairs}):
+        found.append(f"{again} pairs are there more than once")
+    if shared := len({pair.prompt for pair in fit} & {pair.prompt for pair in heldout}):
+        found.append(f"{shared} prompts are both in fit and in heldout")
+    return found + _uneven(fit)
+
+
+def _uneven(fit: Sequence[ContrastPair]) -> list[str]:
+    """What else tells the sides of fit pairs apart."""
+    found, sides = [], {side: [getattr(pair, side) for pair in fit] for side in ("positive", "negative")}
+    long = {side: np.mean([len(text.split()) for text in texts]) for side, texts in sides.items() if texts}
+    if long and max(long.values()) > UNEVEN * min(long.values()):
+        longer = max(long, key=lambda side: long[side])
+        ratio = max(long.values()) / max(min(long.values()), 1e-12)
+        found.append(f"{longer} sides are {ratio:.2f} times as long: the direction may mean length")
+    firsts = {side: Counter(text.split()[0].lower() for text in texts if text.split()) for side, texts in sides.items()}
+    for side, other in (("positive", "negative"), ("negative", "positive")):
+        for word, n in firsts[side].most_common(1):
+            if len(fit) > 1 and n > COMMON * len(fit) and firsts[other][word] < n / 2:
+                found.append(f"{n} of {len(fit)} {side} sides begin with '{word}': the direction may mean that word")
+    return found
+
+
+def fit_quality(d: Sides, direction: Direction, method: str, seed: int) -> dict[str, float]:
+    """How much the fit pairs agree.
+
+    Returns: `agreement`, the mean cosine of a pair's difference with the direction, which predicts how well steering
+      works (Braun et al., arXiv:2505.22637); `stability`, the mean cosine of the direction with those of pairs drawn
+      from these with replacement, and `stability_low`, of which 5% are lower.
+    """
+    lengths = np.maximum(np.linalg.norm(d, axis=1), 1e-12)
+    rng = np.random.default_rng([seed, 1])
+    drawn = [direction_of(d[rng.integers(len(d), size=len(d))], method) @ direction for _ in range(REFITS)]
+    return {
+        "agreement": float((d @ direction / lengths).mean()),
+        "stability": float(np.mean(drawn)),
+        "stability_low": float(np.quantile(drawn, 0.05)),
+    }
+
+
+def heldout_quality(
+    loaded: LoadedModel, vector: SteeringVector, pairs: Sequence[ContrastPair], seed: int
+) -> dict[str, Any]:
+    """What held-out pairs say, with 95% bootstrap intervals over pairs; empty if there are none.
+
+    Returns: `heldout_auroc`, how well projections tell all positive sides from all negative ones; `heldout_accuracy`,
+      the share of pairs whose positive side lies further along; `anti_steerable`, the share of pairs of which steering
+      makes the positive continuation less likely, relative to the negative one (Tan et al., arXiv:2407.12404); and
+      `n_heldout`.
+    """
+    if not pairs:
+        return {}
+    positive, negative, _ = _sides(loaded, HookPoint.parse(vector.hook_point), pairs)
+    sides = positive @ vector.direction, negative @ vector.direction
+    drawn = draw(len(pairs), RESAMPLES, np.random.default_rng(seed))
+    weights = np.concatenate([np.ones((1, len(pairs))), drawn])
+    areas = auroc(np.concatenate(sides), np.arange(2 * len(pairs)) < len(pairs), np.concatenate([weights] * 2, axis=1))
+    shares = {"heldout_accuracy": sides[0] > sides[1], "anti_steerable": _moved(loaded, vector, pairs) < 0}
+    return {
+        "n_heldout": len(pairs),
+        "heldout_auroc": float(areas[0]),
+        "heldout_auroc_ci95": interval(areas[1:]),
+        **means({name: each.astype(float) for name, each in shares.items()}, seed),
+    }
+
+
+def _moved(loaded: LoadedModel, vector: SteeringVector, pairs: Sequence[ContrastPair]) -> Float[np.ndarray, " pair"]:
+    """Nats a token by which the positive continuation of each pair gains on the negative one, from -c to +c."""
+    prompts, point = [pair.prompt for pair in pairs], HookPoint.parse(vector.hook_point)
+    gains = []
+    for sign in (1, -1):
+        push = Add(torch.from_numpy(vector.direction), sign * vector.coefficient_of(PROBE_DOSE))
+        with steering(loaded, [Intervention(push, point)]):
+            costs = [
+                np.array([reading.nll for reading in reread(loaded, point, prompts, texts)])
+                for texts in ([pair.positive for pair in pairs], [pair.negative for pair in pairs])
+            ]
+        gains.append(sign * (costs[1] - costs[0]))
+    return gains[0] + gains[1]
