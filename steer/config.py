@@ -15,6 +15,9 @@ class MeasureConfig(Config):
     max_nll_rise: float = Field(
         default=1.0, description="nats a token that steered text may cost more than unsteered text"
     )
+    max_repetition_rise: float = Field(
+        default=0.1, description="share of three-token runs by which steered text may repeat itself more than unsteered"
+    )
     select_prompts: int = Field(default=8, gt=0, description="prompts that the dose is chosen on")
     heldout_prompts: int = Field(default=16, gt=0, description="other prompts, on which the receipt is measured")
     max_new_tokens: int = Field(default=28, gt=0, description="tokens a continuation")

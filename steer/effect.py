@@ -51,6 +51,8 @@ class Reread(NamedTuple):
     """activations at a hook point on the continuation's tokens"""
     nll: float
     """nats that a continuation token costs, on average; 0 for an empty continuation"""
+    repetition: float
+    """as `repetition` of its tokens"""
 
 
 class DoseTrial(NamedTuple):
@@ -60,6 +62,7 @@ class DoseTrial(NamedTuple):
     coefficient: float
     rate: float
     nll: float
+    repetition: float
 
 
 def latent_reader(sae: TorchSae, latent: int, hook_point: HookPoint) -> Concept:
@@ -84,8 +87,21 @@ def reread(loaded: LoadedModel, hook_point: HookPoint, prompts: Sequence[str], t
         losses = functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch.ids[:, 1:], reduction="none")
         for row, new in enumerate(batch.new):
             costs = losses[row][new[1:]]
-            out.append(Reread(x[row][new], float(costs.mean()) if len(costs) else 0.0))
+            nll = float(costs.mean()) if len(costs) else 0.0
+            out.append(Reread(x[row][new], nll, repetition(batch.ids[row][new].tolist())))
     return out
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """Share of runs of three tokens that were there before (seq-rep-3 of Welleck et al., arXiv:1908.04319).
+
+    Text that goes round in circles costs an unsteered model little, so its `nll` does not tell.
+
+    >>> repetition([1, 2, 3, 4, 5]), repetition([1, 2, 1, 2, 1, 2])
+    (0.0, 0.5)
+    """
+    runs = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def rate(reading: Reread, concept: Concept) -> float:
@@ -95,10 +111,10 @@ def rate(reading: Reread, concept: Concept) -> float:
 
 def _tables(
     readings: Sequence[Reread], concept: Concept, n_prompts: int
-) -> tuple[Float[np.ndarray, "condition prompt"], Float[np.ndarray, "condition prompt"]]:
-    """Rate and cost of readings that go through the prompts once a condition."""
-    rates, nlls = [rate(reading, concept) for reading in readings], [reading.nll for reading in readings]
-    return np.array(rates).reshape(-1, n_prompts), np.array(nlls).reshape(-1, n_prompts)
+) -> list[Float[np.ndarray, "condition prompt"]]:
+    """Rate, cost and repetition of readings that go through the prompts once a condition."""
+    figures = zip(*((rate(reading, concept), reading.nll, reading.repetition) for reading in readings), strict=True)
+    return [np.array(values).reshape(-1, n_prompts) for values in figures]
 
 
 def kl_per_token(
@@ -133,18 +149,22 @@ def sweep_doses(
     conditions = [[Intervention.of(vector, coefficient)] for coefficient in coefficients]
     texts = generate_conditions(loaded, conditions, prompts, max_new_tokens=max_new_tokens, seed=seed)
     readings = reread(loaded, concept.hook_point, [*prompts] * len(texts), [text for row in texts for text in row])
-    rates, nlls = (table.mean(axis=1) for table in _tables(readings, concept, len(prompts)))
+    tables = (table.mean(axis=1).tolist() for table in _tables(readings, concept, len(prompts)))
     return [
-        DoseTrial(vector.dose(coefficient), coefficient, float(rate), float(nll))
-        for coefficient, rate, nll in zip(coefficients, rates, nlls, strict=True)
+        DoseTrial(vector.dose(coefficient), coefficient, *figures)
+        for coefficient, *figures in zip(coefficients, *tables, strict=True)
     ]
 
 
-def choose_dose(trials: Sequence[DoseTrial], max_nll_rise: float) -> DoseTrial:
+def choose_dose(trials: Sequence[DoseTrial], max_nll_rise: float, max_repetition_rise: float) -> DoseTrial:
     """The trial with the highest rate among those whose text costs at most `max_nll_rise` nats a token more than
-    unsteered text; the smallest dose if there is none."""
+    unsteered text, and repeats at most `max_repetition_rise` more; the smallest dose if there is none."""
     plain, *steered = trials
-    sound = [trial for trial in steered if trial.nll <= plain.nll + max_nll_rise]
+    sound = [
+        trial
+        for trial in steered
+        if trial.nll <= plain.nll + max_nll_rise and trial.repetition <= plain.repetition + max_repetition_rise
+    ]
     return max(sound, key=lambda trial: trial.rate) if sound else steered[0]
 
 
@@ -173,7 +193,7 @@ def measure(
     texts = generate_conditions(loaded, [[], *steered], prompts, **limits)
     texts += generate_conditions(loaded, [[]], [f"{instruction}\n\n{prompt}" for prompt in prompts], **limits)
     readings = reread(loaded, concept.hook_point, [*prompts] * len(texts), [text for row in texts for text in row])
-    rates, nlls = _tables(readings, concept, n)
+    rates, nlls, repetitions = _tables(readings, concept, n)
     gain = rates[1] - rates[0]
     return {
         "coefficient": coefficient,
@@ -194,6 +214,8 @@ def measure(
         "nll_steered": float(nlls[1].mean()),
         "nll_random": float(nlls[2 : 2 + n_random].mean()),
         "nll_prompt_baseline": float(nlls[-1].mean()),
+        "repetition_unsteered": float(repetitions[0].mean()),
+        "repetition_steered": float(repetitions[1].mean()),
         "examples": [
             {"prompt": prompt, "unsteered": before, "steered": after, "random": random_, "prompt_baseline": instructed}
             for prompt, before, after, random_, instructed in zip(

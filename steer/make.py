@@ -74,7 +74,7 @@ def dose_and_measure(
         prompts = load_prompts("select")[: config.select_prompts]
         limits = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
         sweep = sweep_doses(loaded, vector, concept, prompts, config.doses, **limits)
-        coefficient = choose_dose(sweep, config.max_nll_rise).coefficient
+        coefficient = choose_dose(sweep, config.max_nll_rise, config.max_repetition_rise).coefficient
     receipt = measure(
         loaded,
         vector,

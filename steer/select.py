@@ -36,11 +36,13 @@ class Trial(NamedTuple):
     """rise in the share of tokens on which the latent is active"""
     nll_rise: float
     """rise in what the text costs the unsteered model, nats a token"""
+    repetition_rise: float
+    """rise in the share of three-token runs that were there before"""
 
     @property
     def score(self) -> float:
-        """Gain, less what the text lost in quality beyond a nat a token."""
-        return self.gain - max(0.0, self.nll_rise - 1.0)
+        """Gain, less what the text lost in quality: nats a token beyond one, repetition beyond a tenth."""
+        return self.gain - max(0.0, self.nll_rise - 1.0) - max(0.0, self.repetition_rise - 0.1)
 
 
 def candidates(index: FeatureIndex, n: int) -> list[LatentRow]:
@@ -87,5 +89,6 @@ def try_latents(
         concept = latent_reader(sae, latent, places.reads)
         gain = np.mean([rate(a, concept) - rate(b, concept) for a, b in zip(after, plain, strict=True)])
         rise = np.mean([a.nll - b.nll for a, b in zip(after, plain, strict=True)])
-        trials.append(Trial(latent, float(gain), float(rise)))
+        again = np.mean([a.repetition - b.repetition for a, b in zip(after, plain, strict=True)])
+        trials.append(Trial(latent, float(gain), float(rise), float(again)))
     return sorted(trials, key=lambda trial: -trial.score)

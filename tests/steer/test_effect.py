@@ -22,6 +22,7 @@ from steer.effect import (
     latent_reader,
     measure,
     rate,
+    repetition,
     reread,
     sweep_doses,
 )
@@ -125,17 +126,32 @@ def test_kl_is_that_of_single_texts_without_their_first_token(tiny: LoadedModel,
     assert kl_per_token(tiny, vector, 3.0, PROMPTS * 3, TEXTS * 3) == pytest.approx(total / count, rel=1e-4)
 
 
-def trial(dose: float, rate: float, nll: float) -> DoseTrial:
-    return DoseTrial(dose, 10 * dose, rate, nll)
+def trial(dose: float, rate: float, nll: float, repetition: float = 0.05) -> DoseTrial:
+    return DoseTrial(dose, 10 * dose, rate, nll, repetition)
 
 
 def test_the_chosen_dose_has_the_highest_rate_among_those_that_still_read_well() -> None:
     plain = trial(0, 0.9, 2.0)
     sweep = [plain, trial(0.2, 0.1, 2.1), trial(0.4, 0.5, 2.9), trial(0.6, 0.3, 2.95), trial(0.8, 1.0, 3.1)]
-    assert choose_dose(sweep, max_nll_rise=1.0).dose == 0.4
-    assert choose_dose(sweep, max_nll_rise=2.0).dose == 0.8
-    assert choose_dose(sweep, max_nll_rise=0.5).dose == 0.2
-    assert choose_dose(sweep, max_nll_rise=0.01).dose == 0.2, "the smallest, when all read badly; never no steering"
+    assert choose_dose(sweep, 1.0, 0.1).dose == 0.4
+    assert choose_dose(sweep, 2.0, 0.1).dose == 0.8
+    assert choose_dose(sweep, 0.5, 0.1).dose == 0.2
+    assert choose_dose(sweep, 0.01, 0.1).dose == 0.2, "the smallest, when all read badly; never no steering"
+
+
+def test_no_dose_is_chosen_that_makes_text_go_round_in_circles() -> None:
+    plain = trial(0, 0.1, 2.0)
+    sweep = [plain, trial(0.2, 0.3, 2.0), trial(0.4, 0.5, 1.5, repetition=0.14), trial(0.6, 0.9, 0.5, repetition=0.16)]
+    assert choose_dose(sweep, 1.0, 0.1).dose == 0.4
+    assert choose_dose(sweep, 1.0, 0.2).dose == 0.6
+    assert choose_dose(sweep, 1.0, 0.05).dose == 0.2
+
+
+def test_repetition_is_read_off_the_continuation_alone(tiny: LoadedModel) -> None:
+    (found,) = reread(tiny, POINT, ["the the the the the"], [" cat sat on"])
+    (again,) = reread(tiny, POINT, ["A"], [" the the the the the the"])
+    assert (found.repetition, repetition([])) == (0.0, 0.0)
+    assert again.repetition > 0.5
 
 
 def test_a_sweep_begins_unsteered_and_rates_each_dose(tiny: LoadedModel, vector: SteeringVector) -> None:

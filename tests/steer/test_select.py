@@ -90,9 +90,10 @@ def test_kinds_are_counted_at_the_peaks() -> None:
 
 
 def test_the_score_is_the_gain_less_what_is_lost_beyond_a_nat() -> None:
-    assert Trial(0, 0.5, -3.0).score == 0.5
-    assert Trial(0, 0.5, 1.0).score == 0.5
-    assert Trial(0, 0.5, 1.75).score == pytest.approx(-0.25)
+    assert Trial(0, 0.5, -3.0, -0.5).score == 0.5
+    assert Trial(0, 0.5, 1.0, 0.1).score == 0.5
+    assert Trial(0, 0.5, 1.75, 0.0).score == pytest.approx(-0.25)
+    assert Trial(0, 0.5, 0.0, 0.4).score == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("hook_point", ["resid_post.1", "resid_post.1->mlp_out.2"])
@@ -121,7 +122,9 @@ def test_trials_are_measured_on_the_texts_of_each_latent_and_sorted(tiny: Loaded
         gain = np.mean([rate(a, shows) for a in after]) - np.mean([rate(b, shows) for b in plain])
         rise = np.mean([a.nll for a in after]) - np.mean([b.nll for b in plain])
         assert by_latent[latent].gain == pytest.approx(gain, abs=0.05)
+        again = np.mean([a.repetition for a in after]) - np.mean([b.repetition for b in plain])
         assert by_latent[latent].nll_rise == pytest.approx(rise, abs=1e-3)
+        assert by_latent[latent].repetition_rise == pytest.approx(again)
     if written == point:
         assert max(t.gain for t in trials) > 0, "adding a latent's own direction makes it active"
 
