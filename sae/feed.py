@@ -1,10 +1,13 @@
 """Batches on the device before the step asks for them.
 
 1. Threads read the chunks of the next block while batches are taken from this one. 2. Where blocks fit on one
-accelerator, the same threads copy each shard there as soon as it is read, and the device gathers the rows of a batch.
+accelerator, the same threads copy a few shards at a time there as soon as they are read, and the device gathers the
+rows of a batch.
 Elsewhere blocks are in main memory: other threads gather, and others copy batches to the device, several at a time,
 since one thread copies less than a GPU's bus carries. 3. One thread takes the batches in order, AHEAD of the step.
 4. The loop takes them, and waits for the device where it is IN_FLIGHT steps ahead of it.
+
+Whatever else a step copies to an accelerator waits behind the pieces of a block: it should be there from the start.
 
 What a thread raises is raised where its batch is asked for; leaving the context drops what is not begun and waits for
 the rest, chunks of a few hundred megabytes at most. The threads change no bit of a batch. Batches of a ring
@@ -39,7 +42,7 @@ AHEAD = 3
 IN_FLIGHT = 2
 """steps that the device has yet to end when the next one is sent to it"""
 READERS, GATHERERS, COPIERS = 8, 8, 4
-"""threads at most; each chunk is decoded by several more"""
+"""threads at most"""
 ROOMS = 32
 """pieces on their way to the device at most: several a reader, since a copy may wait for the steps before it"""
 DEVICE_SHARE = 1 / 8

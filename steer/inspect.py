@@ -8,7 +8,7 @@ from activations.errors import CorruptArtefactError, MissingArtefactError
 from activations.progress import progress
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
-from sae.index_db import FILE_NAME, FeatureIndex
+from sae.index_db import BLOBS, FILE_NAME, FeatureIndex
 from steer.library import load_library
 
 SHOWN_DAMAGES, SHOWN_LATENTS = 3, 6
@@ -99,7 +99,8 @@ def _index(path: Path, latent: int | None) -> dict[str, Any]:
         alive = len(index.latents(min_density=1e-12))
         return {"artefact": "feature index", **index.info, "live_latents": alive}
     row = index.latent(latent)
-    return {**vars(row), "contexts": len(row.contexts), "labels": [asdict(label) for label in index.labels(latent)]}
+    counts = {name: len(getattr(row, name)) for name in BLOBS}
+    return {**vars(row), **counts, "labels": [asdict(label) for label in index.labels(latent)]}
 
 
 def _library(path: Path) -> dict[str, Any]:

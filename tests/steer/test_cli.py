@@ -262,7 +262,9 @@ def test_the_pipeline_runs_through_the_verbs(made: Made, saekit: Saekit) -> None
     for name, kind in kinds.items():
         assert saekit("inspect", getattr(made, name), "--json").json["artefact"] == kind
         assert saekit("inspect", getattr(made, name)).code == 0
-    assert saekit("inspect", made.index, "--latent", 5, "--json").json["latent"] == 5
+    latent = saekit("inspect", made.index, "--latent", 5, "--json").json
+    assert latent["latent"] == 5
+    assert all(isinstance(latent[kind], int) for kind in ("contexts", "sampled", "near_misses"))
 
 
 def test_inspect_compares_two_saes(made: Made, saekit: Saekit, tmp_path: Path) -> None:
