@@ -32,7 +32,7 @@ def encode(values: np.ndarray, array: ArrayLayout) -> list[Any]:
 
     Given as buffers, to be written one behind the other.
     """
-    size = _chunk_bytes(array)
+    size = array.chunk_rows * array.row_bytes
     data = np.ascontiguousarray(values, dtype=array.dtype).reshape(-1).view(np.uint8)
     parts: list[Any] = []
     for start in range(0, len(data), size):
@@ -59,7 +59,7 @@ def read_into(out: np.ndarray, file: Path, array: ArrayLayout, start: int) -> bo
       start: the first sequence, counted from the shard's first.
     Returns: whether `out` holds them; if not, it holds anything.
     """
-    size, rows = _chunk_bytes(array), array.chunk_rows
+    size, rows = array.chunk_rows * array.row_bytes, array.chunk_rows
     if (
         not array.is_sharded
         or start % rows
@@ -88,7 +88,7 @@ def _has_entries(file: int, array: ArrayLayout, first: int, n: int) -> bool:
     if len(index) != length or index[-_CHECKSUM:] != _crc32c(index[:-_CHECKSUM]):
         return False
     found = np.frombuffer(index[:-_CHECKSUM], "<u8").reshape(n_index, 2)[first : first + n]
-    return np.array_equal(found, _entries(n_index, _chunk_bytes(array))[first : first + n])
+    return np.array_equal(found, _entries(n_index, array.chunk_rows * array.row_bytes)[first : first + n])
 
 
 def _read_chunks(file: int, chunks: np.ndarray, first: int) -> bool:
@@ -104,10 +104,6 @@ def _entries(n: int, size: int) -> np.ndarray:
     """Places and lengths of n chunks of `size` bytes, with their checksums, one behind the other."""
     length = size + _CHECKSUM
     return np.stack([np.arange(n) * length, np.full(n, length)], axis=1).astype("<u8")
-
-
-def _chunk_bytes(array: ArrayLayout) -> int:
-    return array.chunk_rows * int(np.prod(array.tail)) * array.dtype.itemsize
 
 
 def _crc32c(data: Any) -> bytes:

@@ -172,8 +172,8 @@ class ActivationStore:
         array, rows = self._layout[self.hook_points[0]], self.meta.commit_sequences
         if self.storage.file(GROUP_KEY) is None:
             return rows
-        shard_bytes = array.object_rows * int(np.prod(array.tail)) * array.dtype.itemsize
-        return array.object_rows * largest_divisor(rows // array.object_rows, PIECE_BYTES // shard_bytes)
+        most = PIECE_BYTES // (array.object_rows * array.row_bytes)
+        return array.object_rows * largest_divisor(rows // array.object_rows, most)
 
     def room(self, n: int) -> Stored:
         """Memory for `n` sequences of one hook point, to be read into."""

@@ -6,6 +6,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -152,6 +153,11 @@ class ArrayLayout(NamedTuple):
     is_released: bool
     """whether a ring gives its old entries up"""
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one sequence's entry, before compression."""
+        return math.prod(self.tail) * self.dtype.itemsize
+
 
 class Stored(NamedTuple):
     """Activations of one hook point as they are kept; `to_float32(*stored)` widens them."""
@@ -192,7 +198,7 @@ def scale_name(hook_point: str) -> str:
 
 def bytes_per_position(meta: StoreMeta) -> float:
     """Bytes on disk of one position of one sequence, before compression of the small arrays."""
-    return sum(np.prod(array.tail) * array.dtype.itemsize for array in layout(meta).values()) / meta.ctx
+    return sum(array.row_bytes for array in layout(meta).values()) / meta.ctx
 
 
 def object_keys(name: str, array: ArrayLayout, start: int, stop: int) -> list[str]:

@@ -97,6 +97,13 @@ class LatentRow:
     confidence_change: float | None = None
     """change of the next token's confidence, in nats, when it is amplified (`sae.index_effects`)"""
 
+    def one_a_document(self) -> list[Context]:
+        """A context of each document that it was kept from: a sampled one where there are both."""
+        found: dict[tuple[int, int], Context] = {}
+        for context in (*self.sampled, *self.contexts):
+            found.setdefault((context.source, context.document), context)
+        return list(found.values())
+
     def quantile(self, share: float) -> float:
         """Activation below which this share of its active tokens lies, within a bin of the histogram."""
         return quantile(self.histogram, self.histogram_start, share)

@@ -19,9 +19,10 @@ Amplified means AMPLIFY times the largest activation of any latent on the prompt
 row there, as in the code of 2505.20063. Left out: generated text, which `steer.effect` measures.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -185,11 +186,22 @@ def _edited(
     inputs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Float[Tensor, "batch pos vocab"]:
     """The logits with `delta` added to what the SAE writes."""
+    with written(loaded, wiring, delta, lambda part, h: h + part.to(h)):
+        return run_until(loaded.model, {"input_ids": ids, **inputs}).logits.float()
+
+
+@contextmanager
+def written(
+    loaded: LoadedModel,
+    wiring: Wiring,
+    delta: Float[Tensor, "batch pos d_out"],
+    add: Callable[[Tensor, Tensor], Tensor],
+) -> Iterator[None]:
+    """Have each pass go on from `add(delta, h)` at all hook points that an SAE writes, each with its own delta."""
     with ExitStack() as stack:
         for name, part in zip(wiring.writes, delta.split(loaded.d_model, dim=-1), strict=True):
-            point = HookPoint.parse(name)
-            stack.enter_context(edit(loaded.model, loaded.family, point, lambda h, part=part: h + part.to(h)))
-        return run_until(loaded.model, {"input_ids": ids, **inputs}).logits.float()
+            stack.enter_context(edit(loaded.model, loaded.family, HookPoint.parse(name), partial(add, part)))
+        yield
 
 
 def _losses(logits: Float[Tensor, "batch pos vocab"], ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch next"]:

@@ -53,7 +53,8 @@ GROUP = 32
 """latents that are explained, and then scored, together"""
 ESTIMATED = 200
 """latents, evenly over those that were chosen, that an estimate is made from"""
-LETTERS_A_TOKEN = 5
+FILLER_LETTERS = 5
+"""letters a token of a text that is yet to be written, rather too many"""
 UNKNOWN = "words and phrases that have to do with one subject, in sentences of one kind"
 """stands for an explanation in an estimate"""
 
@@ -197,7 +198,7 @@ def _estimate(session: Session) -> Estimate:
 
 def _guessed_sheet(session: Session, each: Explained) -> Sheet:
     """Questions about a latent, with as many letters in place of texts that the model has yet to write."""
-    filler = "x" * (LETTERS_A_TOKEN * session.config.scoring.max_new_tokens)
+    filler = "x" * (FILLER_LETTERS * session.config.scoring.max_new_tokens)
     written = {
         latent: [session.ledger.kept(session.amplifier, request) or filler for request in requests]
         for latent, requests in amplified_requests(session, [each.case.latent]).items()

@@ -31,7 +31,7 @@ from activations.errors import TextError, UnknownNameError
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel
 from sae.metrics import RESAMPLES, auroc, draw, interval, means
-from steer.effect import reread
+from steer.effect import reread, states
 from steer.operations import Add, Intervention
 from steer.runtime import steering
 from steer.vectors import SteeringVector
@@ -180,7 +180,7 @@ def _sides(loaded: LoadedModel, point: HookPoint, pairs: Sequence[ContrastPair])
     means, norms = [], []
     for side in ("positive", "negative"):
         texts = [getattr(pair, side) for pair in pairs]
-        readings = [reading.x for reading in reread(loaded, point, [pair.prompt for pair in pairs], texts)]
+        readings = states(loaded, point, [pair.prompt for pair in pairs], texts)
         for text, x in zip(texts, readings, strict=True):
             if not len(x):
                 fix = "Write more, or begin it with a space."

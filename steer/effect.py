@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from activations.hook_points import HookPoint
-from activations.hooks import capture
+from activations.hooks import capture, run_until
 from activations.models import LoadedModel
 from sae.torch_view import TorchSae
 from steer.generate import generate_conditions
@@ -74,6 +74,20 @@ def contrast_reader(vector: SteeringVector) -> Concept:
     """The concept shows where the residual stream is on the positive side of the midpoint of the fit means."""
     direction, midpoint = torch.from_numpy(vector.direction), vector.source["midpoint"]
     return Concept(HookPoint.parse(vector.hook_point), lambda x: x @ direction > midpoint)
+
+
+def states(
+    loaded: LoadedModel, hook_point: HookPoint, prompts: Sequence[str], texts: Sequence[str]
+) -> list[Float[Tensor, "token d_model"]]:
+    """The `x` of `reread` alone, for which the model runs no further than to the hook point."""
+    out = []
+    for start in range(0, len(texts), READ_ROWS):
+        batch = _encode(loaded, prompts[start : start + READ_ROWS], texts[start : start + READ_ROWS])
+        with capture(loaded.model, loaded.family, [hook_point], stop_after_last=True) as captured:
+            run_until(loaded.model, _inputs(loaded, batch))
+        x = captured[hook_point].float().cpu()
+        out += [x[row][new] for row, new in enumerate(batch.new)]
+    return out
 
 
 def reread(loaded: LoadedModel, hook_point: HookPoint, prompts: Sequence[str], texts: Sequence[str]) -> list[Reread]:
@@ -243,9 +257,12 @@ def _encode(loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str]) -
 
 
 def _logits(loaded: LoadedModel, batch: _Batch) -> Float[Tensor, "text pos vocab"]:
+    return loaded.model(**_inputs(loaded, batch), use_cache=False).logits.float().cpu()
+
+
+def _inputs(loaded: LoadedModel, batch: _Batch) -> dict[str, Tensor]:
     inputs = {"input_ids": batch.ids, "attention_mask": batch.attend.long()}
-    inputs = {key: value.to(loaded.device) for key, value in inputs.items()}
-    return loaded.model(**inputs, use_cache=False).logits.float().cpu()
+    return {key: value.to(loaded.device) for key, value in inputs.items()}
 
 
 def _random_directions(n: int, d_model: int, seed: int) -> list[Float[np.ndarray, " d_model"]]:

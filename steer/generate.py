@@ -26,16 +26,13 @@ def generate(
     add_special_tokens: bool = True,
     force: bool = False,
 ) -> list[str]:
-    """Continuations of `prompts`, without the prompts and without special tokens.
+    """As `activations.generate.generate`, steered.
 
     Args:
-      prompts: texts as they are; apply a chat template first if the model is to answer.
-      temperature: 0 decodes greedily.
       interventions: what all of them are steered with.
       rows: besides, one list for each prompt.
       force: allow doses that `steering` refuses.
-      add_special_tokens: whether the tokenizer adds its own, such as BOS; not for chat prompts, which hold theirs.
-    Raises: ConfigError if prompt and continuation do not fit the model's context.
+    Raises: as that and `steer.runtime.steering` do.
     """
     token_rows = tokens_of(loaded, prompts, add_special_tokens)
     steered = steering(

@@ -54,7 +54,6 @@ class Plan:
         self._lengths = prompt_lengths if any(each.scope.part for each in everything) else None
         self.is_by_row = rows is not None or self._lengths is not None
         self.n_rows = len(rows if rows is not None else self._lengths or [0])
-        self.contents(interventions, rows, prompt_lengths)
         by_row = [self._needed([*interventions, *row], 1) for row in (rows or [[]])]
         spare = self._needed(reserve, 1)
         keys = dict.fromkeys(key for needed in (*by_row, spare) for key in needed)

@@ -7,8 +7,6 @@ asked about the texts (`sae.labels.questions`), and how well a latent steers (`s
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +15,9 @@ from torch import Tensor
 
 from activations.generate import generate
 from activations.hook_points import HookPoint
-from activations.hooks import capture, edit, run_until
+from activations.hooks import capture, run_until
 from activations.models import LoadedModel
+from sae.index_effects import written
 from sae.labels.chat import Message, Reply, Request
 from sae.labels.config import ScoringConfig
 from sae.torch_view import TorchSae
@@ -109,9 +108,7 @@ def amplified(
     norm = torch.cat([captured[point].float() for point in points], -1)[0, 1:].norm(dim=1).mean()
     rows = rows.to(loaded.device)
     deltas = dose * norm * rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-9)
-    with ExitStack() as stack:
-        for point, delta in zip(points, deltas.split(loaded.d_model, dim=-1), strict=True):
-            stack.enter_context(edit(loaded.model, loaded.family, point, partial(_added, delta[:, None])))
+    with written(loaded, wiring, deltas[:, None], _added):
         return generate(loaded, [prompt] * len(rows), max_new_tokens=max_new_tokens, seed=seed)
 
 

@@ -55,10 +55,7 @@ class Pool(NamedTuple):
 
 def split(row: LatentRow, seed: int) -> tuple[list[Context], list[Context]]:
     """Contexts for the explainer and contexts for scoring, each strongest first."""
-    by_document: dict[tuple[int, int], Context] = {}
-    for context in (*row.sampled, *row.contexts):
-        by_document.setdefault((context.source, context.document), context)
-    ranked = sorted(by_document.values(), key=lambda context: -context.score)
+    ranked = sorted(row.one_a_document(), key=lambda context: -context.score)
     coins = np.random.default_rng([seed, row.latent]).integers(2, size=len(ranked) // 2 + 1).tolist()
     sides: tuple[list[Context], list[Context]] = [], []
     for rank, context in enumerate(ranked):

@@ -44,7 +44,7 @@ def namer(tokenizer: Any) -> Names:
 
 def active_tokens(row: LatentRow, name: Names) -> list[ActiveToken]:
     """Kinds of tokens by how much of the latent's activation they hold, largest first, in one context a document."""
-    contexts = {(each.source, each.document): each for each in (*row.contexts, *row.sampled)}.values()
+    contexts = row.one_a_document()
     if not contexts:
         return []
     tokens = np.concatenate([context.tokens for context in contexts])
