@@ -22,11 +22,12 @@ def check_store(store: ActivationStore, loaded: LoadedModel) -> None:
 def check_sae(artefact: SaeArtefact, loaded: LoadedModel) -> None:
     """Raise MismatchError unless the SAE was made from this model, and is as wide."""
     model = artefact.metadata.get("model", {})
-    if model.get("fingerprint", loaded.fingerprint) != loaded.fingerprint:
+    fingerprint = model.get("fingerprint", loaded.fingerprint)
+    if fingerprint != loaded.fingerprint:
         raise MismatchError(
             "SAE",
-            expected=f"one trained on {loaded.id}",
-            got=f"one trained on {model.get('id')}",
+            expected=f"one trained on {loaded.id} ({loaded.fingerprint[:12]})",
+            got=f"one trained on {model.get('id')} ({str(fingerprint)[:12]})",
             fix="Choose another.",
         )
     wiring = Wiring.parse(artefact.hook_point)

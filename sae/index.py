@@ -66,7 +66,7 @@ def build_index(config: IndexConfig, loaded: LoadedModel | None = None) -> Path:
     else:
         check_sae(artefact, loaded)
         source = text_source(config, reads, artefact.d_sae, loaded)
-    state, statistics = load_state(config.out, artefact.sha256, pass_settings(config), artefact.d_sae, loaded.device)
+    state, statistics = load_state(config.out, artefact, pass_settings(config), loaded.device)
     state = _read_text(config, source, state, statistics, sae)
     info = _info(artefact, loaded, state, statistics)
     if not _is_written(config, info):

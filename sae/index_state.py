@@ -23,6 +23,7 @@ from torch import Tensor
 from activations.config import Config
 from activations.errors import CorruptArtefactError, MismatchError, MissingArtefactError, SaekitError
 from sae import coactivation
+from sae.artefact import SaeArtefact
 from sae.index_db import FILE_NAME
 from sae.index_pass import PassSettings, Statistics
 
@@ -51,7 +52,8 @@ class SourceState(Config):
 class Progress(Config):
     """What the statistics of the file are of."""
 
-    sae_sha256: str = Field(description="hash of the SAE")
+    sae_sha256: str = Field(description="hash of the SAE's weights")
+    hook_point: str = Field(description="what the SAE reads and writes, which its weights do not say")
     settings: dict[str, int] = Field(description="PassSettings")
     sources: tuple[SourceState, ...] = Field(default=(), description="texts read, in the order of their numbers")
 
@@ -82,15 +84,15 @@ def save_state(out: Path, progress: Progress, statistics: Statistics) -> None:
 
 
 def load_state(
-    out: Path, sae_sha256: str, settings: PassSettings, d_sae: int, device: torch.device
+    out: Path, artefact: SaeArtefact, settings: PassSettings, device: torch.device
 ) -> tuple[Progress, Statistics]:
     """The state in directory `out`, or the state of nothing read.
 
-    Raises: MismatchError if it is of another SAE or of other settings, MissingArtefactError if there is an index
+    Raises: MismatchError if it is of another SAE, hook point or settings, MissingArtefactError if there is an index
       without a state, CorruptArtefactError if it cannot be read.
     """
-    fresh = Progress(sae_sha256=sae_sha256, settings=settings._asdict())
-    statistics = Statistics(settings, d_sae, device)
+    fresh = Progress(sae_sha256=str(artefact.sha256), hook_point=artefact.hook_point, settings=settings._asdict())
+    statistics = Statistics(settings, artefact.d_sae, device)
     path = out / STATE_NAME
     if not path.exists():
         if (out / FILE_NAME).exists():
@@ -106,7 +108,7 @@ def load_state(
             if head.shapes.get(name) != tuple(value.shape):
                 raise _corrupt(STATE_NAME, f"'{name}' of shape {head.shapes.get(name)}")
         tensors = {name: _unpacked(file, name, value.shape, value.dtype) for name, value in wholes.items()}
-        sample = _read_sample(file, head, d_sae)
+        sample = _read_sample(file, head, artefact.d_sae)
         statistics.load(tensors | {_SAMPLE + name: value for name, value in sample._asdict().items()})
     return head.progress, statistics
 
@@ -143,11 +145,12 @@ def _check(out: Path, progress: Progress, fresh: Progress) -> None:
             got="one of another SAE, or of this one before it was trained again",
             fix="Choose another out, or delete the index.",
         )
-    for name, value in fresh.settings.items():
-        if progress.settings.get(name) != value:
+    begun = {**progress.settings, "hook_point": progress.hook_point}
+    for name, value in {**fresh.settings, "hook_point": fresh.hook_point}.items():
+        if begun.get(name) != value:
             raise MismatchError(
                 out,
-                expected=f"{name}={progress.settings.get(name)}, as it was begun with",
+                expected=f"{name}={begun.get(name)}, as it was begun with",
                 got=value,
                 fix="Use that, or choose another out.",
             )

@@ -51,7 +51,11 @@ def indexed(sae: Path, store: ActivationStore, out: Path) -> Path:
     source = store_source(store, (artefact.hook_point,), artefact.d_sae, torch.device("cpu"))
     for block, _ in source.blocks(0, seed_key(source.key, config.seed), Cursor()):
         found.add(TorchSae(artefact), block)
-    save_state(out, Progress(sae_sha256=str(artefact.sha256), settings=settings._asdict()), found)
+    save_state(
+        out,
+        Progress(sae_sha256=str(artefact.sha256), hook_point=artefact.hook_point, settings=settings._asdict()),
+        found,
+    )
     rows = [LatentRow(i, 0.1, 1.0, 1.0, [1], [(f"word{i}", 1.0)], [("-", -1.0)], [], []) for i in range(artefact.d_sae)]
     write_index(out, {"d_sae": artefact.d_sae, "sae_sha256": artefact.sha256}, rows)
     config.save(out / CONFIG_NAME)

@@ -205,6 +205,17 @@ def test_an_index_of_another_sae_is_refused_and_kept(made: Made, whole: IndexCon
     assert (whole.out / FILE_NAME).read_bytes() == before
 
 
+def test_the_same_weights_at_another_hook_point_are_another_sae(made: Made, whole: IndexConfig, tmp_path: Path) -> None:
+    artefact = SaeArtefact.load(whole.sae)
+    moved = replace(artefact, metadata={**artefact.metadata, "hook_point": "resid_pre.1"})
+    moved.save(tmp_path / "sae")
+    assert SaeArtefact.load(tmp_path / "sae").sha256 == artefact.sha256, "which is of the weights"
+    before = (whole.out / FILE_NAME).read_bytes()
+    with pytest.raises(MismatchError, match=f"hook_point={artefact.hook_point}, as it was begun with"):
+        build_index(whole.model_copy(update={"sae": tmp_path / "sae"}), made.loaded)
+    assert (whole.out / FILE_NAME).read_bytes() == before
+
+
 @pytest.mark.parametrize("change", [{"n_contexts": 9}, {"window_after": 1}, {"seed": 1}, {"coactivation_tokens": 7}])
 def test_other_settings_of_the_pass_are_refused(made: Made, whole: IndexConfig, change: dict[str, int]) -> None:
     with pytest.raises(MismatchError, match="as it was begun with"):

@@ -83,7 +83,7 @@ def indexed(store: ActivationStore, sae: SaeArtefact, out: Path, *, first: int =
     source = store_source(store, (sae.hook_point,), sae.d_sae, torch.device("cpu"))
     for block, _ in source.blocks(0, seed_key(source.key, SETTINGS.seed), Cursor(sequence=first)):
         found.add(TorchSae(sae), block)
-    save_state(out, Progress(sae_sha256="x", settings=SETTINGS._asdict()), found)
+    save_state(out, Progress(sae_sha256="x", hook_point="resid_post.1", settings=SETTINGS._asdict()), found)
     return out
 
 
