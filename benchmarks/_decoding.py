@@ -89,26 +89,27 @@ class Decoder:
         device = model.device
         generator = torch.Generator().manual_seed(settings.seed)
         ids = torch.randint(model.config.vocab_size, (settings.batch, PROMPT), generator=generator).to(device)
-        self._first = ids[:, -1:].clone()
+        # [pos, batch, 1], with the strides of what argmax gives: other ones would be compiled for.
+        self._given = ids.T.flatten().view(PROMPT, settings.batch, 1)
         self._position = torch.zeros(settings.batch, 1, dtype=torch.long, device=device)
         with torch.no_grad():
             positions = torch.arange(PROMPT, device=device).expand(settings.batch, -1)
             model(input_ids=ids, position_ids=positions, past_key_values=self._cache)
 
     @torch.no_grad()
-    def turn(self, n: int) -> torch.Tensor:
-        """Decode n tokens behind the prompt; the last logits."""
+    def turn(self, n: int, *, given: bool = False) -> torch.Tensor:
+        """Decode n tokens behind the prompt, or read n given ones, at most PROMPT; the last logits."""
         for layer in self._cache.layers:
             layer.cumulative_length.fill_(PROMPT)
         self._position.fill_(PROMPT)
-        token, logits = self._first, self._first
-        for _ in range(n):
+        token, logits = self._given[-1], self._given
+        for i in range(n):
             if self._step is not self._model:
                 torch.compiler.cudagraph_mark_step_begin()
             logits = self._step(
                 input_ids=token, position_ids=self._position, past_key_values=self._cache, use_cache=True
             ).logits
-            token = logits[:, -1:].argmax(-1)
+            token = self._given[i] if given else logits[:, -1:].argmax(-1)
             self._position += 1
         return logits.float().clone()
 
@@ -146,7 +147,7 @@ def compare(variants: Mapping[str, Turn], settings: Settings, *, compiled: bool)
 
     Returns: `wall_us`, `cpu_us` and, compiled on a GPU, `device_us`: medians. `*_percent`: the median over rounds of
       how much longer than the first it took, and `*_percent_quartiles` of the same. `moved`: how far its logits are
-      from those of the first after four tokens, in units of the largest: 0 if it does not steer.
+      from those of the first after the same four tokens, in units of the largest: rounding alone if it does not steer.
     """
     on_device = compiled and torch.cuda.is_available()
     ends = {}
@@ -155,7 +156,7 @@ def compare(variants: Mapping[str, Turn], settings: Settings, *, compiled: bool)
         for name, (decoder, prepare) in variants.items():
             prepare()
             for _ in range(4):  # the first compiles, the second records, the third replays
-                ends[name] = decoder.turn(4)
+                ends[name] = decoder.turn(4, given=True)
     spin_s = max(decoder.clock_us()[0] for decoder, _ in variants.values()) * 1e-6 * settings.tokens
     found: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": [], "device": []} for name in variants}
     order, shuffle = list(variants), random.Random(settings.seed)

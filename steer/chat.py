@@ -61,7 +61,10 @@ def _vector(config: ChatConfig) -> SteeringVector | None:
     name = config.vector or next(iter(load_library(config.library)), None)
     if name is None:
         raise MissingArtefactError(
-            config.library, expected="a library with a vector", got="none in it", fix="Make one with: saekit vector"
+            config.library,
+            expected="a library with a vector",
+            got="none in it",
+            fix="Make one with: saekit vector make",
         )
     return find_vector(config.library, name)
 

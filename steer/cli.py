@@ -7,24 +7,23 @@ line, 2 wrong usage. Heavy imports sit inside the verbs, so that `saekit --help`
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from activations.config import HarvestConfig
 from activations.errors import SaekitError
 from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
 from sae.labels.config import LabelConfig
-from steer.config import ChatConfig, DemoConfig, VectorConfig
+from steer.config import ChatConfig, DemoConfig
+from steer.options import AsJson, ConfigPath, DryRun, Overrides
+from steer.show import show, status
+from steer.vector_cli import app as vector_app
 
 PROBE_S = 3.0
 """seconds of forward passes that a dry run of `harvest` times"""
-WIDEST = 10_000
-"""columns in which results are laid out"""
 TYPER_STOPPED = 130
 """what typer turns Ctrl-C into"""
 
@@ -35,11 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-ConfigPath = Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="Config file; defaults without one.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the config.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
+app.add_typer(vector_app, name="vector")
 
 
 @app.command()
@@ -61,13 +56,13 @@ def harvest(
         from activations.models import load_model
         from activations.plan import plan
 
-        loaded = load_model(settings.model, device=settings.device, dtype=settings.compute_dtype, on_status=_status)
+        loaded = load_model(settings.model, device=settings.device, dtype=settings.compute_dtype, on_status=status)
         planned = plan(settings, loaded, store_meta(settings, loaded), probe_s=PROBE_S)
-        return _show({"config": settings.model_dump(mode="json"), **planned._asdict()}, json_)
+        return show({"config": settings.model_dump(mode="json"), **planned._asdict()}, json_)
     from activations.harvest import harvest as run
 
-    result = run(settings, on_status=_status)
-    _show({**result._asdict(), "tok_s": result.tok_s}, json_)
+    result = run(settings, on_status=status)
+    show({**result._asdict(), "tok_s": result.tok_s}, json_)
 
 
 @app.command()
@@ -88,12 +83,12 @@ def train(
 
         planned = plan(settings)
         figures = planned.figures() if planned else {}
-        return _show({"config": settings.model_dump(mode="json"), **figures}, json_)
+        return show({"config": settings.model_dump(mode="json"), **figures}, json_)
     from sae.train import train as run
 
     result = run(settings)
     saes = {name: {"path": sae.path, **sae.metrics} for name, sae in result.saes.items()}
-    _show({"steps": result.n_steps, "resumed_from": result.resumed_from, "saes": saes}, json_)
+    show({"steps": result.n_steps, "resumed_from": result.resumed_from, "saes": saes}, json_)
 
 
 @app.command()
@@ -101,13 +96,13 @@ def evaluate(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = 
     """Score an SAE on held-out text, also inside the model."""
     settings = EvaluateConfig.load(config, set_)
     if dry_run:
-        return _show({"config": settings.model_dump(mode="json")}, json_)
+        return show({"config": settings.model_dump(mode="json")}, json_)
     from sae.evaluate import evaluate as run
     from sae.evaluation.report import tables
 
     result = run(settings)
     report = {"report": settings.sae / "evaluation.html"}
-    _show(result if json_ else report | {table.title: table.rows for table in tables(result)}, json_)
+    show(result if json_ else report | {table.title: table.rows for table in tables(result)}, json_)
 
 
 @app.command()
@@ -115,10 +110,10 @@ def index(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fal
     """Find out what each latent responds to, and keep it in a database."""
     settings = IndexConfig.load(config, set_)
     if dry_run:
-        return _show({"config": settings.model_dump(mode="json")}, json_)
+        return show({"config": settings.model_dump(mode="json")}, json_)
     from sae.index import build_index
 
-    _show({"path": build_index(settings)}, json_)
+    show({"path": build_index(settings)}, json_)
 
 
 @app.command()
@@ -130,23 +125,10 @@ def label(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fal
     from sae.labels.report import tables
 
     if dry_run:
-        planned = estimate(settings, on_status=_status)
-        return _show({"config": settings.model_dump(mode="json"), **planned}, json_)
-    result = run(settings, on_status=_status)
-    _show(result if json_ else tables(result), json_)
-
-
-@app.command()
-def vector(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
-    """Make a steering vector from a latent or a contrast, and measure what it does."""
-    settings = VectorConfig.load(config, set_)
-    if dry_run:
-        return _show({"config": settings.model_dump(mode="json")}, json_)
-    from steer.make import make_vector
-
-    made = make_vector(settings)
-    receipt = {key: value for key, value in made.receipts[-1].items() if key not in ("examples", "sweep")}
-    _show({"name": made.name, "library": settings.out, "source": made.source, **receipt}, json_)
+        planned = estimate(settings, on_status=status)
+        return show({"config": settings.model_dump(mode="json"), **planned}, json_)
+    result = run(settings, on_status=status)
+    show(result if json_ else tables(result), json_)
 
 
 @app.command()
@@ -164,13 +146,13 @@ def chat(
     if json_ and not (prompt or dry_run):
         raise typer.BadParameter("--json needs a prompt")
     if dry_run:
-        return _show({"config": settings.model_dump(mode="json")}, json_)
+        return show({"config": settings.model_dump(mode="json")}, json_)
     from steer.chat import Chat
 
-    session = Chat(settings, on_status=_status)
+    session = Chat(settings, on_status=status)
     if prompt:
         text = " ".join(prompt)
-        return _show({"prompt": text, **session.steering, "answer": session.answer(text)}, json_, plain="answer")
+        return show({"prompt": text, **session.steering, "answer": session.answer(text)}, json_, plain="answer")
     _converse(session.answer)
 
 
@@ -193,7 +175,7 @@ def convert(
     """Bring an SAE from one project's format into another's."""
     from sae.formats.convert import convert as run
 
-    _show(run(source, target, to, from_, hook_point, dry_run), json_)
+    show(run(source, target, to, from_, hook_point, dry_run), json_)
 
 
 @app.command()
@@ -221,14 +203,14 @@ def inspect(
         from steer.inspect import laid_out
 
         result = compare(path, other, CompareConfig.load(None, set_), out)
-        return _show(result if json_ else laid_out(result), json_)
+        return show(result if json_ else laid_out(result), json_)
     if out is not None:
         from sae.index_export import export_index
 
-        return _show(export_index(path, out), json_)
+        return show(export_index(path, out), json_)
     from steer.inspect import describe
 
-    _show(describe(path, latent, verify), json_)
+    show(describe(path, latent, verify), json_)
 
 
 @app.command()
@@ -236,12 +218,12 @@ def demo(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fals
     """Run the whole pipeline on the embedded model and text."""
     settings = DemoConfig.load(config, set_)
     if dry_run:
-        return _show({"config": settings.model_dump(mode="json")}, json_)
+        return show({"config": settings.model_dump(mode="json")}, json_)
     from steer.demo import run_demo, transcript
 
-    summary = run_demo(settings, on_status=_status)
+    summary = run_demo(settings, on_status=status)
     if json_:
-        return _show(summary, True)
+        return show(summary, True)
     sys.stdout.write(transcript(settings, summary))
 
 
@@ -257,65 +239,6 @@ def main() -> None:
             raise
         sys.stderr.write("saekit: stopped.\n")
         sys.exit(1)
-
-
-def _status(line: str) -> None:
-    sys.stderr.write(f"  {line}\n")
-
-
-def _show(result: Mapping[str, Any], as_json: bool, plain: str | None = None) -> None:
-    """Print a result: as JSON, as one of its values, or as a table of them."""
-    if as_json:
-        sys.stdout.write(json.dumps(result, default=str) + "\n")
-    elif plain is not None:
-        sys.stdout.write(f"{result[plain]}\n")
-    else:
-        table = Table(show_header=False, box=None, pad_edge=False)
-        for key, value in _flat(result):
-            table.add_row(key, _cell(value))
-        for part in (table, *(_table(key, value) for key, value in result.items() if _is_table(value))):
-            console = Console(soft_wrap=True, width=WIDEST)
-            console.width = console.measure(part).maximum  # wider than the terminal, if it must: no cell loses its end
-            console.print(part, markup=False)
-
-
-def _is_table(value: Any) -> bool:
-    """Whether a value holds several things of the same keys, each a number or text."""
-    return (
-        isinstance(value, Mapping)
-        and len(value) > 1
-        and all(isinstance(row, Mapping) and not any(map(_nests, row.values())) for row in value.values())
-        and len({tuple(row) for row in value.values()}) == 1
-    )
-
-
-def _nests(value: Any) -> bool:
-    return isinstance(value, Mapping | list | tuple)
-
-
-def _table(name: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(name, *next(iter(rows.values())), box=None, pad_edge=False, header_style="bold")
-    for key, row in rows.items():
-        table.add_row(key, *map(_cell, row.values()))
-    return table
-
-
-def _flat(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys, with dots between nested ones, and their values, but for what goes into a table of its own."""
-    for key, value in result.items():
-        if isinstance(value, Mapping) and value:
-            if prefix or not _is_table(value):
-                yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return json.dumps(value, default=str, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
 
 
 def _converse(answer: Callable[[str], str]) -> None:

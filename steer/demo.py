@@ -233,7 +233,7 @@ def transcript(config: DemoConfig, summary: dict[str, Any]) -> str:
             f"  saekit chat --set library={out / 'library'} --set vector={first['latent_or_vector']} "
             f'"Tell me about your day."',
             f"  saekit inspect {out / 'index'} --latent {other}",
-            f"  saekit vector --set store={out / 'store'} --set sae={out / 'sae' / 'sae'} "
+            f"  saekit vector make --set store={out / 'store'} --set sae={out / 'sae' / 'sae'} "
             f"--set out={out / 'library'} --set latent={other}\n",
         ]
     )

@@ -51,7 +51,7 @@ def load_library(path: str | Path) -> dict[str, SteeringVector]:
         tensors = (path / "vectors.safetensors").read_bytes()
     except FileNotFoundError as error:
         raise MissingArtefactError(
-            path, expected="a library", got=f"no {Path(error.filename).name}", fix="Make one with: saekit vector"
+            path, expected="a library", got=f"no {Path(error.filename).name}", fix="Make one with: saekit vector make"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise _damaged(path, "a manifest that is not JSON") from error

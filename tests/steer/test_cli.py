@@ -21,11 +21,12 @@ from activations.errors import SaekitError
 from activations.models import load_model
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
-from steer import cli
+from steer import cli, vector_cli
+from steer.show import show
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOK, OTHER = "resid_post.1", "mlp_out.2"
-VERBS = ("harvest", "train", "evaluate", "index", "label", "vector", "chat", "convert", "inspect", "demo")
+VERBS = ("harvest", "train", "evaluate", "index", "label", "vector make", "chat", "convert", "inspect", "demo")
 MEASURE = [
     f"measure.{key}={value}"
     for key, value in {
@@ -104,14 +105,14 @@ def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
         "evaluate": sets(**common, ce_sequences=4),
         "index": sets(**common, out=index, n_logits=5),
         "label": label(index, run / "sae", tiny_llama),
-        "vector": sets(*MEASURE, **common, latent=5, out=library),
+        "vector make": sets(*MEASURE, **common, latent=5, out=library),
         "chat": ["Hello there", *sets(model=tiny_llama, library=library, max_new_tokens=4)],
     }
     results = {}
     with pytest.MonkeyPatch.context() as patch:
         capture = _Capture(patch)
         for verb, arguments in stages.items():
-            ran = call(capture, patch, verb, *arguments, "--json")
+            ran = call(capture, patch, *verb.split(), *arguments, "--json")
             results[verb] = ran.json
     other = load_model(str(tiny_llama), dtype="float32")
     with torch.no_grad():
@@ -150,10 +151,12 @@ class _Capture:
 def test_help_lists_every_verb(saekit: Saekit) -> None:
     ran = saekit("--help")
     assert ran.code == 0
-    assert all(verb in ran.out for verb in VERBS)
-    assert {command.callback.__name__ for command in cli.app.registered_commands} == set(VERBS)
+    assert all(verb.split()[0] in ran.out for verb in VERBS)
+    verbs = {command.callback.__name__ for command in cli.app.registered_commands}
+    verbs |= {f"vector {command.callback.__name__}" for command in vector_cli.app.registered_commands}
+    assert verbs == set(VERBS)
     for verb in VERBS:
-        assert saekit(verb, "--help").code == 0
+        assert saekit(*verb.split(), "--help").code == 0
 
 
 def test_help_loads_no_framework() -> None:
@@ -165,7 +168,7 @@ def test_help_loads_no_framework() -> None:
     assert not modules & {"torch", "jax", "transformers", "flax", "zarr", "matplotlib", "sqlalchemy", "numpy"}
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "index", "vector", "chat", "demo"])
+@pytest.mark.parametrize("verb", ["evaluate", "index", "vector make", "chat", "demo"])
 def test_a_dry_run_prints_the_resolved_config_and_does_nothing(
     saekit: Saekit, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +176,11 @@ def test_a_dry_run_prints_the_resolved_config_and_does_nothing(
     (tmp_path / "c.yaml").write_text("model: from-the-file\n")
     file = ["--config", "c.yaml"] if verb == "chat" else ["c.yaml"]
     config = saekit(
-        verb, *file, *sets(seed=3) if verb in ("evaluate", "index", "chat", "demo") else (), "--dry-run", "--json"
+        *verb.split(),
+        *file,
+        *sets(seed=3) if verb in ("evaluate", "index", "chat", "demo") else (),
+        "--dry-run",
+        "--json",
     ).json["config"]
     assert (config["model"], config.get("seed", 3)) == ("from-the-file", 3)
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
@@ -254,8 +261,8 @@ def test_the_pipeline_runs_through_the_verbs(made: Made, saekit: Saekit) -> None
     assert (results["label"]["latents"], len(results["label"]["labels"])) == (1, 1)
     labels = saekit("inspect", made.index, "--latent", 5, "--json").json["labels"]
     assert [label["kind"] for label in labels[:2]] == ["tokens", "logits"]
-    assert results["vector"]["name"] == "latent-5"
-    assert len(results["vector"]["effect_ci95"]) == 2
+    assert results["vector make"]["name"] == "latent-5"
+    assert len(results["vector make"]["effect_ci95"]) == 2
     assert results["chat"]["vector"] == "latent-5"
     assert isinstance(results["chat"]["answer"], str)
     kinds = {"store": "activation store", "sae": "SAE", "index": "feature index", "library": "library"}
@@ -317,7 +324,7 @@ def test_what_has_two_hook_points_runs_through_the_verbs(
     assert scores["fvu"] == pytest.approx(trained["saes"][hook_point]["fvu"], rel=1e-3)
     index = saekit(*belongs(made, tmp_path / "i", "index", sae=run / "sae"), "--json").json["path"]
     assert saekit("inspect", index, "--json").json["hook_point"] == hook_point
-    steered = saekit(*belongs(made, tmp_path, "vector", sae=run / "sae", latent=3), *sets(*MEASURE), "--json")
+    steered = saekit(*belongs(made, tmp_path, "vector make", sae=run / "sae", latent=3), *sets(*MEASURE), "--json")
     if is_crosscoder:
         assert (steered.code, steered.out) == (1, "")
         assert f"SAE of {hook_point}: expected one hook point" in steered.err
@@ -349,13 +356,13 @@ def test_plain_output_is_for_people(made: Made, saekit: Saekit) -> None:
 def test_what_several_saes_share_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     path = "a/long/way/" * 12
     saes = {f"k={k}": {"path": path, "l0": k + 0.5} for k in (8, 16)}
-    cli._show({"steps": 1200, "config": {"sae": {"k": None}}, "saes": saes}, as_json=False)
+    show({"steps": 1200, "config": {"sae": {"k": None}}, "saes": saes}, as_json=False)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         ["steps", "1,200"], ["config.sae.k", "None"],
         ["saes", "path", "l0"], ["k=8", path, "8.5"], ["k=16", path, "16.5"],
     ]  # fmt: skip
-    cli._show({"saes": {"only": saes["k=8"]}}, as_json=False)
+    show({"saes": {"only": saes["k=8"]}}, as_json=False)
     assert capsys.readouterr().out.split() == ["saes.only.path", path, "saes.only.l0", "8.5"]
 
 
@@ -381,7 +388,7 @@ WIDTHS = "reads and writes widths (32, 32), got (40, 40)"
 
 def belongs(made: Made, tmp: Path, verb: str, **changes: object) -> list[Any]:
     values = {"store": made.store, "sae": made.sae, "model": made.model}
-    return [verb, *sets(**values | changes, **{} if verb == "evaluate" else {"out": tmp / "out"})]
+    return [*verb.split(), *sets(**values | changes, **{} if verb == "evaluate" else {"out": tmp / "out"})]
 
 
 def file(tmp: Path, content: str) -> Path:
@@ -446,8 +453,8 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "no store to index": (lambda m, t: belongs(m, t, "index", store=t / "no"), "saekit harvest"),
     "no SAE to evaluate": (lambda m, t: belongs(m, t, "evaluate", sae=t / "no"), "saekit train"),
     "no SAE to index": (lambda m, t: belongs(m, t, "index", sae=t / "no"), "saekit train"),
-    "no SAE for a vector": (lambda m, t: belongs(m, t, "vector", sae=t / "no", latent=1), "saekit train"),
-    "no library": (lambda m, t: ["chat", "Hi", *sets(model=m.model, library=t / "no")], "saekit vector"),
+    "no SAE for a vector": (lambda m, t: belongs(m, t, "vector make", sae=t / "no", latent=1), "saekit train"),
+    "no library": (lambda m, t: ["chat", "Hi", *sets(model=m.model, library=t / "no")], "saekit vector make"),
     "library without vectors": (lambda m, t: ["chat", "Hi", *sets(model=m.model, library=no_vectors(t))], "library"),
     "no index to label": (lambda m, t: ["label", *label(t / "no", m.sae, m.model)], "saekit index"),
     "no SAE to label": (lambda m, t: ["label", *label(m.index, t / "no", m.model)], "saekit train"),
@@ -467,7 +474,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "unknown key inside": (lambda m, t: ["train", *sets("sae.kk=1")], "unknown key 'sae.kk'"),
     "unknown key in a file": (lambda m, t: ["index", file(t, "nope: 1")], "file.yaml: unknown key 'nope'"),
     "wrong type": (lambda m, t: ["harvest", *sets(ctx="many")], "key 'ctx'"),
-    "wrong type in a list": (lambda m, t: ["vector", *sets("measure.doses=[a]")], "measure.doses"),
+    "wrong type in a list": (lambda m, t: ["vector", "make", *sets("measure.doses=[a]")], "measure.doses"),
     "value out of range": (lambda m, t: ["train", *sets(batch_size=0)], "greater than 0"),
     "not an assignment": (lambda m, t: ["train", "--set", "seed"], "key.path=value"),
     "a value that is no YAML": (lambda m, t: ["train", *sets(seed="[1")], "YAML"),
@@ -500,9 +507,10 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "unknown format": (lambda m, t: ["convert", m.sae, t / "new", "--to", "pickle"], "sparsify"),
     "evaluation on another model": (lambda m, t: belongs(m, t, "evaluate", model=m.other_model), "a store of"),
     "index of another model": (lambda m, t: belongs(m, t, "index", model=m.other_model), "a store of"),
-    "vector of another model": (lambda m, t: belongs(m, t, "vector", model=m.other_model, latent=1), "a store of"),
+    "vector of another model": (lambda m, t: belongs(m, t, "vector make", model=m.other_model, latent=1), "a store of"),
     "contrast on the store of another model": (
-        lambda m, t: [*belongs(m, t, "vector", model=m.other_model, kind="contrast"), *sets(*MEASURE)], "a store of",
+        lambda m, t: [*belongs(m, t, "vector make", model=m.other_model, kind="contrast"), *sets(*MEASURE)],
+        "a store of",
     ),
     "chat with a vector of another model": (
         lambda m, t: ["chat", "Hi", *sets(model=m.other_model, library=m.library)], "one of other-model",
@@ -513,7 +521,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     ),
     "SAE of another width to evaluate": (lambda m, t: belongs(m, t, "evaluate", sae=m.wide_sae), WIDTHS),
     "SAE of another width to index": (lambda m, t: belongs(m, t, "index", sae=m.wide_sae), WIDTHS),
-    "SAE of another width for a vector": (lambda m, t: belongs(m, t, "vector", sae=m.wide_sae, latent=1), WIDTHS),
+    "SAE of another width for a vector": (lambda m, t: belongs(m, t, "vector make", sae=m.wide_sae, latent=1), WIDTHS),
     "more latents a token than latents": (
         lambda m, t: train(m, t / "o", "sae.d_sae=8", "sae.k=8", hook_points=f"[{HOOK}]"), "sae.k",
     ),
@@ -549,9 +557,11 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "library changed by hand": (lambda m, t: ["inspect", resigned(m, t)], "an intact library"),
     "unknown vector": (lambda m, t: ["chat", "Hi", *sets(model=m.model, library=m.library, vector="up")], "latent-5"),
     "unknown latent of the index": (lambda m, t: ["inspect", m.index, "--latent", 48], "0 to 47"),
-    "unknown latent of the SAE": (lambda m, t: belongs(m, t, "vector", latent=48), "0 to 47"),
-    "no latent": (lambda m, t: belongs(m, t, "vector"), "latent=123"),
-    "unknown contrast": (lambda m, t: belongs(m, t, "vector", kind="contrast", contrast="jolly"), "joyful_vs_gloomy"),
+    "unknown latent of the SAE": (lambda m, t: belongs(m, t, "vector make", latent=48), "0 to 47"),
+    "no latent": (lambda m, t: belongs(m, t, "vector make"), "latent=123"),
+    "unknown contrast": (
+        lambda m, t: belongs(m, t, "vector make", kind="contrast", contrast="jolly"), "joyful_vs_gloomy",
+    ),
     "out that is a file": (lambda m, t: harvest(m, t, out=m.text), "out"),
 }  # fmt: skip
 

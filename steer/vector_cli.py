@@ -1,0 +1,25 @@
+"""`saekit vector`: make steering vectors, choose their dose, measure them.
+
+Thin shells around one library call each, as `steer.cli` has them for the other verbs.
+"""
+
+import typer
+
+from steer.config import VectorConfig
+from steer.options import AsJson, ConfigPath, DryRun, Overrides
+from steer.show import show
+
+app = typer.Typer(help="Make steering vectors, choose their dose, and measure what they do.", no_args_is_help=True)
+
+
+@app.command()
+def make(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Make a steering vector from a latent or a contrast, and measure what it does."""
+    settings = VectorConfig.load(config, set_)
+    if dry_run:
+        return show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.make import make_vector
+
+    made = make_vector(settings)
+    receipt = {key: value for key, value in made.receipts[-1].items() if key not in ("examples", "sweep")}
+    show({"name": made.name, "library": settings.out, "source": made.source, **receipt}, json_)
