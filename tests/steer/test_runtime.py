@@ -1,6 +1,7 @@
 """Steering: what is added, where, and above all where not."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,23 @@ def test_coefficient_zero_is_the_model_bit_for_bit(tiny: LoadedModel, vector: St
     x = ids(tiny)
     assert torch.equal(logits(tiny, Intervention.of(vector, 0.0), input_ids=x), logits(tiny, input_ids=x))
     assert not torch.equal(logits(tiny, Intervention.of(vector, 1.0), input_ids=x), logits(tiny, input_ids=x))
+
+
+@pytest.mark.parametrize("coefficient", [0.5, -3.0])
+def test_adding_behind_the_last_block_moves_the_logits_as_predicted(
+    tiny: LoadedModel, vector: SteeringVector, coefficient: float
+) -> None:
+    x, last = ids(tiny), HookPoint("resid_post", tiny.n_layers - 1)
+    with torch.no_grad(), capture(tiny.model, tiny.family, [last]) as captured:
+        plain = tiny.model(input_ids=x).logits
+    h = captured[last][0].double() + coefficient * direction(vector).double()
+    base: Any = tiny.model.base_model
+    normed = h / (h.square().mean(-1, keepdim=True) + base.config.rms_norm_eps).sqrt() * base.norm.weight.double()
+    predicted = normed @ tiny.model.get_output_embeddings().weight.double().T
+    moved = logits(tiny, Intervention(Add(direction(vector), coefficient), last), input_ids=x)[0]
+    torch.testing.assert_close(moved[1:].double(), predicted[1:], atol=1e-5, rtol=1e-5)
+    assert torch.equal(moved[0], plain[0, 0])
+    assert float((moved[1:] - plain[0, 1:]).abs().max()) > 0.1
 
 
 def test_nothing_stays_behind(tiny: LoadedModel, vector: SteeringVector) -> None:
