@@ -1,7 +1,7 @@
 """Steering: what is added, where, and above all where not."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -62,9 +62,9 @@ def test_adding_behind_the_last_block_moves_the_logits_as_predicted(
     with torch.no_grad(), capture(tiny.model, tiny.family, [last]) as captured:
         plain = tiny.model(input_ids=x).logits
     h = captured[last][0].double() + coefficient * direction(vector).double()
-    base: Any = tiny.model.base_model
+    base, head = cast(Any, tiny.model.base_model), cast(Any, tiny.model.get_output_embeddings())
     normed = h / (h.square().mean(-1, keepdim=True) + base.config.rms_norm_eps).sqrt() * base.norm.weight.double()
-    predicted = normed @ tiny.model.get_output_embeddings().weight.double().T
+    predicted = normed @ head.weight.double().T
     moved = logits(tiny, Intervention(Add(direction(vector), coefficient), last), input_ids=x)[0]
     torch.testing.assert_close(moved[1:].double(), predicted[1:], atol=1e-5, rtol=1e-5)
     assert torch.equal(moved[0], plain[0, 0])
