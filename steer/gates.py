@@ -28,7 +28,7 @@ from activations.hook_points import HookPoint
 from activations.hooks import capture, run_until
 from activations.models import LoadedModel
 from sae.artefact import SaeArtefact
-from steer.vectors import encoder_row, places_of
+from steer.latents import encoder_row, places_of
 
 INF = math.inf
 
