@@ -108,7 +108,7 @@ def _gate(entry: Entry, weight: Float[np.ndarray, " d_model"], known: dict[Any, 
         raise ValueError(f"a gate of the unknown kind '{kind}'")
     numbers = {key: _finite(entry, key) for key in ("bias", "on", "off")}
     floor = _finite(entry, "floor") if kind == "latent" else -INF
-    key = (repr(sorted(entry.items(), key=lambda item: item[0])), weight.tobytes())
+    key = (repr(sorted((name, value) for name, value in entry.items() if name != "weight")), weight.tobytes())
     if key not in known:
         point, vector = HookPoint.parse(_text(entry, "hook_point")), torch.from_numpy(weight)
         readout = Readout(point, vector, numbers["bias"], floor, *READOUTS[kind])
