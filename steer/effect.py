@@ -154,7 +154,7 @@ def kl_per_token(
         batch = _encode(loaded, prompts[start : start + READ_ROWS], texts[start : start + READ_ROWS])
         with torch.inference_mode():
             plain = _logits(loaded, batch).log_softmax(-1)
-            with steering(loaded, [Intervention.of(vector, coefficient)], force=True):
+            with steering(loaded, [Intervention.of(vector, coefficient)], prompt_lengths=batch.heads, force=True):
                 steered = _logits(loaded, batch).log_softmax(-1)
             kl = (plain.exp() * (plain - steered)).sum(-1)
         total += float(kl[:, 1:][batch.attend[:, 1:]].sum())
@@ -261,6 +261,8 @@ class _Batch(NamedTuple):
     attend: Bool[Tensor, "text pos"]
     new: Bool[Tensor, "text pos"]
     """True on continuation tokens"""
+    heads: list[int]
+    """tokens of each prompt"""
 
 
 def _encode(loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str]) -> _Batch:
@@ -270,7 +272,7 @@ def _encode(loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str]) -
     ids, attend, new = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
     for i, (row, head) in enumerate(zip(rows, heads, strict=True)):
         ids[i, : len(row)], attend[i, : len(row)], new[i, head : len(row)] = torch.tensor(row), True, 1
-    return _Batch(ids, attend, new.bool())
+    return _Batch(ids, attend, new.bool(), heads)
 
 
 def _logits(loaded: LoadedModel, batch: _Batch) -> Float[Tensor, "text pos vocab"]:

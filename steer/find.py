@@ -211,5 +211,11 @@ def as_result(config: FindConfig, found: Sequence[Found]) -> dict[str, Any]:
         }
         for each in found
     }
-    weights = {each.latent: round(each.peak, 4) for each in found}
+    weights = {str(each.latent): round(each.peak, 4) for each in found}
     return {"text": config.text, "latents": rows, "make": {"kind": "latents", "latents": weights}}
+
+
+def command_of(found: Sequence[Found]) -> str:
+    """The command that makes a vector of these latents."""
+    weights = ", ".join(f"{each.latent}: {each.peak:.4g}" for each in found)
+    return f"saekit vector make --set kind=latents --set latents='{{{weights}}}'"

@@ -163,12 +163,12 @@ def from_modifier(
 def answer(
     loaded: LoadedModel, requests: Sequence[Request], modifier: str, place: str, *, max_new_tokens: int, seed: int
 ) -> list[Answered]:
-    """What the model answers, greedily, without requests that it answers alike or not at all."""
+    """What the model answers, sampled, without requests that it answers alike or not at all."""
     prompts = [request_prompt(loaded, each.text, added, place) for added in (modifier, None) for each in requests]
     texts: list[str] = []
     for start in range(0, len(prompts), ANSWER_ROWS):
         some = prompts[start : start + ANSWER_ROWS]
-        texts += generate(loaded, some, max_new_tokens=max_new_tokens, temperature=0, seed=seed)
+        texts += generate(loaded, some, max_new_tokens=max_new_tokens, seed=seed)
     n = len(requests)
     rows = zip(prompts[:n], prompts[n:], texts[:n], texts[n:], [each.split for each in requests], strict=True)
     return [each for each in map(Answered._make, rows) if _is_told_apart(loaded, each)]

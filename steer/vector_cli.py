@@ -42,9 +42,11 @@ def find(
         settings = settings.model_copy(update={"text": " ".join(text)})
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
-    from steer.find import as_result, find_latents
+    from steer.find import as_result, command_of, find_latents
 
-    show(as_result(settings, find_latents(settings)), json_)
+    found = find_latents(settings)
+    result = as_result(settings, found)
+    show(result if json_ else {**result, "make": command_of(found)}, json_)
 
 
 @app.command()

@@ -42,7 +42,7 @@ def test_what_is_taken_out_leaves_no_projection_and_is_taken_out_once(n: int, d:
 @given(st.integers(4, 40), seeds, st.floats(-3, 3), st.floats(0.1, 3))
 def test_what_is_added_can_be_subtracted(d: int, seed: int, by: float, scale: float) -> None:
     a, b = random_rows(2, d, seed)
-    assert_allclose(weighted(np.stack([a, b, b]), [1, by, -by]), a, atol=1e-12)
+    assert_allclose(weighted(np.stack([a, b, b]), [1.0, by, -by]), a, atol=1e-12)
     total = weighted(np.stack([a, b]), [scale, by])
     assume(np.linalg.norm(total) > 0.01)
     again = weighted(np.stack([unit(total, "sum").astype(float), b]), [np.linalg.norm(total), -by])
@@ -164,7 +164,7 @@ def test_the_concept_of_latents_is_their_weighted_activity(tiny: LoadedModel) ->
     vector = from_latent(artefact, 2, tiny.ref, 1.0)
     assert concept_of(vector) is None
     with pytest.raises(MismatchError, match="latent-2"):
-        concept_of(vector, replace(artefact, b_enc=np.ones(6, np.float32)))
+        concept_of(vector, replace(artefact, metadata={**artefact.metadata, "weights_sha256": "other"}))
 
 
 def test_latents_are_summed_at_their_weights(tiny: LoadedModel) -> None:

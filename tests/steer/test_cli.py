@@ -203,7 +203,7 @@ def test_a_dry_run_prints_the_resolved_config_and_does_nothing(
     config = saekit(
         *verb.split(),
         *file,
-        *sets(seed=3) if verb in ("evaluate", "index", "chat", "demo") else (),
+        *sets(seed=3) if verb in ("evaluate", "index", "vector layers", "chat", "demo") else (),
         "--dry-run",
         "--json",
     ).json["config"]
@@ -305,7 +305,7 @@ def test_latents_that_a_text_makes_active_become_a_vector(made: Made, saekit: Sa
     assert found["text"] == "the cat sat on the mat"
     assert len(found["latents"]) == 3
     assert all(row["density"] > 0 and row["label"] for row in found["latents"].values())
-    assert "score" in saekit("vector", "find", "the cat sat on the mat", *where).out
+    assert "vector make --set kind=latents" in saekit("vector", "find", "the cat sat on the mat", *where).out
     make = sets(**found["make"], operation="rotate", scope="generated", gate=0.5, gate_off=0.25, gate_tokens=2)
     arguments = [*belongs(made, tmp_path, "vector make"), *sets(*MEASURE), *make]
     assert saekit(*arguments, "--json").json["source"]["kind"] == "latents"

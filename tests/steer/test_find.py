@@ -76,7 +76,7 @@ def test_without_what_is_usual_peaks_rank(
     assert found[0].peak == pytest.approx(float(peaks.max()), rel=1e-4)
     assert found[0].on[0][1] == found[0].peak
     result = as_result(config(), found)
-    assert result["make"] == {"kind": "latents", "latents": {each.latent: round(each.peak, 4) for each in found}}
+    assert result["make"] == {"kind": "latents", "latents": {str(each.latent): round(each.peak, 4) for each in found}}
     often = find_latents(config(min_tokens=3, n=24), tiny)
     assert 0 < len(often) < 24
     assert all(each.n_tokens >= 3 for each in often)
