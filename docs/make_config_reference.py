@@ -79,12 +79,12 @@ default:
     saekit train configs/train.yaml --set sae.k=64 --set out=runs/sae_k64
     saekit train --set store=runs/store --dry-run
 
-`saekit chat` and `saekit vector find` take their file as `--config FILE`, because their argument is a text; `saekit inspect
-ONE OTHER`, which compares, takes single keys alone. Values after `=` are YAML:
+`saekit chat` and `saekit vector find` take their file as `--config FILE`, because their argument is a text;
+`saekit inspect ONE OTHER`, which compares, takes single keys alone. Values after `=` are YAML:
 `--set hook_points='[resid_post.6, resid_post.12]'`, `--set lr=null`. Dots reach into groups of keys. An unknown key is
 an error. `--dry-run` prints the resolved config and stops; that of `harvest` also measures, and that of `train` checks
-the store, what they would take; that of `label` says what it would ask and cost. `harvest`, `train`, `index`, `label`
-and `demo` save the resolved config beside their output.
+the store, what they would take; that of `label` says what it would ask and cost. `harvest`, `train`, `index`, `label`,
+`vector layers` and `demo` save the resolved config beside their output.
 Relative paths start from the current directory.
 
 The recipes for training say in their first lines how to harvest the store that they train on. tests/sae/test_recipes.py

@@ -262,6 +262,7 @@ def picture(sweep: LayerSweep, config: LayersConfig) -> str:
     cost.set(title="what it costs, nats a token", xlabel=f"0-based block ({config.site}); dashed: chosen")
     for axis in axes:
         axis.axvline(HookPoint.parse(sweep.chosen).layer, color=ORANGE, linestyle="--", linewidth=1)
+        axis.title.set_fontsize(9)
         axis.legend(fontsize=7, frameon=False)
         axis.xaxis.get_major_locator().set_params(integer=True)
     return str(svg(drawn))

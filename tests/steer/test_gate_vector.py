@@ -66,7 +66,7 @@ def test_vectors_that_belong_together_share_a_gate(config: GateConfig, tiny: Loa
 
 
 def test_mistakes(config: GateConfig, tiny: LoadedModel, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no later than resid_post.1"):
+    with pytest.raises(ConfigError, match=r"no later than resid_post\.1"):
         gate_vector(changed(config, hook_point="resid_post.2"), tiny)
     with pytest.raises(ConfigError, match="99 texts"):
         gate_vector(changed(config, rate=0.01), tiny)
