@@ -194,7 +194,7 @@ def _measured(
 
 def as_result(config: CombineConfig, made: Sequence[SteeringVector]) -> dict[str, Any]:
     """What the command shows: a row a vector, without effect where nothing could be measured."""
-    rows = {}
+    rows, shown = {}, ("effect", "random_control_effect", "kl") if any(vector.receipts for vector in made) else ()
     for vector in made:
         receipt = vector.receipts[-1] if vector.receipts else {}
         rows[vector.name] = {
@@ -202,7 +202,7 @@ def as_result(config: CombineConfig, made: Sequence[SteeringVector]) -> dict[str
             "measured as": vector.source.get("concept", "not measured" if config.measured else "not asked for"),
             "coefficient": vector.coefficient,
             "dose": vector.dose(vector.coefficient),
-            **{key: receipt.get(key) for key in ("effect", "random_control_effect", "kl")},
+            **{key: receipt.get(key) for key in shown},
             "cosines": ", ".join(f"{name} {cosine:+.2f}" for name, cosine in vector.source["cosines"].items()),
         }
     return {"library": config.out, "vectors": rows}

@@ -17,6 +17,7 @@ they are strongest. Left out: whether they do something when they are added, whi
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -88,12 +89,12 @@ def find_latents(config: FindConfig, loaded: LoadedModel | None = None) -> list[
     candidates = torch.nonzero(active >= config.min_tokens)[:, 0].tolist()
     usual = _usual(config, loaded, artefact, index, candidates)
     found = [
-        _found(read, latent, usual.get(latent), index)
+        _found(read, latent, usual.get(latent))
         for latent in candidates
         if latent not in usual or usual[latent].density <= config.max_density
     ]
     found = sorted(found, key=lambda each: (-each.score, each.latent))[: config.n]
-    return [each._replace(label=_label(index, each.latent)) for each in found]
+    return found if index is None else [each._replace(label=label_of(index, each.latent, loaded)) for each in found]
 
 
 def read_text(loaded: LoadedModel, artefact: SaeArtefact, text: str, chat: bool = False) -> Read:
@@ -129,7 +130,7 @@ def _counts(
     ]
 
 
-def _found(read: Read, latent: int, usual: Usual | None, index: FeatureIndex | None) -> Found:
+def _found(read: Read, latent: int, usual: Usual | None) -> Found:
     values = read.latents[:, latent]
     order = values.argsort(descending=True, stable=True).tolist()
     on = [(read.tokens[i], float(values[i])) for i in order[:SHOWN_TOKENS] if values[i] > 0]
@@ -187,14 +188,13 @@ def _rows(
     return torch.from_numpy(store.activations(point, start, stop))[mask]
 
 
-def _label(index: FeatureIndex | None, latent: int) -> str | None:
-    """What it was explained as, else the tokens that it stands on or raises."""
-    if index is None:
-        return None
+def label_of(index: FeatureIndex, latent: int, loaded: LoadedModel) -> str:
+    """What a latent was explained as, or else labelled as, or else the tokens that it is strongest on."""
     labels = sorted(index.labels(latent), key=lambda label: label.kind != "explanation")
     if labels:
         return labels[0].text
-    return "raises " + ", ".join(repr(token) for token, _ in index.latent(latent).top_logits[:4])
+    peaks = Counter(int(context.tokens[context.peak]) for context in index.latent(latent).contexts)
+    return "on " + ", ".join(repr(loaded.tokenizer.decode([token])) for token, _ in peaks.most_common(SHOWN_TOKENS))
 
 
 def as_result(config: FindConfig, found: Sequence[Found]) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def as_result(config: FindConfig, found: Sequence[Found]) -> dict[str, Any]:
             "density": None if each.usual is None else each.usual.density,
             "tokens": each.n_tokens,
             "strongest on": ", ".join(f"{token!r} {value:.3g}" for token, value in each.on),
-            "label": each.label,
+            "label": each.label or "",
         }
         for each in found
     }
