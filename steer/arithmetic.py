@@ -8,8 +8,8 @@ With unit directions v_i and weights w_i, m the direction of Σ v_i:
     unshared  each v_i less its projection on m   what each has alone; of two vectors, opposite directions
 
 all made unit again. Flow of `combine`: 1. check that the parents belong together; 2. the new directions; 3. each is
-dosed and measured with the concept of a parent, where that can be read: of a contrast or a modifier always, of latents
-with their SAE. Others are stored as they are, without a receipt.
+dosed and measured with the concept of a parent, where that can be read: of a contrast always, of latents with their
+SAE. Others are stored as they are, without a receipt.
 
 Left out: which vectors get in each other's way (`steer.interference`).
 """

@@ -105,7 +105,7 @@ def _of_modifier(config: VectorConfig, loaded: LoadedModel, store: ActivationSto
         raise ConfigError("key 'modifier'", expected="an instruction", got="none", fix=fix)
     hook_point, requests = _hook_point(config, loaded, store), load_requests(config.requests)
     name = "-".join(re.findall(r"\w+", config.modifier.lower())[:4]) or "modifier"
-    vector = from_modifier(
+    vector, reader = from_modifier(
         loaded,
         hook_point,
         name,
@@ -121,7 +121,7 @@ def _of_modifier(config: VectorConfig, loaded: LoadedModel, store: ActivationSto
     texts = {split: [each.text for each in requests if each.split == split] for split in ("fit", "heldout")}
     select, heldout = ([request_prompt(loaded, text) for text in texts[split]] for split in ("fit", "heldout"))
     instructed = [request_prompt(loaded, text, config.modifier, config.place) for text in texts["heldout"]]
-    return Made(vector, contrast_reader(vector), Prompts(select, heldout, instructed))
+    return Made(vector, contrast_reader(reader), Prompts(select, heldout, instructed))
 
 
 KINDS: dict[str, Callable[[VectorConfig, LoadedModel, ActivationStore], Made]] = {

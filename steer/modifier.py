@@ -9,15 +9,17 @@ Flow of `from_modifier`:
     text     not equal tokens, but both answers, each read without the instruction: a contrast the model wrote itself
 
 3. the differences of the `fit` requests give the direction, by the methods of `steer.contrast`;
-4. both answers, read again without the instruction, are contrast pairs: those to fit say where a text passes from one
-   side to the other, those held out how well the vector tells them apart and whether it moves the model to the first;
-   `recovered` is how much of what the instruction does for its own answer steering does without it.
+4. both answers, read again without the instruction, are contrast pairs. Those to fit give the reader that says on which
+   tokens of a text the manner shows, a direction of its own, since that of the vector does not tell texts apart
+   (docs/LOG.md); those held out say how well the reader does, and whether steering moves the model to the first answer;
+5. `recovered` is how much of what the instruction does for its own answers steering does without it.
 
 Left out: instructions of several turns, and vectors trained to match the prompt (`steer.learn`).
 """
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,12 +30,14 @@ import torch
 from activations.errors import TextError
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel, chat_prompt
+from sae.metrics import means
 from steer.contrast import (
     PROBE_DOSE,
     ContrastPair,
     Sides,
     direction_of,
     fit_quality,
+    gains,
     heldout_quality,
     lint,
     midpoint_of,
@@ -118,8 +122,8 @@ def from_modifier(
     method: str = "mean",
     max_new_tokens: int = 28,
     seed: int = 0,
-) -> SteeringVector:
-    """The direction of an instruction, and in `source` how far it can be believed.
+) -> tuple[SteeringVector, SteeringVector]:
+    """The direction of an instruction, in `source` how far it can be believed, and the direction of its reader.
 
     Args:
       place: `system` or `user`, the turn that the instruction is in.
@@ -148,16 +152,21 @@ def from_modifier(
         "method": method,
         "pairs": len(fit),
         "dropped": len(requests) - len(answered),
-        "midpoint": midpoint_of(positive, negative, direction),
         "warnings": lint(pairs),
     }
     vector = SteeringVector(name, direction, hook_point, loaded.ref, mean_norm, source)
+    along = direction_of(positive - negative, "mean").astype(np.float32)
+    about = {"kind": "contrast", "contrast": name, "midpoint": midpoint_of(positive, negative, along)}
+    reader = replace(vector, direction=along, source=about)
+    own = heldout_quality(loaded, reader, [each.pair for each in heldout], seed)
+    anti = gains(loaded, vector, [each.pair for each in heldout], PROBE_DOSE) < 0
     source |= {
         **fit_quality(d, direction, method, seed),
-        **heldout_quality(loaded, vector, [each.pair for each in heldout], seed),
+        **{key.replace("heldout_", "reader_"): own[key] for key in own if not key.startswith("anti_")},
+        **means({"anti_steerable": anti.astype(float)}, seed),
         **recovered(loaded, vector, heldout, PROBE_DOSE),
     }
-    return vector
+    return vector, reader
 
 
 def answer(

@@ -46,23 +46,25 @@ def test_each_reading_is_the_difference_that_it_says(tiny: LoadedModel) -> None:
 
 
 def test_a_vector_says_how_far_it_can_be_believed(tiny: LoadedModel) -> None:
-    vector = from_modifier(tiny, "resid_post.2", "kind", REQUESTS, "Be kind.", max_new_tokens=6)
+    vector, reader = from_modifier(tiny, "resid_post.2", "kind", REQUESTS, "Be kind.", max_new_tokens=6)
     source = vector.source
     assert np.linalg.norm(vector.direction) == pytest.approx(1, abs=1e-5)
     assert (source["kind"], source["modifier"], source["place"], source["read"]) == (
         "modifier", "Be kind.", "user", "answer",
     )  # fmt: skip
     assert source["pairs"] + source["n_heldout"] + source["dropped"] == len(REQUESTS)
-    assert {"stability", "heldout_auroc", "anti_steerable", "gained_by_prompt", "gained_by_vector"} <= source.keys()
+    assert {"stability", "reader_auroc", "anti_steerable", "gained_by_prompt", "gained_by_vector"} <= source.keys()
     json.dumps(source)
     fit = [each for each in answer(tiny, REQUESTS, "Be kind.", "user", max_new_tokens=6, seed=0) if each.split == "fit"]
     d = READS["answer"](tiny, POINT, fit).mean(0)
     np.testing.assert_allclose(vector.direction, d / np.linalg.norm(d), atol=1e-4)
     sides = [
-        np.mean([hidden(tiny, each.plain, text).mean(0).numpy() @ vector.direction for each, text in some])
+        np.stack([hidden(tiny, each.plain, text).mean(0).numpy() for each, text in some])
         for some in ([(e, e.modified_answer) for e in fit], [(e, e.plain_answer) for e in fit])
     ]
-    assert source["midpoint"] == pytest.approx(np.mean(sides), abs=1e-3)
+    along = (sides[0] - sides[1]).mean(0)
+    np.testing.assert_allclose(reader.direction, along / np.linalg.norm(along), atol=1e-4)
+    assert reader.source["midpoint"] == pytest.approx(float((sum(sides) @ reader.direction).mean() / 2), abs=1e-3)
 
 
 def test_where_the_instruction_stands(tiny: LoadedModel) -> None:
