@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from activations.config import Config, HarvestConfig
 from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
 from sae.labels.config import LabelConfig
-from steer.config import ChatConfig, DemoConfig, VectorConfig
+from steer.config import ChatConfig, CombineConfig, DemoConfig, FindConfig, GateConfig, LayersConfig, VectorConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -27,6 +27,10 @@ CLASSES: dict[str, type[Config]] = {
     "inspect": CompareConfig,
     "label": LabelConfig,
     "vector make": VectorConfig,
+    "vector find": FindConfig,
+    "vector combine": CombineConfig,
+    "vector layers": LayersConfig,
+    "vector gate": GateConfig,
     "chat": ChatConfig,
     "demo": DemoConfig,
 }
@@ -52,6 +56,12 @@ EXAMPLES: dict[str, str] = {
     "label.yaml": "label",
     "vector_latent.yaml": "vector make",
     "vector_contrast.yaml": "vector make",
+    "vector_latents.yaml": "vector make",
+    "vector_modifier.yaml": "vector make",
+    "vector_find.yaml": "vector find",
+    "vector_combine.yaml": "vector combine",
+    "vector_layers.yaml": "vector layers",
+    "vector_gate.yaml": "vector gate",
     "chat.yaml": "chat",
     "demo.yaml": "demo",
     "gpu_harvest.yaml": "harvest",
@@ -69,12 +79,12 @@ default:
     saekit train configs/train.yaml --set sae.k=64 --set out=runs/sae_k64
     saekit train --set store=runs/store --dry-run
 
-`saekit chat` takes its file as `--config FILE`, because its argument is the prompt; `saekit inspect
-ONE OTHER`, which compares, takes single keys alone. Values after `=` are YAML:
+`saekit chat` and `saekit vector find` take their file as `--config FILE`, because their argument is a text;
+`saekit inspect ONE OTHER`, which compares, takes single keys alone. Values after `=` are YAML:
 `--set hook_points='[resid_post.6, resid_post.12]'`, `--set lr=null`. Dots reach into groups of keys. An unknown key is
 an error. `--dry-run` prints the resolved config and stops; that of `harvest` also measures, and that of `train` checks
-the store, what they would take; that of `label` says what it would ask and cost. `harvest`, `train`, `index`, `label`
-and `demo` save the resolved config beside their output.
+the store, what they would take; that of `label` says what it would ask and cost. `harvest`, `train`, `index`, `label`,
+`vector layers` and `demo` save the resolved config beside their output.
 Relative paths start from the current directory.
 
 The recipes for training say in their first lines how to harvest the store that they train on. tests/sae/test_recipes.py
@@ -104,7 +114,7 @@ def render() -> str:
 
 
 def _command(verb: str, file: str) -> str:
-    return f"saekit {verb} {'--config ' if verb == 'chat' else ''}configs/{file}"
+    return f"saekit {verb} {'--config ' if verb in ('chat', 'vector find') else ''}configs/{file}"
 
 
 def _section(verb: str, cls: type[Config]) -> str:

@@ -21,17 +21,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from activations.errors import TextError, UnknownNameError
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel
 from sae.metrics import RESAMPLES, auroc, draw, interval, means
-from steer.effect import reread, states
+from steer.effect import reread, states_at
 from steer.operations import Add, Intervention
 from steer.runtime import steering
 from steer.vectors import SteeringVector
@@ -157,14 +158,14 @@ def from_contrast(
     if not fit:
         raise TextError(f"contrast '{name}'", expected="pairs of the split 'fit'", got="none", fix="Add some.")
     point = HookPoint.parse(hook_point).check(loaded.n_layers, loaded.family.sites(loaded.model.config))
-    positive, negative, mean_norm = _sides(loaded, point, fit)
+    positive, negative, mean_norm = read_sides(loaded, [point], fit)[point]
     direction = direction_of(positive - negative, method).astype(np.float32)
     source = {
         "kind": "contrast",
         "contrast": name,
         "method": method,
         "pairs": len(fit),
-        "midpoint": float(((positive + negative) @ direction).mean() / 2),
+        "midpoint": midpoint_of(positive, negative, direction),
         "warnings": lint(pairs),
     }
     vector = SteeringVector(name, direction, hook_point, loaded.ref, mean_norm, source)
@@ -175,19 +176,39 @@ def from_contrast(
     return vector
 
 
-def _sides(loaded: LoadedModel, point: HookPoint, pairs: Sequence[ContrastPair]) -> tuple[Sides, Sides, float]:
-    """Both sides of each pair, and the mean norm over the tokens of all continuations."""
-    means, norms = [], []
+class Read(NamedTuple):
+    """Pairs as a model reads them at one hook point."""
+
+    positive: Sides
+    negative: Sides
+    mean_norm: float
+    """over the tokens of all continuations"""
+
+
+def read_sides(
+    loaded: LoadedModel, points: Sequence[HookPoint], pairs: Sequence[ContrastPair]
+) -> dict[HookPoint, Read]:
+    """Both sides of each pair at each hook point, all read in one pass over the texts.
+
+    Raises: TextError for a continuation without tokens of its own.
+    """
+    means: dict[HookPoint, list[list[Tensor]]] = {point: [] for point in points}
+    norms: dict[HookPoint, list[Tensor]] = {point: [] for point in points}
     for side in ("positive", "negative"):
         texts = [getattr(pair, side) for pair in pairs]
-        readings = states(loaded, point, [pair.prompt for pair in pairs], texts)
-        for text, x in zip(texts, readings, strict=True):
-            if not len(x):
-                fix = "Write more, or begin it with a space."
-                raise TextError(f"continuation '{text}'", expected="tokens of its own", got="none", fix=fix)
-        means.append(torch.stack([x.mean(0) for x in readings]).double().numpy())
-        norms += [x.norm(dim=1) for x in readings]
-    return means[0], means[1], float(torch.cat(norms).mean())
+        for rows in means.values():
+            rows.append([])
+        for text, row in zip(texts, states_at(loaded, points, [pair.prompt for pair in pairs], texts), strict=True):
+            for point, x in row.items():
+                if not len(x):
+                    fix = "Write more, or begin it with a space."
+                    raise TextError(f"continuation '{text}'", expected="tokens of its own", got="none", fix=fix)
+                means[point][-1].append(x.mean(0))
+                norms[point].append(x.norm(dim=1))
+    return {
+        point: Read(*(torch.stack(rows).double().numpy() for rows in sides), float(torch.cat(norms[point]).mean()))
+        for point, sides in means.items()
+    }
 
 
 # --- how far it can be believed --------------------------------------------------------------------------------------
@@ -255,30 +276,46 @@ def heldout_quality(
     """
     if not pairs:
         return {}
-    positive, negative, _ = _sides(loaded, HookPoint.parse(vector.hook_point), pairs)
-    sides = positive @ vector.direction, negative @ vector.direction
-    drawn = draw(len(pairs), RESAMPLES, np.random.default_rng(seed))
-    weights = np.concatenate([np.ones((1, len(pairs))), drawn])
-    areas = auroc(np.concatenate(sides), np.arange(2 * len(pairs)) < len(pairs), np.concatenate([weights] * 2, axis=1))
-    shares = {"heldout_accuracy": sides[0] > sides[1], "anti_steerable": _moved(loaded, vector, pairs) < 0}
+    point = HookPoint.parse(vector.hook_point)
+    positive, negative, _ = read_sides(loaded, [point], pairs)[point]
+    anti = (gains(loaded, vector, pairs, PROBE_DOSE) < 0).astype(float)
     return {
-        "n_heldout": len(pairs),
-        "heldout_auroc": float(areas[0]),
-        "heldout_auroc_ci95": interval(areas[1:]),
-        **means({name: each.astype(float) for name, each in shares.items()}, seed),
+        **separation(positive @ vector.direction, negative @ vector.direction, seed),
+        **means({"anti_steerable": anti}, seed),
     }
 
 
-def _moved(loaded: LoadedModel, vector: SteeringVector, pairs: Sequence[ContrastPair]) -> Float[np.ndarray, " pair"]:
-    """Nats a token by which the positive continuation of each pair gains on the negative one, from -c to +c."""
+def midpoint_of(positive: Sides, negative: Sides, direction: Direction) -> float:
+    """Halfway between the sides along a direction: where a text passes from one side to the other."""
+    return float(((positive + negative) @ direction).mean() / 2)
+
+
+def separation(positive: Float[np.ndarray, " pair"], negative: Float[np.ndarray, " pair"], seed: int) -> dict[str, Any]:
+    """How well projections tell the sides of held-out pairs apart, with 95% bootstrap intervals over pairs."""
+    n = len(positive)
+    weights = np.concatenate([np.ones((1, n)), draw(n, RESAMPLES, np.random.default_rng(seed))])
+    scores, is_positive = np.concatenate([positive, negative]), np.arange(2 * n) < n
+    areas = auroc(scores, is_positive, np.concatenate([weights] * 2, axis=1))
+    return {
+        "n_heldout": n,
+        "heldout_auroc": float(areas[0]),
+        "heldout_auroc_ci95": interval(areas[1:]),
+        **means({"heldout_accuracy": (positive > negative).astype(float)}, seed),
+    }
+
+
+def gains(
+    loaded: LoadedModel, vector: SteeringVector, pairs: Sequence[ContrastPair], dose: float
+) -> Float[np.ndarray, " pair"]:
+    """Nats a token by which the positive continuation of each pair gains on the negative one, from -dose to +dose."""
     prompts, point = [pair.prompt for pair in pairs], HookPoint.parse(vector.hook_point)
-    gains = []
+    found = []
     for sign in (1, -1):
-        push = Add(torch.from_numpy(vector.direction), sign * vector.coefficient_of(PROBE_DOSE))
+        push = Add(torch.from_numpy(vector.direction), sign * vector.coefficient_of(dose))
         with steering(loaded, [Intervention(push, point)]):
             costs = [
                 np.array([reading.nll for reading in reread(loaded, point, prompts, texts)])
                 for texts in ([pair.positive for pair in pairs], [pair.negative for pair in pairs])
             ]
-        gains.append(sign * (costs[1] - costs[0]))
-    return gains[0] + gains[1]
+        found.append(sign * (costs[1] - costs[0]))
+    return found[0] + found[1]

@@ -13,7 +13,7 @@ The effect travels through text alone. Flow:
 Left out: judges, benchmarks of skill, safety suites.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -67,7 +67,16 @@ class DoseTrial(NamedTuple):
 
 def latent_reader(sae: TorchSae, latent: int, hook_point: HookPoint) -> Concept:
     """The concept shows where the latent of an SAE that reads `hook_point` is active."""
-    return Concept(hook_point, lambda x: sae.encode_some(x, torch.tensor([latent]))[:, 0] > 0)
+    return latents_reader(sae, {latent: 1.0}, hook_point)
+
+
+def latents_reader(sae: TorchSae, weights: Mapping[int, float], hook_point: HookPoint) -> Concept:
+    """The concept shows where Σ weight * activation is above 0, of latents of an SAE that reads `hook_point`.
+
+    With weights above 0 that is where one of them is active; latents of weights below 0 speak against it.
+    """
+    latents, by = torch.tensor([*weights]), torch.tensor([*weights.values()], dtype=torch.float32)
+    return Concept(hook_point, lambda x: sae.encode_some(x, latents) @ by > 0)
 
 
 def contrast_reader(vector: SteeringVector) -> Concept:
@@ -80,14 +89,19 @@ def states(
     loaded: LoadedModel, hook_point: HookPoint, prompts: Sequence[str], texts: Sequence[str]
 ) -> list[Float[Tensor, "token d_model"]]:
     """The `x` of `reread` alone, for which the model runs no further than to the hook point."""
-    out = []
+    return [row[hook_point] for row in states_at(loaded, [hook_point], prompts, texts)]
+
+
+def states_at(
+    loaded: LoadedModel, hook_points: Sequence[HookPoint], prompts: Sequence[str], texts: Sequence[str]
+) -> Iterator[dict[HookPoint, Float[Tensor, "token d_model"]]]:
+    """Text by text, what the model holds at each hook point on a continuation's tokens, all read in one pass."""
     for start in range(0, len(texts), READ_ROWS):
         batch = _encode(loaded, prompts[start : start + READ_ROWS], texts[start : start + READ_ROWS])
-        with capture(loaded.model, loaded.family, [hook_point], stop_after_last=True) as captured:
+        with capture(loaded.model, loaded.family, hook_points, stop_after_last=True) as captured:
             run_until(loaded.model, _inputs(loaded, batch))
-        x = captured[hook_point].float().cpu()
-        out += [x[row][new] for row, new in enumerate(batch.new)]
-    return out
+        x = {point: captured[point].float().cpu() for point in hook_points}
+        yield from ({point: values[row][new] for point, values in x.items()} for row, new in enumerate(batch.new))
 
 
 def reread(loaded: LoadedModel, hook_point: HookPoint, prompts: Sequence[str], texts: Sequence[str]) -> list[Reread]:
@@ -140,7 +154,7 @@ def kl_per_token(
         batch = _encode(loaded, prompts[start : start + READ_ROWS], texts[start : start + READ_ROWS])
         with torch.inference_mode():
             plain = _logits(loaded, batch).log_softmax(-1)
-            with steering(loaded, [Intervention.of(vector, coefficient)], force=True):
+            with steering(loaded, [Intervention.of(vector, coefficient)], prompt_lengths=batch.heads, force=True):
                 steered = _logits(loaded, batch).log_softmax(-1)
             kl = (plain.exp() * (plain - steered)).sum(-1)
         total += float(kl[:, 1:][batch.attend[:, 1:]].sum())
@@ -190,6 +204,7 @@ def measure(
     coefficient: float,
     *,
     instruction: str,
+    instructed: Sequence[str] | None = None,
     n_random: int = 3,
     max_new_tokens: int = 32,
     seed: int = 0,
@@ -198,6 +213,7 @@ def measure(
 
     Args:
       instruction: put in front of the prompt in the prompt baseline, such as "Write joyfully."
+      instructed: the prompts with the instruction in them, if it belongs elsewhere, such as into a turn of a chat.
       n_random: random unit directions that are steered with at the same coefficient.
     Returns: a JSON-ready dict; rates are shares of tokens, `kl` and `nll` are nats a token.
     """
@@ -205,7 +221,8 @@ def measure(
     random = [replace(vector, direction=v) for v in _random_directions(n_random, loaded.d_model, seed)]
     steered = [[Intervention.of(each, coefficient)] for each in (vector, *random)]
     texts = generate_conditions(loaded, [[], *steered], prompts, **limits)
-    texts += generate_conditions(loaded, [[]], [f"{instruction}\n\n{prompt}" for prompt in prompts], **limits)
+    instructed = instructed or [f"{instruction}\n\n{prompt}" for prompt in prompts]
+    texts += generate_conditions(loaded, [[]], instructed, **limits)
     readings = reread(loaded, concept.hook_point, [*prompts] * len(texts), [text for row in texts for text in row])
     rates, nlls, repetitions = _tables(readings, concept, n)
     gain = rates[1] - rates[0]
@@ -244,6 +261,8 @@ class _Batch(NamedTuple):
     attend: Bool[Tensor, "text pos"]
     new: Bool[Tensor, "text pos"]
     """True on continuation tokens"""
+    heads: list[int]
+    """tokens of each prompt"""
 
 
 def _encode(loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str]) -> _Batch:
@@ -253,7 +272,7 @@ def _encode(loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str]) -
     ids, attend, new = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
     for i, (row, head) in enumerate(zip(rows, heads, strict=True)):
         ids[i, : len(row)], attend[i, : len(row)], new[i, head : len(row)] = torch.tensor(row), True, 1
-    return _Batch(ids, attend, new.bool())
+    return _Batch(ids, attend, new.bool(), heads)
 
 
 def _logits(loaded: LoadedModel, batch: _Batch) -> Float[Tensor, "text pos vocab"]:

@@ -28,7 +28,7 @@ from activations.hook_points import HookPoint
 from activations.hooks import capture, run_until
 from activations.models import LoadedModel
 from sae.artefact import SaeArtefact
-from steer.vectors import encoder_row, places_of
+from steer.latents import encoder_row, places_of
 
 INF = math.inf
 
@@ -124,6 +124,17 @@ class Gate(Condition):
 class _Joined(Condition):
     how: str
     parts: tuple[Condition, ...]
+
+
+def joined(how: str, parts: Sequence[Condition]) -> Condition:
+    """Conditions joined by `and` or `or`, or one turned round by `not`."""
+    return _Joined(how, tuple(parts))
+
+
+def parts_of(condition: Condition) -> tuple[str, tuple[Condition, ...]]:
+    """How a condition that is not a single gate is joined, and of what."""
+    assert isinstance(condition, _Joined)
+    return condition.how, condition.parts
 
 
 Clause = dict[Gate, bool]
@@ -252,7 +263,7 @@ def calibrate(
     if not 0 < rate <= wide < 1:
         fix = "Choose rates such as 0.01 and 0.05."
         raise ConfigError("calibrate", expected="0 < rate <= off_rate < 1", got=f"{rate} and {wide}", fix=fix)
-    peaks = sorted(_peak(loaded, readout, text) for text in texts)
+    peaks = sorted(peak(loaded, readout, text) for text in texts)
     order, order_off = _order(len(peaks), rate), _order(len(peaks), wide)
     calibration = {"n": len(peaks), "rate": rate, "off_rate": wide, "bound95": _bound(len(peaks), order)}
     on, off = peaks[order - 1], peaks[order_off - 1]
@@ -273,7 +284,7 @@ def _bound(n: int, order: int) -> float:
     return float(beta.ppf(0.95, n - order + 1, order))
 
 
-def _peak(loaded: LoadedModel, readout: Readout, text: str) -> float:
+def peak(loaded: LoadedModel, readout: Readout, text: str) -> float:
     """The highest readout of a text's tokens, but the first."""
     ids = loaded.tokenizer(text)["input_ids"]
     if len(ids) < 2:

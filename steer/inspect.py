@@ -9,6 +9,7 @@ from activations.progress import progress
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from sae.index_db import BLOBS, FILE_NAME, FeatureIndex
+from steer.gates import gates_of
 from steer.library import load_library
 
 SHOWN_DAMAGES, SHOWN_LATENTS = 3, 6
@@ -107,6 +108,9 @@ def _library(path: Path) -> dict[str, Any]:
     vectors = {
         vector.name: {
             "hook_point": vector.hook_point,
+            "operation": vector.operation,
+            "scope": vector.scope,
+            "gates": [gate.name for gate in gates_of(vector.gate)],
             "coefficient": vector.coefficient,
             "dose": vector.dose(vector.coefficient),
             "model": vector.model.id,

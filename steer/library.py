@@ -1,39 +1,49 @@
 """A library: steering vectors in one directory that can be checked, read by a person, and passed on.
 
-    manifest.json        per vector: model, hook point, operation, coefficient, dose, source, receipts; content hash
-    vectors.safetensors  one float32 unit direction a vector, by name
+    manifest.json        per vector: model, hook point, operation, scope, gate, coefficient, dose, source, receipts;
+                         content hash
+    vectors.safetensors  one float32 unit direction a vector, by name, and the weights of gates
     README.md            the same for people
 
-The content hash covers the vectors and the manifest, and is checked on loading. Left out: signatures, gates.
+The content hash covers the vectors and the manifest, and is checked on loading. Vectors that belong
+together, one a layer, are named NAME@HOOK_POINT, and found by NAME. Left out: signatures.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from activations.errors import CorruptArtefactError, MissingArtefactError, UnknownNameError
+from activations.errors import ConfigError, CorruptArtefactError, MissingArtefactError, UnknownNameError
+from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
+from sae.checked_files import JSON_BYTES
+from steer.gate_files import condition_of, entry_of
+from steer.gates import Condition, Gate, gates_of
 from steer.operations import vector_operation
 from steer.scopes import Scope
 from steer.vectors import SteeringVector
 
-FORMAT = "saekit-library-2"
+FORMAT = "saekit-library-3"
 
 
 def save_library(path: Path, vectors: Sequence[SteeringVector]) -> str:
-    """Write `vectors` as the library at `path` and return its content hash."""
-    path.mkdir(parents=True, exist_ok=True)
-    tensors = save_tensors({vector.name: np.ascontiguousarray(vector.direction, np.float32) for vector in vectors})
-    manifest: dict[str, Any] = {"format": FORMAT, "vectors": [_entry(vector) for vector in vectors]}
+    """Write `vectors` as the library at `path` and return its content hash.
+
+    Raises: ConfigError for a gate that cannot be kept, before anything is written.
+    """
+    arrays = {vector.name: np.ascontiguousarray(vector.direction, np.float32) for vector in vectors}
+    manifest: dict[str, Any] = {"format": FORMAT, "vectors": [_entry(vector, arrays) for vector in vectors]}
+    tensors = save_tensors(arrays)
     manifest["content_sha256"] = _content_hash(tensors, manifest["vectors"])
+    path.mkdir(parents=True, exist_ok=True)
     _replace(path / "vectors.safetensors", tensors)
     _replace(path / "README.md", _card(vectors).encode())
     _replace(path / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
@@ -47,22 +57,24 @@ def load_library(path: str | Path) -> dict[str, SteeringVector]:
     """
     path = Path(path)
     try:
+        if (path / "manifest.json").stat().st_size > JSON_BYTES:
+            raise _damaged(path, f"a manifest of more than {JSON_BYTES >> 20} MiB")
         manifest = json.loads((path / "manifest.json").read_text())
         tensors = (path / "vectors.safetensors").read_bytes()
     except FileNotFoundError as error:
         raise MissingArtefactError(
             path, expected="a library", got=f"no {Path(error.filename).name}", fix="Make one with: saekit vector make"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _damaged(path, "a manifest that is not JSON") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise _damaged(path, "another format")
     if manifest.get("content_sha256") != _content_hash(tensors, manifest.get("vectors")):
         raise _damaged(path, "content that does not match its hash")
     try:
-        directions = load_tensors(tensors)
-        return {entry["name"]: _vector(entry, directions[entry["name"]]) for entry in manifest["vectors"]}
-    except (KeyError, TypeError, SafetensorError, ValidationError) as error:
+        arrays, gates = load_tensors(tensors), {}
+        return {entry["name"]: _vector(entry, arrays, gates) for entry in manifest["vectors"]}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 
@@ -79,13 +91,27 @@ def find_vector(path: str | Path, name: str) -> SteeringVector:
     return vectors[name]
 
 
-def _entry(vector: SteeringVector) -> dict[str, Any]:
+def find_vectors(path: str | Path, name: str) -> list[SteeringVector]:
+    """The vector of this name, or else those of NAME@HOOK_POINT, in the order of a pass.
+
+    Raises: UnknownNameError listing the names there are.
+    """
+    vectors = load_library(path)
+    parts = [vector for each, vector in vectors.items() if each.startswith(f"{name}@")]
+    if name in vectors or not parts:
+        return [find_vector(path, name)]
+    return sorted(parts, key=lambda vector: HookPoint.parse(vector.hook_point).depth)
+
+
+def _entry(vector: SteeringVector, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A vector's part of the manifest; the weights of its gates are added to `arrays`."""
     return {
         "name": vector.name,
         "model": vector.model.model_dump(mode="json"),
         "hook_point": vector.hook_point,
         "operation": vector.operation,
         "scope": vector.scope,
+        "gate": _gate_entry(vector, arrays),
         "coefficient": vector.coefficient,
         "dose": vector.dose(vector.coefficient),
         "mean_norm": vector.mean_norm,
@@ -94,21 +120,56 @@ def _entry(vector: SteeringVector) -> dict[str, Any]:
     }
 
 
-def _vector(entry: dict[str, Any], direction: np.ndarray) -> SteeringVector:
+def _gate_entry(vector: SteeringVector, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
+    if vector.gate is None:
+        return None
+    entry, weights = entry_of(vector.gate)
+    for gate in entry["gates"]:
+        gate["weight"] = f"{vector.name}/gate/{gate['name']}"
+        if gate["weight"] in arrays:
+            fix = "Rename one of them."
+            raise ConfigError(f"vector '{vector.name}'", expected="names of its own", got=gate["weight"], fix=fix)
+        arrays[gate["weight"]] = np.ascontiguousarray(weights[gate["name"]], np.float32)
+    return entry
+
+
+def _gate(entry: Any, arrays: Mapping[str, np.ndarray], d_model: int, known: dict[Any, Gate]) -> Condition | None:
+    if entry is None:
+        return None
+    weights = {gate["name"]: _row(arrays, gate["weight"], d_model) for gate in entry["gates"]}
+    return condition_of(entry, weights, known)
+
+
+def _row(arrays: Mapping[str, np.ndarray], name: str, d_model: int) -> np.ndarray:
+    row = arrays[name]
+    if row.shape != (d_model,) or row.dtype != np.float32 or not np.isfinite(row).all():
+        raise ValueError(
+            f"a direction or gate of {row.dtype} and shape {row.shape} for d_model {d_model}, or not finite"
+        )
+    return row
+
+
+def _number(entry: dict[str, Any], key: str) -> float:
+    value = entry[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{key} {value!r}")
+    return float(value)
+
+
+def _vector(entry: dict[str, Any], arrays: Mapping[str, np.ndarray], gates: dict[Any, Gate]) -> SteeringVector:
     model = ModelRef.model_validate(entry["model"])
-    if direction.shape != (model.d_model,) or not np.isfinite(direction).all():
-        raise KeyError(f"a direction of shape {direction.shape} for d_model {model.d_model}")
     return SteeringVector(
-        entry["name"],
-        direction,
-        entry["hook_point"],
-        model,
-        float(entry["mean_norm"]),
-        entry["source"],
-        float(entry["coefficient"]),
-        entry["receipts"],
-        _known_operation(entry["operation"]),
-        str(Scope.parse(entry["scope"])),
+        name=entry["name"],
+        direction=_row(arrays, entry["name"], model.d_model),
+        hook_point=str(HookPoint.parse(entry["hook_point"])),
+        model=model,
+        mean_norm=_number(entry, "mean_norm"),
+        source=entry["source"],
+        coefficient=_number(entry, "coefficient"),
+        receipts=entry["receipts"],
+        operation=_known_operation(entry["operation"]),
+        scope=str(Scope.parse(entry["scope"])),
+        gate=_gate(entry["gate"], arrays, model.d_model, gates),
     )
 
 
@@ -129,14 +190,17 @@ def _replace(path: Path, content: bytes) -> None:
 
 def _card(vectors: Sequence[SteeringVector]) -> str:
     lines = ["# Steering vectors", "", "Each is used at its hook point, on the tokens of its scope.", ""]
-    columns = "vector | model | hook point | operation | scope | coefficient | dose | effect | random control | KL"
-    lines += [f"| {columns} |", "|" + "---|" * 10]
+    columns = (
+        "vector | model | hook point | operation | scope | gate | coefficient | dose | effect | random control | KL"
+    )
+    lines += [f"| {columns} |", "|" + "---|" * 11]
     for vector in vectors:
         receipt = vector.receipts[-1] if vector.receipts else {}
         measured = [
             f"{receipt[key]:+.3f}" if key in receipt else "-" for key in ("effect", "random_control_effect", "kl")
         ]
         cells = [vector.name, vector.model.id, vector.hook_point, vector.operation, vector.scope]
+        cells.append(", ".join(gate.name for gate in gates_of(vector.gate)) or "-")
         cells.append(f"{vector.coefficient:.3g}")
         lines.append("| " + " | ".join([*cells, f"{vector.dose(vector.coefficient):.2f}", *measured]) + " |")
     return "\n".join([*lines, "", "Effect: rise in the share of generated tokens on which the concept shows.", ""])

@@ -36,8 +36,9 @@ from activations.errors import ConfigError, MismatchError, NumericsError, ShapeE
 from activations.hook_points import HookPoint
 from sae.artefact import SaeArtefact
 from steer.gates import Condition
+from steer.latents import encoder_row, places_of
 from steer.scopes import EVERYWHERE, Scope
-from steer.vectors import SteeringVector, encoder_row, places_of
+from steer.vectors import SteeringVector
 
 INF = math.inf
 
@@ -267,12 +268,15 @@ class Intervention:
         scope: Scope | None = None,
         gate: Condition | None = None,
     ) -> "Intervention":
-        """Steer with a vector as it was made to be used; a coefficient and a scope given here come first."""
+        """Steer with a vector as it was made to be used; a coefficient, scope or gate given here comes before its own.
+
+        Without the gate that it has: `Intervention.of(replace(vector, gate=None))`.
+        """
         value = vector.coefficient if coefficient is None else coefficient
         operation = vector_operation(vector.operation)(torch.from_numpy(vector.direction), value)
         wanted = scope or Scope.parse(vector.scope)
         point, model = HookPoint.parse(vector.hook_point), vector.model.fingerprint
-        return cls(operation, point, wanted, gate, model, vector.mean_norm, f"vector '{vector.name}'")
+        return cls(operation, point, wanted, gate or vector.gate, model, vector.mean_norm, f"vector '{vector.name}'")
 
     @property
     def acts_at(self) -> HookPoint:

@@ -21,8 +21,8 @@ from sae.index_db import FeatureIndex, LatentRow
 from sae.torch_view import TorchSae
 from steer.effect import latent_reader, rate, reread
 from steer.generate import generate_conditions
+from steer.latents import places_of
 from steer.operations import Add, Intervention
-from steer.vectors import places_of
 
 MIN_DENSITY, MAX_DENSITY = 5e-4, 0.03
 MIN_DOCUMENTS, MIN_KINDS = 8, 6

@@ -1,11 +1,14 @@
-"""`saekit vector`: make steering vectors, choose their dose, measure them.
+"""`saekit vector`: make steering vectors, find what to make them from, choose their dose, measure them.
 
 Thin shells around one library call each, as `steer.cli` has them for the other verbs.
 """
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
-from steer.config import VectorConfig
+from steer.config import CombineConfig, FindConfig, GateConfig, LayersConfig, VectorConfig
 from steer.options import AsJson, ConfigPath, DryRun, Overrides
 from steer.show import show
 
@@ -14,7 +17,7 @@ app = typer.Typer(help="Make steering vectors, choose their dose, and measure wh
 
 @app.command()
 def make(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
-    """Make a steering vector from a latent or a contrast, and measure what it does."""
+    """Make a steering vector from latents, a contrast or an instruction, and measure what it does."""
     settings = VectorConfig.load(config, set_)
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
@@ -23,3 +26,58 @@ def make(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fals
     made = make_vector(settings)
     receipt = {key: value for key, value in made.receipts[-1].items() if key not in ("examples", "sweep")}
     show({"name": made.name, "library": settings.out, "source": made.source, **receipt}, json_)
+
+
+@app.command()
+def find(
+    text: Annotated[list[str] | None, typer.Argument(help="Text to run; else the config's.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="Config file; defaults without one.")] = None,
+    set_: Overrides = None,
+    json_: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Find latents that a text makes active; what it prints under `make` is what `make` takes."""
+    settings = FindConfig.load(config, set_)
+    if text:
+        settings = settings.model_copy(update={"text": " ".join(text)})
+    if dry_run:
+        return show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.find import as_result, command_of, find_latents
+
+    found = find_latents(settings)
+    result = as_result(settings, found)
+    show(result if json_ else {**result, "make": command_of(found)}, json_)
+
+
+@app.command()
+def combine(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Make a vector from others: add and subtract, one without others, what they share, or what each has alone."""
+    settings = CombineConfig.load(config, set_)
+    if dry_run:
+        return show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.arithmetic import as_result
+    from steer.arithmetic import combine as run
+
+    show(as_result(settings, run(settings)), json_)
+
+
+@app.command()
+def layers(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Try a contrast at every layer: how well it is told apart there, what steering there does, and what it costs."""
+    settings = LayersConfig.load(config, set_)
+    if dry_run:
+        return show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.layers import as_result, sweep_layers
+
+    show({**as_result(sweep_layers(settings)), "out": settings.out}, json_)
+
+
+@app.command()
+def gate(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Give a vector of a library a gate, calibrated on texts where it should open and where it should not."""
+    settings = GateConfig.load(config, set_)
+    if dry_run:
+        return show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.gate_vector import gate_vector
+
+    show({"library": settings.library, **gate_vector(settings)}, json_)

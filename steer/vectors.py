@@ -5,24 +5,28 @@
 
 The dose makes coefficients comparable between layers and models: the mean norm is taken at the hook point, over tokens
 that are neither the first of a text nor padding. A direction comes from a latent, as the decoder row of an SAE at the
-hook point that the SAE writes, or from contrast pairs (`steer.contrast`).
+hook point that the SAE writes, as a sum of several, from contrast pairs (`steer.contrast`), from an instruction
+(`steer.modifier`), or from other vectors (`steer.arithmetic`).
 
 Left out: applying them (`steer.runtime`), measuring them (`steer.effect`), keeping them (`steer.library`).
 """
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
-from torch import Tensor
 
-from activations.errors import MismatchError, UnknownNameError
-from activations.hook_points import HookPoint
+from activations.errors import NumericsError
 from activations.store_schema import ModelRef
 from sae.artefact import SaeArtefact
-from sae.wiring import Wiring
+from steer.gates import Condition
+from steer.latents import check_latent, places_of
+
+NAMED = 3
+"""latents of a sum that are in its name"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +44,7 @@ class SteeringVector:
     mean_norm: float
     """mean ||h|| at the hook point; turns a coefficient into a dose"""
     source: dict[str, Any]
-    """kind `latent` or `contrast`, and what it was made from"""
+    """kind, a key of `steer.make.KINDS` or `combination`, and what it was made from"""
     coefficient: float = 0.0
     """suggested coefficient; 0 until one was measured"""
     receipts: list[dict[str, Any]] = field(default_factory=list)
@@ -49,6 +53,8 @@ class SteeringVector:
     """what it is used for: a key of `steer.operations.VECTOR_OPERATIONS`"""
     scope: str = "all"
     """on which tokens, in the words of `steer.scopes`"""
+    gate: Condition | None = None
+    """only while it is open; none: always"""
 
     def dose(self, coefficient: float) -> float:
         """|coefficient| in units of the mean norm of the residual stream."""
@@ -58,55 +64,11 @@ class SteeringVector:
         """The positive coefficient of a dose."""
         return dose * self.mean_norm
 
-
-class Places(NamedTuple):
-    """The two hook points of an SAE, which differ if it transcodes."""
-
-    reads: HookPoint
-    """where its latents are read"""
-    writes: HookPoint
-    """where its decoder rows belong"""
-
-
-def places_of(artefact: SaeArtefact) -> Places:
-    """Where an SAE is read and steered with. Raises: MismatchError if it reads or writes several hook points."""
-    wiring = Wiring.parse(artefact.hook_point)
-    for verb, names in (("reads", wiring.reads), ("writes", wiring.writes)):
-        if len(names) > 1:
-            raise MismatchError(
-                f"SAE of {wiring}",
-                expected="one hook point that it reads and one that it writes, to steer at",
-                got=f"one that {verb} {len(names)}",
-                fix="Choose an autoencoder or a transcoder.",
-            )
-    return Places(HookPoint.parse(wiring.reads[0]), HookPoint.parse(wiring.writes[0]))
-
-
-class EncoderRow(NamedTuple):
-    """How one latent is read: z = s where s = weight·x + bias is above the threshold, else 0."""
-
-    weight: Float[Tensor, " d_model"]
-    bias: float
-    threshold: float
-    """at least 0; a TopK SAE asks besides that s be one of the k largest"""
-
-
-def encoder_row(artefact: SaeArtefact, latent: int) -> EncoderRow:
-    """The encoder of a latent, b_dec folded into its bias. Raises: UnknownNameError if there is no such latent."""
-    _check_latent(artefact, latent)
-    weight = torch.tensor(artefact.W_enc[:, latent])
-    bias = float(artefact.b_enc[latent])
-    if artefact.apply_b_dec_to_input:
-        bias -= float(torch.tensor(artefact.b_dec).double() @ weight.double())
-    threshold = 0.0 if artefact.threshold is None else max(0.0, float(artefact.threshold[latent]))
-    return EncoderRow(weight, bias, threshold)
-
-
-def _check_latent(artefact: SaeArtefact, latent: int) -> None:
-    if not 0 <= latent < artefact.d_sae:
-        raise UnknownNameError(
-            f"latent {latent}", expected=f"0 to {artefact.d_sae - 1}", got=latent, fix="Choose a latent of this SAE."
-        )
+    @property
+    def sha256(self) -> str:
+        """Of what it writes and where: direction, hook point and model; a name or a receipt does not change it."""
+        place = f"{self.hook_point} {self.model.fingerprint}".encode()
+        return hashlib.sha256(np.ascontiguousarray(self.direction, "<f4").tobytes() + place).hexdigest()
 
 
 def from_latent(artefact: SaeArtefact, latent: int, model: ModelRef, mean_norm: float) -> SteeringVector:
@@ -114,8 +76,34 @@ def from_latent(artefact: SaeArtefact, latent: int, model: ModelRef, mean_norm: 
 
     Raises: UnknownNameError if the SAE has no such latent, MismatchError if it has several hook points.
     """
-    _check_latent(artefact, latent)
-    row = artefact.W_dec[latent].astype(np.float32)
+    vector = from_latents(artefact, {latent: 1.0}, model, mean_norm)
     source = {"kind": "latent", "latent": latent, "sae_sha256": artefact.sha256}
-    direction, hook_point = row / np.linalg.norm(row), str(places_of(artefact).writes)
-    return SteeringVector(f"latent-{latent}", direction, hook_point, model, mean_norm, source)
+    return replace(vector, name=f"latent-{latent}", source=source)
+
+
+def from_latents(
+    artefact: SaeArtefact, weights: Mapping[int, float], model: ModelRef, mean_norm: float
+) -> SteeringVector:
+    """The direction of Σ weight * decoder row, at the hook point that the SAE writes.
+
+    Weights are in units of activation: with those that latents have on a token, the sum is their part in what the SAE
+    makes of it.
+
+    Raises: as `from_latent`, and NumericsError if the sum has no direction.
+    """
+    for latent in weights:
+        check_latent(artefact, latent)
+    rows = artefact.W_dec[list(weights)].astype(np.float64)
+    total = np.array([*weights.values()], np.float64) @ rows
+    length = float(np.linalg.norm(total))
+    if not length > 1e-6 * max(float(np.linalg.norm(rows, axis=1).max()), 1e-12) or not np.isfinite(length):
+        fix = "Choose other weights."
+        raise NumericsError("sum of latents", expected="a direction", got=f"a length of {length:g}", fix=fix)
+    source = {
+        "kind": "latents",
+        "latents": {str(latent): weight for latent, weight in weights.items()},
+        "sae_sha256": artefact.sha256,
+    }
+    name = "-".join(["latents", *map(str, list(weights)[:NAMED])]) + ("-etc" if len(weights) > NAMED else "")
+    direction, hook_point = (total / length).astype(np.float32), str(places_of(artefact).writes)
+    return SteeringVector(name, direction, hook_point, model, mean_norm, source)

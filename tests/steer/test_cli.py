@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,11 +22,17 @@ from activations.models import load_model
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from steer import cli, vector_cli
+from steer.config import VectorConfig
+from steer.gates import Gate
+from steer.library import load_library
+from steer.make import KINDS
+from steer.operations import VECTOR_OPERATIONS
 from steer.show import show
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOK, OTHER = "resid_post.1", "mlp_out.2"
-VERBS = ("harvest", "train", "evaluate", "index", "label", "vector make", "chat", "convert", "inspect", "demo")
+VERBS = ("harvest", "train", "evaluate", "index", "label", "vector make", "vector find", "vector combine",
+         "vector layers", "vector gate", "chat", "convert", "inspect", "demo")  # fmt: skip
 MEASURE = [
     f"measure.{key}={value}"
     for key, value in {
@@ -159,6 +165,12 @@ def test_help_lists_every_verb(saekit: Saekit) -> None:
         assert saekit(*verb.split(), "--help").code == 0
 
 
+def test_every_kind_and_operation_can_be_asked_for() -> None:
+    fields = VectorConfig.model_fields
+    assert set(get_args(fields["kind"].annotation)) == set(KINDS)
+    assert set(get_args(fields["operation"].annotation)) == set(VECTOR_OPERATIONS)
+
+
 def test_help_loads_no_framework() -> None:
     code = "import steer.cli, sys; sys.argv = ['saekit', '--help']; steer.cli.main()"
     command = [sys.executable, "-X", "importtime", "-c", code]
@@ -168,17 +180,30 @@ def test_help_loads_no_framework() -> None:
     assert not modules & {"torch", "jax", "transformers", "flax", "zarr", "matplotlib", "sqlalchemy", "numpy"}
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "index", "vector make", "chat", "demo"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "evaluate",
+        "index",
+        "vector make",
+        "vector find",
+        "vector combine",
+        "vector layers",
+        "vector gate",
+        "chat",
+        "demo",
+    ],
+)
 def test_a_dry_run_prints_the_resolved_config_and_does_nothing(
     saekit: Saekit, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text("model: from-the-file\n")
-    file = ["--config", "c.yaml"] if verb == "chat" else ["c.yaml"]
+    file = ["--config", "c.yaml"] if verb in ("chat", "vector find") else ["c.yaml"]
     config = saekit(
         *verb.split(),
         *file,
-        *sets(seed=3) if verb in ("evaluate", "index", "chat", "demo") else (),
+        *sets(seed=3) if verb in ("evaluate", "index", "vector layers", "chat", "demo") else (),
         "--dry-run",
         "--json",
     ).json["config"]
@@ -272,6 +297,59 @@ def test_the_pipeline_runs_through_the_verbs(made: Made, saekit: Saekit) -> None
     latent = saekit("inspect", made.index, "--latent", 5, "--json").json
     assert latent["latent"] == 5
     assert all(isinstance(latent[kind], int) for kind in ("contexts", "sampled", "near_misses"))
+
+
+def test_latents_that_a_text_makes_active_become_a_vector(made: Made, saekit: Saekit, tmp_path: Path) -> None:
+    where = sets(model=made.model, sae=made.sae, index=made.index, n=3, max_density=1)
+    found = saekit("vector", "find", "the", "cat sat on the mat", *where, "--json").json
+    assert found["text"] == "the cat sat on the mat"
+    assert len(found["latents"]) == 3
+    assert all(row["density"] > 0 and row["label"] for row in found["latents"].values())
+    assert "vector make --set kind=latents" in saekit("vector", "find", "the cat sat on the mat", *where).out
+    make = sets(**found["make"], operation="rotate", scope="generated", gate=0.5, gate_off=0.25, gate_tokens=2)
+    arguments = [*belongs(made, tmp_path, "vector make"), *sets(*MEASURE), *make]
+    assert saekit(*arguments, "--json").json["source"]["kind"] == "latents"
+    (vector,) = load_library(tmp_path / "out").values()
+    assert (vector.operation, vector.scope) == ("rotate", "generated")
+    assert isinstance(vector.gate, Gate)
+    assert (vector.gate.on, vector.gate.off, vector.gate.min_tokens) == (0.5, 0.25, 2)
+    assert sorted(vector.source["latents"]) == sorted(found["latents"])
+
+
+def test_vectors_are_combined_and_gated(made: Made, saekit: Saekit, tmp_path: Path) -> None:
+    library = tmp_path / "out"
+    for latent in (5, 7):
+        saekit(*belongs(made, tmp_path, "vector make", latent=latent, coefficient=1), *sets(*MEASURE))
+    where = {"model": made.model, "library": library}
+    combine = sets("vectors={latent-5: 1.0, latent-7: 1.0}", *MEASURE, **where, out=library, sae=made.sae, name="both")
+    rows = saekit("vector", "combine", *combine, "--json").json["vectors"]
+    assert rows["both"]["measured as"] == "latent-5"
+    plain = saekit("vector", "combine", *combine, *sets(how="without", sae="null"))
+    assert "not measured" in plain.out
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(f"the cat {i} sat" for i in range(12)))
+    gate = {"vector": "both", "fires": texts, "quiet": texts, "rate": 0.5}
+    assert saekit("vector", "gate", *sets(**where, **gate), "--json").json["hits"]["n"] == 12
+    assert load_library(library)["both"].gate is not None
+
+
+def test_layers_are_swept_into_a_table_and_a_picture(made: Made, saekit: Saekit, tmp_path: Path) -> None:
+    limits = sets(model=made.model, layers="[1, 2]", prompts=2, max_new_tokens=2, out=tmp_path / "layers")
+    ran = saekit("vector", "layers", *limits)
+    assert ran.code == 0, ran.err
+    assert [line.split()[0] for line in ran.out.splitlines()][-3:] == ["layers", "resid_post.1", "resid_post.2"]
+    assert {path.name for path in (tmp_path / "layers").iterdir()} == {"config.yaml", "layers.json", "layers.svg"}
+
+
+def test_an_instruction_becomes_a_vector(made: Made, saekit: Saekit, tmp_path: Path) -> None:
+    (tmp_path / "ask.jsonl").write_text("\n".join(json.dumps({"text": f"What is {i}?"}) for i in range(8)))
+    arguments = belongs(made, tmp_path, "vector make", kind="modifier", requests=tmp_path / "ask.jsonl")
+    assert "Answer tersely" in saekit(*arguments).err
+    shown = saekit(*arguments, *sets("modifier=Be kind.", *MEASURE), "--json").json
+    assert (shown["name"], shown["source"]["kind"], shown["instruction"]) == ("be-kind", "modifier", "Be kind.")
+    ablated = [*belongs(made, tmp_path, "vector make", latent=5, operation="ablate"), *sets(*MEASURE)]
+    shown = saekit(*ablated, "--json").json
+    assert (shown["coefficient"], shown["instruction"][:12]) == (1.0, "Do not write")
 
 
 def test_inspect_compares_two_saes(made: Made, saekit: Saekit, tmp_path: Path) -> None:
@@ -559,6 +637,18 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "unknown latent of the index": (lambda m, t: ["inspect", m.index, "--latent", 48], "0 to 47"),
     "unknown latent of the SAE": (lambda m, t: belongs(m, t, "vector make", latent=48), "0 to 47"),
     "no latent": (lambda m, t: belongs(m, t, "vector make"), "latent=123"),
+    "latents without one to add": (
+        lambda m, t: belongs(m, t, "vector make", kind="latents", latents="{1: -1.0}"), "vector find",
+    ),
+    "unknown scope": (lambda m, t: belongs(m, t, "vector make", latent=1, scope="nowhere"), "nowhere"),
+    "vector to combine that is not there": (
+        lambda m, t: ["vector", "combine", *sets("vectors={a: 1.0}", library=m.library)], "latent-5",
+    ),
+    "nothing to find": (lambda m, t: ["vector", "find", *sets(model=m.model)], "something to run"),
+    "no texts for a gate": (
+        lambda m, t: ["vector", "gate", *sets(library=m.library, fires=t / "no", quiet=t / "no")], "readable",
+    ),
+    "layer that is not there": (lambda m, t: ["vector", "layers", *sets(model=m.model, layers="[9]")], "0 to 3"),
     "unknown contrast": (
         lambda m, t: belongs(m, t, "vector make", kind="contrast", contrast="jolly"), "joyful_vs_gloomy",
     ),

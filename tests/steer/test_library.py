@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from activations.errors import CorruptArtefactError, MissingArtefactError, UnknownNameError
 from activations.store_schema import ModelRef
-from steer.library import find_vector, load_library, save_library
+from steer.library import find_vector, find_vectors, load_library, save_library
 from steer.vectors import SteeringVector
 
 RECEIPT = {"effect": 0.5, "random_control_effect": 0.0, "kl": 0.25, "examples": [{"prompt": "a"}]}
@@ -62,7 +62,7 @@ def test_changed_vectors_are_refused(library: Path) -> None:
         load_library(library)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": "saekit-library-2"}'])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": "saekit-library-3"}'])
 def test_other_manifests_are_refused(library: Path, content: str) -> None:
     (library / "manifest.json").write_text(content)
     with pytest.raises(CorruptArtefactError):
@@ -85,3 +85,14 @@ def test_an_unknown_vector_lists_those_there_are(library: Path) -> None:
     assert find_vector(library, "up").coefficient == 2.0
     with pytest.raises(UnknownNameError, match="up"):
         find_vector(library, "down")
+
+
+def test_vectors_that_belong_together_are_found_by_one_name(tmp_path: Path, vector: SteeringVector) -> None:
+    parts = [replace(vector, name=f"tone@resid_post.{layer}", hook_point=f"resid_post.{layer}") for layer in (10, 2, 1)]
+    save_library(tmp_path, [vector, *parts, replace(vector, name="tones@resid_post.0")])
+    assert [each.hook_point for each in find_vectors(tmp_path, "tone")] == [f"resid_post.{i}" for i in (1, 2, 10)]
+    assert [each.name for each in find_vectors(tmp_path, "up")] == ["up"]
+    save_library(tmp_path, [*parts, replace(vector, name="tone")])
+    assert [each.name for each in find_vectors(tmp_path, "tone")] == ["tone"]
+    with pytest.raises(UnknownNameError, match="tone"):
+        find_vectors(tmp_path, "ton")

@@ -11,7 +11,8 @@ from activations.errors import MismatchError, UnknownNameError
 from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from sae.artefact import SaeArtefact
-from steer.vectors import SteeringVector, from_latent, places_of
+from steer.latents import places_of
+from steer.vectors import SteeringVector, from_latent
 
 
 def artefact() -> SaeArtefact:
