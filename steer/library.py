@@ -88,6 +88,7 @@ def _entry(vector: SteeringVector) -> dict[str, Any]:
         "scope": vector.scope,
         "coefficient": vector.coefficient,
         "dose": vector.dose(vector.coefficient),
+        "window": None if vector.window is None else list(vector.window),
         "mean_norm": vector.mean_norm,
         "source": vector.source,
         "receipts": vector.receipts,
@@ -109,7 +110,17 @@ def _vector(entry: dict[str, Any], direction: np.ndarray) -> SteeringVector:
         entry["receipts"],
         _known_operation(entry["operation"]),
         str(Scope.parse(entry["scope"])),
+        _window(entry["window"]),
     )
+
+
+def _window(ends: list[float] | None) -> tuple[float, float] | None:
+    if ends is None:
+        return None
+    low, high = map(float, ends)
+    if not low <= high or not np.isfinite([low, high]).all():
+        raise KeyError(f"a window from {low} to {high}")
+    return low, high
 
 
 def _known_operation(name: str) -> str:

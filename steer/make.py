@@ -16,9 +16,10 @@ from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from sae.belongs import check_belongs, check_store
 from sae.torch_view import TorchSae
+from steer.concepts import instruction_of
 from steer.config import MeasureConfig, VectorConfig
 from steer.contrast import from_contrast, load_pairs
-from steer.effect import Concept, choose_dose, contrast_reader, latent_reader, measure, sweep_doses
+from steer.effect import Bounds, Concept, choose_dose, contrast_reader, latent_reader, measure, sweep_doses
 from steer.library import load_library, save_library
 from steer.vectors import SteeringVector, from_latent, places_of
 
@@ -55,9 +56,7 @@ def _direction(config: VectorConfig, loaded: LoadedModel, store: ActivationStore
 
 def default_instruction(config: VectorConfig) -> str:
     """What the prompt baseline asks for, if the user did not say."""
-    if config.kind == "contrast":
-        return f"Write this in a {Path(config.contrast).stem.split('_vs_')[0]} way."
-    return "Write about the topic of the following text."
+    return instruction_of({"contrast": Path(config.contrast).stem} if config.kind == "contrast" else {})
 
 
 def dose_and_measure(
@@ -74,7 +73,7 @@ def dose_and_measure(
         prompts = load_prompts("select")[: config.select_prompts]
         limits = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
         sweep = sweep_doses(loaded, vector, concept, prompts, config.doses, **limits)
-        coefficient = choose_dose(sweep, config.max_nll_rise, config.max_repetition_rise).coefficient
+        coefficient = choose_dose(sweep, Bounds(config.max_nll_rise, config.max_repetition_rise)).coefficient
     receipt = measure(
         loaded,
         vector,

@@ -251,6 +251,8 @@ class Intervention:
     """fingerprint of the only model that it may steer; none: any of the right width"""
     mean_norm: float | None = None
     """mean ‖h‖ at the hook point, which bounds the dose; none: not known, and not bounded"""
+    max_reach: float | None = None
+    """the largest `reach` of its operation that was found to do no harm; none: not known, and not bounded"""
     name: str | None = None
     """in messages"""
 
@@ -267,12 +269,18 @@ class Intervention:
         scope: Scope | None = None,
         gate: Condition | None = None,
     ) -> "Intervention":
-        """Steer with a vector as it was made to be used; a coefficient and a scope given here come first."""
-        value = vector.coefficient if coefficient is None else coefficient
-        operation = vector_operation(vector.operation)(torch.from_numpy(vector.direction), value)
+        """Steer with a vector as it was made to be used; a coefficient and a scope given here come first.
+
+        A vector with a window is bounded by its end that lies further from 0, in size: what was measured one way is
+        what it may have the other way too.
+        """
+        make, direction = vector_operation(vector.operation), torch.from_numpy(vector.direction)
+        operation = make(direction, vector.coefficient if coefficient is None else coefficient)
+        max_reach = None if vector.window is None else max(make(direction, end).reach for end in vector.window)
         wanted = scope or Scope.parse(vector.scope)
         point, model = HookPoint.parse(vector.hook_point), vector.model.fingerprint
-        return cls(operation, point, wanted, gate, model, vector.mean_norm, f"vector '{vector.name}'")
+        name = f"vector '{vector.name}'"
+        return cls(operation, point, wanted, gate, model, vector.mean_norm, max_reach, name)
 
     @property
     def acts_at(self) -> HookPoint:

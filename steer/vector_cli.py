@@ -5,7 +5,7 @@ Thin shells around one library call each, as `steer.cli` has them for the other 
 
 import typer
 
-from steer.config import VectorConfig
+from steer.config import CalibrateConfig, VectorConfig
 from steer.options import AsJson, ConfigPath, DryRun, Overrides
 from steer.show import show
 
@@ -23,3 +23,19 @@ def make(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fals
     made = make_vector(settings)
     receipt = {key: value for key, value in made.receipts[-1].items() if key not in ("examples", "sweep")}
     show({"name": made.name, "library": settings.out, "source": made.source, **receipt}, json_)
+
+
+@app.command()
+def calibrate(
+    config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False
+) -> None:
+    """Find between which coefficients a vector works and does no harm, and store its dose."""
+    settings = CalibrateConfig.load(config, set_)
+    if dry_run:
+        return show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.calibrate import calibrate_vector
+
+    calibrated = calibrate_vector(settings)
+    receipt = dict(calibrated.receipts[-1])
+    receipt["picked"] = {f"{trial['dose']:.3g}": trial for trial in receipt["picked"]}
+    show({"name": calibrated.name, "library": settings.library, **receipt}, json_)

@@ -49,6 +49,8 @@ class SteeringVector:
     """what it is used for: a key of `steer.operations.VECTOR_OPERATIONS`"""
     scope: str = "all"
     """on which tokens, in the words of `steer.scopes`"""
+    window: tuple[float, float] | None = None
+    """coefficients between which it was found to work and to do no harm (`steer.calibrate`); none: not calibrated"""
 
     def dose(self, coefficient: float) -> float:
         """|coefficient| in units of the mean norm of the residual stream."""
