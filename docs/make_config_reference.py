@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from activations.config import Config, HarvestConfig
 from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
 from sae.labels.config import LabelConfig
-from steer.config import ChatConfig, DemoConfig, VectorConfig
+from steer.config import CalibrateConfig, ChatConfig, DemoConfig, ScoreConfig, VectorConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -27,6 +27,8 @@ CLASSES: dict[str, type[Config]] = {
     "inspect": CompareConfig,
     "label": LabelConfig,
     "vector make": VectorConfig,
+    "vector calibrate": CalibrateConfig,
+    "vector score": ScoreConfig,
     "chat": ChatConfig,
     "demo": DemoConfig,
 }
@@ -52,6 +54,8 @@ EXAMPLES: dict[str, str] = {
     "label.yaml": "label",
     "vector_latent.yaml": "vector make",
     "vector_contrast.yaml": "vector make",
+    "vector_calibrate.yaml": "vector calibrate",
+    "vector_score.yaml": "vector score",
     "chat.yaml": "chat",
     "demo.yaml": "demo",
     "gpu_harvest.yaml": "harvest",

@@ -148,8 +148,8 @@ def receipt_of(found: Found, reported: Sequence[DoseTrial], bounds: Bounds) -> d
     low, chosen, high = (by_dose[round(trial.dose, 9)] for trial in window)
     return {
         "kind": "calibration",
-        "coefficient": chosen.coefficient,
-        "dose": chosen.dose,
+        "coefficient": window.chosen.coefficient,
+        "dose": window.chosen.dose,
         "window": [window.low.coefficient, window.high.coefficient],
         "window_doses": [window.low.dose, window.high.dose],
         "ends_with_grid": [window.low == found.trials[1], window.high == found.trials[-1]],

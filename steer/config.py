@@ -63,8 +63,8 @@ class CalibrateConfig(Config):
     sae: Path = Field(default=Path("runs/sae/sae"), description="SAE that the vector came from (latents)")
     pairs: str | None = Field(
         default=None,
-        description="contrast pairs, shipped or a .jsonl file, that a classifier of texts is fitted to, for a vector whose "
-        "source does not tell its concept",
+        description="contrast pairs, shipped or a .jsonl file, that a classifier of texts is fitted to, for a vector "
+        "whose source does not tell its concept",
     )
     doses: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         default=(0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0), min_length=1, description="doses to try"
@@ -103,8 +103,8 @@ class ScoreConfig(Config):
     )
     pairs: str | None = Field(
         default=None,
-        description="contrast pairs, shipped or a .jsonl file, of which those held out are read for the logit effect and "
-        "a classifier of texts is fitted to the others; none: the vector's own, if shipped",
+        description="contrast pairs, shipped or a .jsonl file, of which those held out are read for the logit effect "
+        "and a classifier of texts is fitted to the others; none: the vector's own, if shipped",
     )
     transfer: str | None = Field(
         default=None, description="contrast pairs of another domain, on which the vector is tested as well"
@@ -156,7 +156,7 @@ class ChatConfig(Config):
     )
     gate_off: float | None = Field(default=None, ge=0, description="stop at this energy or below; none: at gate")
     gate_tokens: int = Field(default=1, gt=0, description="tokens that the gate stays open at least")
-    force: bool = Field(default=False, description="allow doses above 2")
+    force: bool = Field(default=False, description="allow doses above 2, and beyond the vector's window")
     system: str | None = Field(default=None, description="system prompt; none: the chat template's own")
     plain: bool = Field(default=False, description="continue the text as it is, without the chat template")
     max_new_tokens: int = Field(default=120, gt=0, description="tokens an answer may have")

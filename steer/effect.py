@@ -45,8 +45,8 @@ class Concept(NamedTuple):
     shows: Callable[[Float[Tensor, "token d_model"]], Bool[Tensor, " token"]]
     """on which tokens it shows, of what is read there"""
     judges: Callable[[Sequence[str], Sequence[str]], Float[np.ndarray, " text"]] | None = None
-    """where the concept is one of whole texts: how much it shows, 0 to 1, in continuations of prompts; none: the share of
-    tokens on which it shows"""
+    """of a concept of whole texts: how much it shows, 0 to 1, in continuations of prompts; none: the share of tokens on
+    which it shows"""
 
 
 class Reread(NamedTuple):
@@ -285,8 +285,8 @@ def try_arms(
     texts: dict[int, list[str]] = {}
     for instruction in dict.fromkeys(arm.instruction for arm in arms):  # a batch for each, as prompts differ in length
         same = [i for i, arm in enumerate(arms) if arm.instruction == instruction]
-        conditions = [arms[i].interventions for i in same]
-        texts |= zip(same, generate_conditions(loaded, conditions, [arms[same[0]].asked(p) for p in prompts], **limits))
+        conditions, asked = [arms[i].interventions for i in same], [arms[same[0]].asked(prompt) for prompt in prompts]
+        texts |= zip(same, generate_conditions(loaded, conditions, asked, **limits), strict=True)
     rows = [texts[i] for i in range(len(arms))]
     readings = reread(loaded, concept.hook_point, [*prompts] * len(arms), [text for row in rows for text in row])
     if concept.judges is None:
@@ -339,11 +339,11 @@ def measure(
         "nll_prompt_baseline": float(nlls[2].mean()),
         "repetition_unsteered": float(repetitions[0].mean()),
         "repetition_steered": float(repetitions[1].mean()),
-        "examples": examples_of(prompts, texts),
+        "examples": examples_of_arms(prompts, texts),
     }
 
 
-def examples_of(prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+def examples_of_arms(prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     """What the arms of `arms_of` made of each prompt, of the random directions the first."""
     names = ("unsteered", "steered", "prompt_baseline", "random")
     return [

@@ -1,6 +1,7 @@
 """A library: steering vectors in one directory that can be checked, read by a person, and passed on.
 
-    manifest.json        per vector: model, hook point, operation, coefficient, dose, source, receipts; content hash
+    manifest.json        per vector: model, hook point, operation, coefficient, dose, window, source, receipts; content
+                         hash
     vectors.safetensors  one float32 unit direction a vector, by name
     README.md            the same for people
 
@@ -138,19 +139,44 @@ def _replace(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
+FIGURES: dict[str, tuple[str, ...]] = {
+    "effect": ("effect",),
+    "random control": ("random_control_effect",),
+    "KL": ("kl",),
+    "capability": ("capability", "steered", "accuracy_change"),
+    "refusal of harmful": ("refusal", "steered", "harmful_change"),
+    "refusal of harmless": ("refusal", "steered", "harmless_change"),
+}
+"""column of the card -> where it is in a receipt"""
+
+
 def _card(vectors: Sequence[SteeringVector]) -> str:
     lines = ["# Steering vectors", "", "Each is used at its hook point, on the tokens of its scope.", ""]
-    columns = "vector | model | hook point | operation | scope | coefficient | dose | effect | random control | KL"
-    lines += [f"| {columns} |", "|" + "---|" * 10]
+    columns = ["vector", "model", "hook point", "operation", "scope", "coefficient", "window", "dose", *FIGURES]
+    lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for vector in vectors:
-        receipt = vector.receipts[-1] if vector.receipts else {}
-        measured = [
-            f"{receipt[key]:+.3f}" if key in receipt else "-" for key in ("effect", "random_control_effect", "kl")
-        ]
         cells = [vector.name, vector.model.id, vector.hook_point, vector.operation, vector.scope]
         cells.append(f"{vector.coefficient:.3g}")
-        lines.append("| " + " | ".join([*cells, f"{vector.dose(vector.coefficient):.2f}", *measured]) + " |")
-    return "\n".join([*lines, "", "Effect: rise in the share of generated tokens on which the concept shows.", ""])
+        cells.append("-" if vector.window is None else " to ".join(f"{end:.3g}" for end in vector.window))
+        cells.append(f"{vector.dose(vector.coefficient):.2f}")
+        lines.append("| " + " | ".join([*cells, *(_figure(vector, path) for path in FIGURES.values())]) + " |")
+    notes = (
+        "Effect: rise in the share of generated tokens on which the concept shows. Window: coefficients at which the "
+        "vector was found to work and to do no harm. Capability and refusal: change in the share of questions answered "
+        "rightly, and of prompts refused. All are of the newest receipt that has them, at this coefficient."
+    )
+    return "\n".join([*lines, "", notes, ""])
+
+
+def _figure(vector: SteeringVector, path: Sequence[str]) -> str:
+    """A figure of the newest receipt that has it, at the vector's own coefficient."""
+    for receipt in reversed(vector.receipts):
+        found: Any = receipt
+        for key in path:
+            found = found.get(key) if isinstance(found, dict) else None
+        if isinstance(found, float) and receipt.get("coefficient", vector.coefficient) == vector.coefficient:
+            return f"{found:+.3f}"
+    return "-"
 
 
 def _damaged(path: Path, got: str) -> CorruptArtefactError:

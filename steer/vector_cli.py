@@ -5,7 +5,7 @@ Thin shells around one library call each, as `steer.cli` has them for the other 
 
 import typer
 
-from steer.config import CalibrateConfig, VectorConfig
+from steer.config import CalibrateConfig, ScoreConfig, VectorConfig
 from steer.options import AsJson, ConfigPath, DryRun, Overrides
 from steer.show import show
 
@@ -39,3 +39,15 @@ def calibrate(
     receipt = dict(calibrated.receipts[-1])
     receipt["picked"] = {f"{trial['dose']:.3g}": trial for trial in receipt["picked"]}
     show({"name": calibrated.name, "library": settings.library, **receipt}, json_)
+
+
+@app.command()
+def score(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Measure all that a vector does, for good and bad, beside baselines."""
+    settings = ScoreConfig.load(config, set_)
+    if dry_run:
+        return show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.score import laid_out, score_vector
+
+    receipt = score_vector(settings)
+    show(receipt if json_ else laid_out(receipt), json_)
