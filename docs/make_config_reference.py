@@ -15,7 +15,17 @@ from pydantic.fields import FieldInfo
 from activations.config import Config, HarvestConfig
 from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
 from sae.labels.config import LabelConfig
-from steer.config import ChatConfig, CombineConfig, DemoConfig, FindConfig, GateConfig, LayersConfig, VectorConfig
+from steer.config import (
+    CalibrateConfig,
+    ChatConfig,
+    CombineConfig,
+    DemoConfig,
+    FindConfig,
+    GateConfig,
+    LayersConfig,
+    ScoreConfig,
+    VectorConfig,
+)
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -31,6 +41,8 @@ CLASSES: dict[str, type[Config]] = {
     "vector combine": CombineConfig,
     "vector layers": LayersConfig,
     "vector gate": GateConfig,
+    "vector calibrate": CalibrateConfig,
+    "vector score": ScoreConfig,
     "chat": ChatConfig,
     "demo": DemoConfig,
 }
@@ -62,6 +74,8 @@ EXAMPLES: dict[str, str] = {
     "vector_combine.yaml": "vector combine",
     "vector_layers.yaml": "vector layers",
     "vector_gate.yaml": "vector gate",
+    "vector_calibrate.yaml": "vector calibrate",
+    "vector_score.yaml": "vector score",
     "chat.yaml": "chat",
     "demo.yaml": "demo",
     "gpu_harvest.yaml": "harvest",

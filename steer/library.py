@@ -1,7 +1,7 @@
 """A library: steering vectors in one directory that can be checked, read by a person, and passed on.
 
-    manifest.json        per vector: model, hook point, operation, scope, gate, coefficient, dose, source, receipts;
-                         content hash
+    manifest.json        per vector: model, hook point, operation, scope, gate, coefficient, dose, window, source,
+                         receipts; content hash
     vectors.safetensors  one float32 unit direction a vector, by name, and the weights of gates
     README.md            the same for people
 
@@ -114,6 +114,7 @@ def _entry(vector: SteeringVector, arrays: dict[str, np.ndarray]) -> dict[str, A
         "gate": _gate_entry(vector, arrays),
         "coefficient": vector.coefficient,
         "dose": vector.dose(vector.coefficient),
+        "window": None if vector.window is None else list(vector.window),
         "mean_norm": vector.mean_norm,
         "source": vector.source,
         "receipts": vector.receipts,
@@ -170,7 +171,17 @@ def _vector(entry: dict[str, Any], arrays: Mapping[str, np.ndarray], gates: dict
         operation=_known_operation(entry["operation"]),
         scope=str(Scope.parse(entry["scope"])),
         gate=_gate(entry["gate"], arrays, model.d_model, gates),
+        window=_window(entry["window"]),
     )
+
+
+def _window(ends: list[float] | None) -> tuple[float, float] | None:
+    if ends is None:
+        return None
+    low, high = map(float, ends)
+    if not low <= high or not np.isfinite([low, high]).all():
+        raise KeyError(f"a window from {low} to {high}")
+    return low, high
 
 
 def _known_operation(name: str) -> str:
@@ -188,22 +199,45 @@ def _replace(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
+FIGURES: dict[str, tuple[str, ...]] = {
+    "effect": ("effect",),
+    "random control": ("random_control_effect",),
+    "KL": ("kl",),
+    "capability": ("capability", "steered", "accuracy_change"),
+    "refusal of harmful": ("refusal", "steered", "harmful_change"),
+    "refusal of harmless": ("refusal", "steered", "harmless_change"),
+}
+"""column of the card -> where it is in a receipt"""
+
+
 def _card(vectors: Sequence[SteeringVector]) -> str:
     lines = ["# Steering vectors", "", "Each is used at its hook point, on the tokens of its scope.", ""]
-    columns = (
-        "vector | model | hook point | operation | scope | gate | coefficient | dose | effect | random control | KL"
-    )
-    lines += [f"| {columns} |", "|" + "---|" * 11]
+    columns = ["vector", "model", "hook point", "operation", "scope", "gate", "coefficient", "window", "dose", *FIGURES]
+    lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for vector in vectors:
-        receipt = vector.receipts[-1] if vector.receipts else {}
-        measured = [
-            f"{receipt[key]:+.3f}" if key in receipt else "-" for key in ("effect", "random_control_effect", "kl")
-        ]
         cells = [vector.name, vector.model.id, vector.hook_point, vector.operation, vector.scope]
         cells.append(", ".join(gate.name for gate in gates_of(vector.gate)) or "-")
         cells.append(f"{vector.coefficient:.3g}")
-        lines.append("| " + " | ".join([*cells, f"{vector.dose(vector.coefficient):.2f}", *measured]) + " |")
-    return "\n".join([*lines, "", "Effect: rise in the share of generated tokens on which the concept shows.", ""])
+        cells.append("-" if vector.window is None else " to ".join(f"{end:.3g}" for end in vector.window))
+        cells.append(f"{vector.dose(vector.coefficient):.2f}")
+        lines.append("| " + " | ".join([*cells, *(_figure(vector, path) for path in FIGURES.values())]) + " |")
+    notes = (
+        "Effect: rise in the share of generated tokens on which the concept shows. Window: coefficients at which the "
+        "vector was found to work and to do no harm. Capability and refusal: change in the share of questions answered "
+        "rightly, and of prompts refused. All are of the newest receipt that has them, at this coefficient."
+    )
+    return "\n".join([*lines, "", notes, ""])
+
+
+def _figure(vector: SteeringVector, path: Sequence[str]) -> str:
+    """A figure of the newest receipt that has it, at the vector's own coefficient."""
+    for receipt in reversed(vector.receipts):
+        found: Any = receipt
+        for key in path:
+            found = found.get(key) if isinstance(found, dict) else None
+        if isinstance(found, float) and receipt.get("coefficient", vector.coefficient) == vector.coefficient:
+            return f"{found:+.3f}"
+    return "-"
 
 
 def _damaged(path: Path, got: str) -> CorruptArtefactError:

@@ -21,9 +21,19 @@ from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from sae.belongs import check_belongs, check_store
 from sae.torch_view import TorchSae
+from steer.concepts import instruction_of
 from steer.config import MeasureConfig, VectorConfig
 from steer.contrast import from_contrast, load_pairs
-from steer.effect import Concept, choose_dose, contrast_reader, latent_reader, latents_reader, measure, sweep_doses
+from steer.effect import (
+    Bounds,
+    Concept,
+    choose_dose,
+    contrast_reader,
+    latent_reader,
+    latents_reader,
+    measure,
+    sweep_doses,
+)
 from steer.gates import Gate, energy
 from steer.latents import Places, places_of
 from steer.library import load_library, save_library
@@ -154,13 +164,10 @@ def _with_norm_of(store: ActivationStore, vector: SteeringVector) -> SteeringVec
 
 def default_instruction(config: VectorConfig) -> str:
     """What the prompt baseline asks for, if the user did not say."""
-    takes_away = config.operation == "ablate"
     if config.kind == "modifier":
         return config.modifier or ""
-    if config.kind == "contrast":
-        side, _, other = Path(config.contrast).stem.partition("_vs_")
-        return f"Write this in a {other if takes_away and other else side} way."
-    return f"{'Do not write' if takes_away else 'Write'} about the topic of the following text."
+    source = {"contrast": Path(config.contrast).stem} if config.kind == "contrast" else {}
+    return instruction_of(source, config.operation)
 
 
 def dose_and_measure(
@@ -178,7 +185,7 @@ def dose_and_measure(
         select = given.select[: config.select_prompts]
         limits = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
         sweep = sweep_doses(loaded, vector, concept, select, config.doses, **limits)
-        coefficient = choose_dose(sweep, config.max_nll_rise, config.max_repetition_rise).coefficient
+        coefficient = choose_dose(sweep, Bounds(config.max_nll_rise, config.max_repetition_rise)).coefficient
     receipt = measure(
         loaded,
         vector,

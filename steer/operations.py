@@ -252,6 +252,8 @@ class Intervention:
     """fingerprint of the only model that it may steer; none: any of the right width"""
     mean_norm: float | None = None
     """mean ‖h‖ at the hook point, which bounds the dose; none: not known, and not bounded"""
+    max_reach: float | None = None
+    """the largest `reach` of its operation that was found to do no harm; none: not known, and not bounded"""
     name: str | None = None
     """in messages"""
 
@@ -270,13 +272,22 @@ class Intervention:
     ) -> "Intervention":
         """Steer with a vector as it was made to be used; a coefficient, scope or gate given here comes before its own.
 
-        Without the gate that it has: `Intervention.of(replace(vector, gate=None))`.
+        Without the gate that it has: `Intervention.of(replace(vector, gate=None))`. A vector with a window is bounded
+        by its end that lies further from 0, in size: what was measured one way is what it may have the other way too.
         """
-        value = vector.coefficient if coefficient is None else coefficient
-        operation = vector_operation(vector.operation)(torch.from_numpy(vector.direction), value)
-        wanted = scope or Scope.parse(vector.scope)
-        point, model = HookPoint.parse(vector.hook_point), vector.model.fingerprint
-        return cls(operation, point, wanted, gate or vector.gate, model, vector.mean_norm, f"vector '{vector.name}'")
+        make, direction = vector_operation(vector.operation), torch.from_numpy(vector.direction)
+        operation = make(direction, vector.coefficient if coefficient is None else coefficient)
+        max_reach = None if vector.window is None else max(make(direction, end).reach for end in vector.window)
+        return cls(
+            operation,
+            HookPoint.parse(vector.hook_point),
+            scope or Scope.parse(vector.scope),
+            gate or vector.gate,
+            vector.model.fingerprint,
+            vector.mean_norm,
+            max_reach,
+            f"vector '{vector.name}'",
+        )
 
     @property
     def acts_at(self) -> HookPoint:

@@ -121,6 +121,7 @@ class Plan:
         for (lane, _, where), group in self._groups(interventions, n_prompt).items():
             slots = folded([slot for each in group for slot in self._slots(each)])
             self._check_dose(group, slots)
+            self._check_windows(group)
             if slots:
                 found.setdefault(lane, []).extend(Row(slot, where) for slot in slots)
         return found
@@ -226,6 +227,17 @@ class Plan:
                 got=f"{reach / min(norms):.3g}",
                 fix="Lower the coefficient, or say force if you mean it.",
             )
+
+    def _check_windows(self, group: Sequence[Intervention]) -> None:
+        for each in group:
+            reach, most = each.operation.reach, each.max_reach
+            if most is not None and reach > most and not self._force:
+                raise ConfigError(
+                    f"{each} at {each.acts_at}",
+                    expected=f"a coefficient of at most {most:.4g} either way, where its calibrated window ends",
+                    got=f"{reach:.4g}",
+                    fix="Lower it, calibrate again with other bounds, or say force if you mean it.",
+                )
 
 
 def _not_finite(where: str) -> NumericsError:

@@ -68,11 +68,12 @@ def steering(
       rows: besides, one list for each sequence; every pass then has to have as many.
       prompt_lengths: tokens of each sequence's prompt, padding left out; for scopes that say `prompt` or `generated`.
       reserve: what `Steering.set` may be given later: there is room for all of these at once beside each row's own.
-      force: allow doses above MAX_DOSE.
+      force: allow doses above MAX_DOSE, and coefficients beyond a vector's window.
       max_batch: sequences of a batch, if there are gates, or scopes of roles, phases or tool calls.
     Raises: MismatchError for a vector or gate of another model; ShapeError for one of another width; HookPointError for
       a layer or site that the model does not have, or a gate that is read behind where it acts; NumericsError for NaN;
-      ConfigError for a dose above MAX_DOSE, or a scope whose markers the model's chat template does not have.
+      ConfigError for a dose above MAX_DOSE, a coefficient beyond a vector's window, or a scope whose markers the
+      model's chat template does not have.
     """
     with ExitStack() as stack:
         with torch.inference_mode(False):

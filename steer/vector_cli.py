@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from steer.config import CombineConfig, FindConfig, GateConfig, LayersConfig, VectorConfig
+from steer.config import (
+    CalibrateConfig,
+    CombineConfig,
+    FindConfig,
+    GateConfig,
+    LayersConfig,
+    ScoreConfig,
+    VectorConfig,
+)
 from steer.options import AsJson, ConfigPath, DryRun, Overrides
 from steer.show import show
 
@@ -81,3 +89,31 @@ def gate(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fals
     from steer.gate_vector import gate_vector
 
     show({"library": settings.library, **gate_vector(settings)}, json_)
+
+
+@app.command()
+def calibrate(
+    config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False
+) -> None:
+    """Find between which coefficients a vector works and does no harm, and store its dose."""
+    settings = CalibrateConfig.load(config, set_)
+    if dry_run:
+        return show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.calibrate import calibrate_vector
+
+    calibrated = calibrate_vector(settings)
+    receipt = dict(calibrated.receipts[-1])
+    receipt["picked"] = {f"{trial['dose']:.3g}": trial for trial in receipt["picked"]}
+    show({"name": calibrated.name, "library": settings.library, **receipt}, json_)
+
+
+@app.command()
+def score(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Measure all that a vector does, for good and bad, beside baselines."""
+    settings = ScoreConfig.load(config, set_)
+    if dry_run:
+        return show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.score import laid_out, score_vector
+
+    receipt = score_vector(settings)
+    show(receipt if json_ else laid_out(receipt), json_)

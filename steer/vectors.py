@@ -55,6 +55,8 @@ class SteeringVector:
     """on which tokens, in the words of `steer.scopes`"""
     gate: Condition | None = None
     """only while it is open; none: always"""
+    window: tuple[float, float] | None = None
+    """coefficients between which it was found to work and to do no harm (`steer.calibrate`); none: not calibrated"""
 
     def dose(self, coefficient: float) -> float:
         """|coefficient| in units of the mean norm of the residual stream."""

@@ -24,15 +24,18 @@ from sae.artefact import SaeArtefact
 from steer import cli, vector_cli
 from steer.config import VectorConfig
 from steer.gates import Gate
-from steer.library import load_library
+from steer.library import load_library, save_library
 from steer.make import KINDS
 from steer.operations import VECTOR_OPERATIONS
 from steer.show import show
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOK, OTHER = "resid_post.1", "mlp_out.2"
-VERBS = ("harvest", "train", "evaluate", "index", "label", "vector make", "vector find", "vector combine",
-         "vector layers", "vector gate", "chat", "convert", "inspect", "demo")  # fmt: skip
+VERBS = (
+    "harvest", "train", "evaluate", "index", "label", "vector make", "vector find", "vector combine", "vector layers",
+    "vector gate", "vector calibrate", "vector score", "chat", "convert", "inspect", "demo",
+)  # fmt: skip
+WITHOUT_SEED = ("vector make", "vector find", "vector combine", "vector gate")
 MEASURE = [
     f"measure.{key}={value}"
     for key, value in {
@@ -182,17 +185,7 @@ def test_help_loads_no_framework() -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    [
-        "evaluate",
-        "index",
-        "vector make",
-        "vector find",
-        "vector combine",
-        "vector layers",
-        "vector gate",
-        "chat",
-        "demo",
-    ],
+    ["evaluate", "index", *(verb for verb in VERBS if verb.startswith("vector ")), "chat", "demo"],
 )
 def test_a_dry_run_prints_the_resolved_config_and_does_nothing(
     saekit: Saekit, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -203,7 +196,7 @@ def test_a_dry_run_prints_the_resolved_config_and_does_nothing(
     config = saekit(
         *verb.split(),
         *file,
-        *sets(seed=3) if verb in ("evaluate", "index", "vector layers", "chat", "demo") else (),
+        *sets(seed=3) if verb not in WITHOUT_SEED else (),
         "--dry-run",
         "--json",
     ).json["config"]
@@ -350,6 +343,48 @@ def test_an_instruction_becomes_a_vector(made: Made, saekit: Saekit, tmp_path: P
     ablated = [*belongs(made, tmp_path, "vector make", latent=5, operation="ablate"), *sets(*MEASURE)]
     shown = saekit(*ablated, "--json").json
     assert (shown["coefficient"], shown["instruction"][:12]) == (1.0, "Do not write")
+
+
+def steered(made: Made, tmp_path: Path, *pairs: str, **changes: object) -> list[str]:
+    """Settings for a copy of the library whose latent steers by a dose of 0.5."""
+    shutil.copytree(made.library, tmp_path / "own", dirs_exist_ok=True)
+    return sets(*pairs, **{"model": made.model, "library": tmp_path / "own", "sae": made.sae} | changes)
+
+
+SCORE = {
+    "n_prompts": 2, "max_new_tokens": 3, "n_choices": 2, "n_refusal": 2, "refusal_tokens": 2, "latency_tokens": 2,
+    "latency_repeats": 2, "n_random": 1,
+}  # fmt: skip
+
+
+def test_a_vector_is_scored_and_the_score_is_kept(made: Made, saekit: Saekit, tmp_path: Path) -> None:
+    ran = saekit("vector", "score", *steered(made, tmp_path, **SCORE), "--json")
+    assert set(ran.json["concept"]) == {"unsteered", "steered", "prompt", "random"}
+    receipts = saekit("inspect", tmp_path / "own", "--json").json["vectors"]["latent-5"]["receipts"]
+    assert [each.get("kind") for each in receipts] == [None, "score"]
+    table = saekit("vector", "score", *steered(made, tmp_path, **SCORE)).out
+    assert [line.split()[0] for line in table.splitlines() if line.startswith("steered ")] == ["steered"] * 5
+
+
+def test_a_vector_is_calibrated_or_nothing_changes(made: Made, saekit: Saekit, tmp_path: Path) -> None:
+    """On the tiny model no latent has an effect that its few prompts could show."""
+    limits = {"doses": "[0.01]", "n_prompts": 2, "max_new_tokens": 2}
+    arguments = steered(made, tmp_path, **limits)
+    before = (tmp_path / "own" / "manifest.json").read_bytes()
+    ran = saekit("vector", "calibrate", *arguments)
+    assert (ran.code, ran.out) == (1, "")
+    assert "Nothing was changed" in ran.err
+    assert (tmp_path / "own" / "manifest.json").read_bytes() == before
+
+
+def test_beyond_its_window_a_vector_does_not_chat(made: Made, saekit: Saekit, tmp_path: Path) -> None:
+    (vector,) = load_library(made.library).values()
+    save_library(tmp_path, [replace(vector, window=(0.5, 1.0))])
+    chat = ["chat", "Hi", *sets(model=made.model, library=tmp_path, max_new_tokens=2)]
+    ran = saekit(*chat, *sets(coefficient=1.5))
+    assert (ran.code, "window" in ran.err, ran.err.count("\n")) == (1, True, 1)
+    assert saekit(*chat, *sets(coefficient=1.0)).code == 0
+    assert saekit(*chat, *sets(coefficient=1.5, force="true")).code == 0
 
 
 def test_inspect_compares_two_saes(made: Made, saekit: Saekit, tmp_path: Path) -> None:
@@ -589,6 +624,32 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "contrast on the store of another model": (
         lambda m, t: [*belongs(m, t, "vector make", model=m.other_model, kind="contrast"), *sets(*MEASURE)],
         "a store of",
+    ),
+    "calibration on another model": (
+        lambda m, t: ["vector", "calibrate", *steered(m, t, model=m.other_model, n_prompts=2)], "one of other-model",
+    ),
+    "score on another model": (
+        lambda m, t: ["vector", "score", *steered(m, t, model=m.other_model, **SCORE)], "one of other-model",
+    ),
+    "calibration of no vector": (lambda m, t: ["vector", "calibrate", *steered(m, t, vector="up")], "latent-5"),
+    "score of no vector": (lambda m, t: ["vector", "score", *steered(m, t, vector="up")], "latent-5"),
+    "calibration with another SAE": (
+        lambda m, t: ["vector", "calibrate", *steered(m, t, sae=m.wide_sae)], "came from",
+    ),
+    "calibration without a library": (lambda m, t: ["vector", "calibrate", *sets(library=t / "no")], "a library"),
+    "a dose of nothing": (lambda m, t: ["vector", "calibrate", *sets(doses="[0.0]")], "greater than 0"),
+    "no such part of a score": (lambda m, t: ["vector", "score", *sets(parts="[charm]")], "capability"),
+    "questions that are none": (
+        lambda m, t: ["vector", "score", *steered(m, t, choices=text(t, '{"question": "a"}'))], "line 1",
+    ),
+    "prompts of one kind": (
+        lambda m, t: ["vector", "score", *steered(m, t, refusal=text(t, '{"text": "a", "label": "harmful"}'))], "label",
+    ),
+    "a judge without an address": (
+        lambda m, t: ["vector", "score", *steered(m, t, "judge.model=gpt", **SCORE)], "base_url",
+    ),
+    "a transfer to nowhere": (
+        lambda m, t: ["vector", "score", *steered(m, t, transfer="jolly")], "joyful_vs_gloomy",
     ),
     "chat with a vector of another model": (
         lambda m, t: ["chat", "Hi", *sets(model=m.other_model, library=m.library)], "one of other-model",

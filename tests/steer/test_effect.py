@@ -14,6 +14,8 @@ from sae.artefact import SaeArtefact
 from sae.torch_view import TorchSae
 from steer import effect
 from steer.effect import (
+    Arm,
+    Bounds,
     Concept,
     DoseTrial,
     choose_dose,
@@ -29,6 +31,7 @@ from steer.effect import (
 from steer.generate import generate_conditions
 from steer.operations import Intervention
 from steer.runtime import steering
+from steer.scopes import Scope
 from steer.vectors import SteeringVector
 
 POINT = HookPoint("resid_post", 1)
@@ -126,25 +129,32 @@ def test_kl_is_that_of_single_texts_without_their_first_token(tiny: LoadedModel,
     assert kl_per_token(tiny, vector, 3.0, PROMPTS * 3, TEXTS * 3) == pytest.approx(total / count, rel=1e-4)
 
 
-def trial(dose: float, rate: float, nll: float, repetition: float = 0.05) -> DoseTrial:
-    return DoseTrial(dose, 10 * dose, rate, nll, repetition)
+def trial(dose: float, rate: float, nll: float, repetition: float = 0.05, kl: float = 0.0) -> DoseTrial:
+    """Beside unsteered text of rate 0.1, nll 2 and repetition 0.05."""
+    return DoseTrial(dose, 10 * dose, rate, rate - 0.1, 0, 1, nll, nll - 2, repetition, repetition - 0.05, kl)
 
 
 def test_the_chosen_dose_has_the_highest_rate_among_those_that_still_read_well() -> None:
     plain = trial(0, 0.9, 2.0)
     sweep = [plain, trial(0.2, 0.1, 2.1), trial(0.4, 0.5, 2.9), trial(0.6, 0.3, 2.95), trial(0.8, 1.0, 3.1)]
-    assert choose_dose(sweep, 1.0, 0.1).dose == 0.4
-    assert choose_dose(sweep, 2.0, 0.1).dose == 0.8
-    assert choose_dose(sweep, 0.5, 0.1).dose == 0.2
-    assert choose_dose(sweep, 0.01, 0.1).dose == 0.2, "the smallest, when all read badly; never no steering"
+    assert choose_dose(sweep, Bounds(1.0, 0.1)).dose == 0.4
+    assert choose_dose(sweep, Bounds(2.0, 0.1)).dose == 0.8
+    assert choose_dose(sweep, Bounds(0.5, 0.1)).dose == 0.2
+    assert choose_dose(sweep, Bounds(0.01, 0.1)).dose == 0.2, "the smallest, when all read badly; never no steering"
 
 
 def test_no_dose_is_chosen_that_makes_text_go_round_in_circles() -> None:
     plain = trial(0, 0.1, 2.0)
     sweep = [plain, trial(0.2, 0.3, 2.0), trial(0.4, 0.5, 1.5, repetition=0.14), trial(0.6, 0.9, 0.5, repetition=0.16)]
-    assert choose_dose(sweep, 1.0, 0.1).dose == 0.4
-    assert choose_dose(sweep, 1.0, 0.2).dose == 0.6
-    assert choose_dose(sweep, 1.0, 0.05).dose == 0.2
+    assert choose_dose(sweep, Bounds(1.0, 0.1)).dose == 0.4
+    assert choose_dose(sweep, Bounds(1.0, 0.2)).dose == 0.6
+    assert choose_dose(sweep, Bounds(1.0, 0.05)).dose == 0.2
+
+
+def test_a_dose_may_be_bounded_by_what_it_does_to_other_text() -> None:
+    sweep = [trial(0, 0.1, 2.0), trial(0.2, 0.3, 2.0, kl=0.2), trial(0.4, 0.5, 2.0, kl=0.6)]
+    assert choose_dose(sweep, Bounds(1.0, 0.1)).dose == 0.4
+    assert choose_dose(sweep, Bounds(1.0, 0.1, max_kl=0.5)).dose == 0.2
 
 
 def test_repetition_is_read_off_the_continuation_alone(tiny: LoadedModel) -> None:
@@ -166,6 +176,40 @@ def test_a_sweep_begins_unsteered_and_rates_each_dose(tiny: LoadedModel, vector:
         readings = reread(tiny, POINT, PROMPTS, row)
         assert t.rate == pytest.approx(np.mean([rate(r, contrast_reader(vector)) for r in readings]), abs=0.02)
         assert t.nll == pytest.approx(np.mean([r.nll for r in readings]), rel=1e-4)
+        assert t.repetition == pytest.approx(np.mean([r.repetition for r in readings]))
+        assert t.effect == pytest.approx(t.rate - trials[0].rate)
+        assert t.effect_low <= t.effect <= t.effect_high
+        assert t.nll_rise == pytest.approx(t.nll - trials[0].nll)
+        assert t.repetition_rise == pytest.approx(t.repetition - trials[0].repetition)
+        assert t.kl == pytest.approx(kl_per_token(tiny, vector, t.coefficient, PROMPTS, texts[0]), rel=1e-5)
+    assert 0 == trials[0].kl < trials[1].kl < trials[2].kl
+
+
+def test_the_interval_of_a_dose_is_that_of_its_gains_prompt_by_prompt(
+    tiny: LoadedModel, vector: SteeringVector
+) -> None:
+    vector = side(vector, tiny)
+    limits: Any = {"max_new_tokens": 6, "seed": 3}
+    (_, found) = sweep_doses(tiny, vector, contrast_reader(vector), PROMPTS, [3.0], **limits)
+    arms = [Arm("a", []), Arm("b", [Intervention.of(vector, 3.0 * vector.mean_norm)])]
+    rates = effect.try_arms(tiny, contrast_reader(vector), PROMPTS, arms, **limits).rates
+    assert [found.effect_low, found.effect_high] == effect._bootstrap_interval(rates[1] - rates[0], 3)
+
+
+def test_costs_are_those_of_each_text_alone_while_steered(tiny: LoadedModel, vector: SteeringVector) -> None:
+    prompts, texts = PROMPTS * 4, TEXTS * 4
+    with steering(tiny, [Intervention.of(vector, 3.0)]), torch.no_grad():
+        expected = [by_hand(tiny, *pair)[1] for pair in zip(prompts, texts, strict=True)]
+    found = effect.costs(tiny, prompts, texts, [Intervention.of(vector, 3.0)])
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert np.abs(found - effect.costs(tiny, prompts, texts)).max() > 1e-3
+
+
+def test_a_scope_knows_where_the_prompt_ends_when_texts_are_read(tiny: LoadedModel, vector: SteeringVector) -> None:
+    only = [[Intervention.of(vector, 3.0, scope=Scope.parse(words))] for words in ("generated", "prompt", "all")]
+    generated, prompt, everything = effect.kl_of(tiny, only, PROMPTS, TEXTS)
+    assert 0 < generated < everything
+    assert 0 < prompt < everything
 
 
 @pytest.fixture(scope="module")
