@@ -107,7 +107,7 @@ def request_prompt(loaded: LoadedModel, request: str, modifier: str | None = Non
     prompt = chat_prompt(loaded, text, system=modifier if place == "system" else None)
     bos = loaded.tokenizer.bos_token
     adds = bos is not None and loaded.tokenizer("a")["input_ids"][:1] == [loaded.tokenizer.bos_token_id]
-    return prompt.removeprefix(bos) if bos is not None and adds else prompt
+    return prompt.removeprefix(str(bos)) if adds else prompt
 
 
 def from_modifier(

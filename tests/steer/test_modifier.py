@@ -89,9 +89,9 @@ def test_the_token_in_front_of_every_text_is_there_once(tiny: LoadedModel) -> No
     assert request_prompt(replace(tiny, tokenizer=Template()), "Why?") == "Why?<a>"
 
 
-def test_an_instruction_that_changes_nothing_is_refused(tiny: LoadedModel) -> None:
-    class Deaf:
-        """Every prompt is the same to it."""
+def test_a_model_that_answers_nothing_is_refused(tiny: LoadedModel) -> None:
+    class Mute:
+        """What is generated is no text."""
 
         def __init__(self, inner: object) -> None:
             self._inner = inner
@@ -100,12 +100,14 @@ def test_an_instruction_that_changes_nothing_is_refused(tiny: LoadedModel) -> No
             return getattr(self._inner, name)
 
         def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
-            return {"input_ids": [1, 2, 3]}
+            return {"input_ids": [1, 2, 3] if text else []}
 
+        def batch_decode(self, rows: list[list[int]], **_: object) -> list[str]:
+            return ["" for _ in rows]
+
+    mute = replace(tiny, tokenizer=Mute(tiny.tokenizer))
     with pytest.raises(TextError, match="answers of its own"):
-        from_modifier(
-            replace(tiny, tokenizer=Deaf(tiny.tokenizer)), "resid_post.2", "x", REQUESTS, "Be.", max_new_tokens=3
-        )
+        from_modifier(mute, "resid_post.2", "x", REQUESTS, "Be.", max_new_tokens=3)
 
 
 def test_shipped_requests() -> None:
