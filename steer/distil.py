@@ -55,8 +55,8 @@ class Batch(NamedTuple):
 
     ids: Int[Tensor, "row pos"]
     attend: Bool[Tensor, "row pos"]
-    index: Int[Tensor, "row pos"]
-    """place of each token among the attended ones of its row, -1 for padding"""
+    places: Int[Tensor, "row pos"]
+    """index of each token among the attended ones of its row, -1 for padding"""
     prompt_lengths: list[int]
     answered: Bool[Tensor, "row answer"]
     """True on the tokens of answers"""
@@ -143,9 +143,9 @@ def batch_of(loaded: LoadedModel, prompts: Sequence[list[int]], answers: Sequenc
         ids.append([pad] * left + prompt + answer + [pad] * right)
         attend.append([False] * left + [True] * (len(prompt) + len(answer)) + [False] * right)
     mask = torch.tensor(attend, device=loaded.device)
-    index = torch.where(mask, mask.long().cumsum(1) - 1, -1)
+    places = torch.where(mask, mask.long().cumsum(1) - 1, -1)
     lengths = [len(prompt) for prompt in prompts]
-    return Batch(torch.tensor(ids, device=loaded.device), mask, index, lengths, mask[:, head:])
+    return Batch(torch.tensor(ids, device=loaded.device), mask, places, lengths, mask[:, head:])
 
 
 def log_probs(
@@ -161,7 +161,7 @@ def log_probs(
     out = loaded.model(
         **reads,
         attention_mask=batch.attend.long(),
-        position_ids=batch.index.clamp(min=0),
+        position_ids=batch.places.clamp(min=0),
         use_cache=False,
         logits_to_keep=n_answer + 1,
     )

@@ -35,6 +35,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from activations.errors import ConfigError, MissingArtefactError, NumericsError, TextError
+from activations.generate import continuations
 from activations.hook_points import HookPoint
 from activations.hooks import capture, edit
 from activations.models import LoadedModel, load_model
@@ -54,9 +55,9 @@ from steer.distil import (
     log_probs,
     plain,
 )
-from steer.generate import generate
 from steer.library import load_library, save_library
 from steer.operations import Intervention
+from steer.runtime import steering
 from steer.scopes import Scope
 from steer.soft_prompt import SoftPrompt, with_soft_prompt
 from steer.vectors import SteeringVector
@@ -219,7 +220,7 @@ class _Steered:
 def acts_on(scope: Scope, batch: Batch) -> Bool[Tensor, "row pos"]:
     """The tokens that the runtime steers in a scope of indices, which are never padding or the first of a row."""
     low, high = torch.tensor([scope.bounds(n) for n in batch.prompt_lengths], device=batch.ids.device).T
-    return (batch.index >= low[:, None]) & (batch.index < high[:, None])
+    return (batch.places >= low[:, None]) & (batch.places < high[:, None])
 
 
 def _adding(vector: Float[Tensor, " d_model"], acts: Bool[Tensor, "row pos"]) -> Callable[[Tensor], Tensor]:
@@ -386,20 +387,15 @@ def _examples(
 ) -> list[dict[str, str]]:
     """Answers with the context, and greedy ones without it, steered and not."""
     some = heldout[:EXAMPLES]
-    prompts = [loaded.tokenizer.decode(lesson.bare) for lesson in some]
+    prompts = [lesson.bare for lesson in some] * 2
     rows = [[] for _ in some] + [[Intervention.of(vector) for vector in made] for _ in some]
-    texts = generate(
-        loaded, [*prompts, *prompts], max_new_tokens=config.max_new_tokens, temperature=0.0, rows=rows,
-        add_special_tokens=False,
-    )  # fmt: skip
+    with steering(loaded, rows=rows, prompt_lengths=list(map(len, prompts))):
+        texts = continuations(loaded, prompts, max_new_tokens=config.max_new_tokens, temperature=0.0, seed=config.seed)
+    taught = loaded.tokenizer.batch_decode([lesson.answer for lesson in some], skip_special_tokens=True)
+    columns = ([lesson.question for lesson in some], taught, texts[: len(some)], texts[len(some) :])
     return [
-        {
-            "prompt": lesson.question,
-            "with_context": loaded.tokenizer.decode(lesson.answer, skip_special_tokens=True),
-            "without": texts[i],
-            "steered": texts[len(some) + i],
-        }
-        for i, lesson in enumerate(some)
+        dict(zip(("prompt", "with_context", "without", "steered"), row, strict=True))
+        for row in zip(*columns, strict=True)
     ]
 
 

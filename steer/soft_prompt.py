@@ -59,8 +59,8 @@ def with_soft_prompt(loaded: LoadedModel, soft: SoftPrompt) -> Student:
         words = table(ids)
         mine = functional.embedding(where.clamp(0, n - 1), soft.embeddings.to(words.dtype))
         read = torch.where(is_soft[..., None], mine, words)
-        index = torch.where(attend, attend.long().cumsum(1) - 1, -1)
+        places = torch.where(attend, attend.long().cumsum(1) - 1, -1)
         lengths = [n + length for length in batch.prompt_lengths]
-        return log_probs(loaded, Batch(ids, attend, index, lengths, batch.answered), read)
+        return log_probs(loaded, Batch(ids, attend, places, lengths, batch.answered), read)
 
     return student

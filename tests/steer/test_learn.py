@@ -124,7 +124,7 @@ def test_training_steers_as_the_runtime_does(tiny: LoadedModel, taught: list[Les
     inside = rows.answered
     torch.testing.assert_close(mine[inside], theirs[inside], atol=1e-5, rtol=1e-5)
     assert float((mine - unsteered)[inside].abs().max()) > 0.01
-    first = (rows.index == 0) | (rows.index < 0)
+    first = (rows.places == 0) | (rows.places < 0)
     assert not bool((acts_on(Scope.parse(scope), rows) & first).any()), "neither padding nor the first token"
     if scope == "generated":
         torch.testing.assert_close(mine[:, 0], unsteered[:, 0])
