@@ -293,15 +293,11 @@ class _Report:
         return _Steered(self._loaded, self._sites, self._scope, vectors)
 
     def _add(self, name: str, kl: Float[np.ndarray, " prompt"], saved: float) -> None:
-        intervals = bootstrap(np.column_stack([self._bare, kl]), {"recovered": _recovered}, self._config.seed)
-        kl_interval = bootstrap(np.column_stack([kl, np.ones(len(kl))]), {"kl": lambda s: s[:, 0] / s[:, 1]}, 0)
-        self.rows[name] = {
-            "kl": float(kl.mean()),
-            "kl_ci95": list(kl_interval.get("kl", ())),
-            "kl_recovered": float(1 - kl.mean() / self._bare.mean()),
-            "kl_recovered_ci95": list(intervals.get("recovered", ())),
-            "tokens_saved": saved,
-        }
+        sums = np.column_stack([self._bare, kl, np.ones(len(kl))])
+        intervals = bootstrap(sums, {"kl": _mean, "kl_recovered": _recovered}, self._config.seed)
+        recovered = float(1 - kl.mean() / self._bare.mean())
+        row = {"kl": float(kl.mean()), "kl_recovered": recovered, "tokens_saved": saved}
+        self.rows[name] = row | {f"{key}_ci95": list(both) for key, both in intervals.items()}
 
     @property
     def tokens_saved(self) -> float:
@@ -378,7 +374,11 @@ class _Report:
         }
 
 
-def _recovered(sums: Float[np.ndarray, "draw 2"]) -> Float[np.ndarray, " draw"]:
+def _mean(sums: Float[np.ndarray, "draw 3"]) -> Float[np.ndarray, " draw"]:
+    return sums[:, 1] / sums[:, 2]
+
+
+def _recovered(sums: Float[np.ndarray, "draw 3"]) -> Float[np.ndarray, " draw"]:
     return 1 - sums[:, 1] / sums[:, 0]
 
 

@@ -26,7 +26,19 @@ from steer.show import show
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOK, OTHER = "resid_post.1", "mlp_out.2"
-VERBS = ("harvest", "train", "evaluate", "index", "label", "vector make", "vector learn", "chat", "convert", "inspect", "demo")
+VERBS = (
+    "harvest",
+    "train",
+    "evaluate",
+    "index",
+    "label",
+    "vector make",
+    "vector learn",
+    "chat",
+    "convert",
+    "inspect",
+    "demo",
+)
 MEASURE = [
     f"measure.{key}={value}"
     for key, value in {
@@ -184,7 +196,7 @@ def test_a_dry_run_prints_the_resolved_config_and_does_nothing(
     config = saekit(
         *verb.split(),
         *file,
-        *sets(seed=3) if verb in ("evaluate", "index", "chat", "demo") else (),
+        *sets(seed=3) if verb in ("evaluate", "index", "vector learn", "chat", "demo") else (),
         "--dry-run",
         "--json",
     ).json["config"]
