@@ -228,7 +228,7 @@ def _adding(vector: Float[Tensor, " d_model"], acts: Bool[Tensor, "row pos"]) ->
 
 
 def _shorten(moved: Vectors, max_dose: float) -> None:
-    longest = max_dose * moved.shape[1] ** 0.5
+    longest = (1 - 1e-6) * max_dose * moved.shape[1] ** 0.5  # rounding must not make the runtime refuse it
     moved.mul_((longest / moved.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0))
 
 
@@ -252,11 +252,11 @@ def _difference(
                 log_probs(loaded, batch)
             states.append([captured[point].float().cpu() for point in points])
         answered, width = batch.answered.cpu(), batch.answered.shape[1]
+        says = slice(-width - 1, -1)
         is_text = answered & ~torch.isin(batch.ids[:, -width:].cpu(), special)
         for i, (taught, bare) in enumerate(zip(*states, strict=True)):
-            says = (taught - _same_width(bare, taught))[:, -width - 1 : -1]
             weights = answered[..., None] / answered.sum(1)[:, None, None]
-            differences[i].append((says * weights).sum(1))
+            differences[i].append(((taught[:, says] - bare[:, says]) * weights).sum(1))
             norms[i].append(bare[:, -width:].norm(dim=-1)[is_text])
     found = torch.stack([torch.cat(rows).mean(0) for rows in differences])
     means = [float(torch.cat(rows).mean()) for rows in norms]
@@ -264,12 +264,6 @@ def _difference(
         fix = "Raise max_new_tokens."
         raise TextError("answers", expected="tokens of text", got="none but special tokens", fix=fix)
     return means, found, time.perf_counter() - start
-
-
-def _same_width(short: Float[Tensor, "row a d"], long: Float[Tensor, "row b d"]) -> Float[Tensor, "row b d"]:
-    """Padded, or cut, in front: answers end at the same place."""
-    missing = long.shape[1] - short.shape[1]
-    return torch.nn.functional.pad(short, (0, 0, missing, 0))
 
 
 # --- what they are worth ---------------------------------------------------------------------------------------------

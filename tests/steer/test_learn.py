@@ -12,6 +12,7 @@ import torch
 
 from activations.errors import ConfigError, HookPointError, TextError
 from activations.hook_points import HookPoint
+from activations.hooks import capture
 from activations.models import LoadedModel
 from steer.config import LearnConfig
 from steer.distil import (
@@ -25,7 +26,7 @@ from steer.distil import (
     log_probs,
     plain,
 )
-from steer.learn import Site, _Steered, acts_on, keep, learn, read_context
+from steer.learn import Site, _difference, _Steered, acts_on, keep, learn, read_context
 from steer.library import load_library
 from steer.operations import Intervention
 from steer.runtime import steering
@@ -242,12 +243,31 @@ def test_several_layers_have_a_vector_each_and_replace_what_had_the_name(tiny: L
     assert list(load_library(config.out)) == ["cat"]
 
 
-def test_the_norm_is_capped(tiny: LoadedModel, tmp_path: Path) -> None:
-    config = settings(tiny, tmp_path, soft_prompt=False, lr=0.5, max_dose=0.25)
-    (made,) = learn(config, tiny)
-    assert made.dose(made.coefficient) == pytest.approx(0.25, rel=1e-4)
-    doses = made.receipts[-1]["training"]["difference_in_means"]["doses"]
-    assert max(doses) <= 0.25 + 1e-6
+@pytest.mark.parametrize("most", [0.25, 2.0])
+def test_the_norm_is_capped_at_what_the_runtime_accepts(tiny: LoadedModel, tmp_path: Path, most: float) -> None:
+    (made,) = learn(settings(tiny, tmp_path, soft_prompt=False, lr=2 * most, max_dose=most), tiny)
+    assert made.dose(made.coefficient) == pytest.approx(most, rel=1e-4)
+    with steering(tiny, [Intervention.of(made)]):
+        pass
+    assert max(made.receipts[-1]["training"]["difference_in_means"]["doses"]) <= most + 1e-6
+
+
+def test_the_difference_in_means_is_that_of_single_rows(tiny: LoadedModel, taught: list[Lesson]) -> None:
+    point = HookPoint("resid_post", 1)
+    expected, norms = [], []
+    for lesson in taught:
+        x = []
+        for prompt in (lesson.taught, lesson.bare):
+            with capture(tiny.model, tiny.family, [point]) as captured, torch.no_grad():
+                tiny.model(torch.tensor([prompt + lesson.answer]))
+            x.append(captured[point][0])
+        n = len(lesson.answer)
+        expected.append((x[0][-n - 1 : -1] - x[1][-n - 1 : -1]).mean(0))
+        is_text = torch.tensor([token > 2 for token in lesson.answer])
+        norms.append(x[1][-n:].norm(dim=1)[is_text])
+    (norm,), difference, _ = _difference(tiny, [point], taught, 4)
+    torch.testing.assert_close(difference[0], torch.stack(expected).mean(0), atol=1e-5, rtol=1e-4)
+    assert norm == pytest.approx(float(torch.cat(norms).mean()), rel=1e-5)
 
 
 def test_other_names_stay_in_the_library(tiny: LoadedModel, vector: SteeringVector, tmp_path: Path) -> None:
