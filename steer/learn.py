@@ -62,7 +62,7 @@ from steer.scopes import Scope
 from steer.soft_prompt import SoftPrompt, with_soft_prompt
 from steer.vectors import SteeringVector
 
-FACTORS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+FACTORS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 """lengths at which the difference in means is tried, in its own"""
 SHORT = 300
 """characters up to which a context is kept with its vectors"""
