@@ -44,6 +44,14 @@ def continuations(
     loaded: LoadedModel, rows: Sequence[list[int]], *, max_new_tokens: int, temperature: float, seed: int
 ) -> list[str]:
     """As `generate`, of token ids."""
+    limits = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    return loaded.tokenizer.batch_decode(continuation_ids(loaded, rows, **limits), skip_special_tokens=True)
+
+
+def continuation_ids(
+    loaded: LoadedModel, rows: Sequence[list[int]], *, max_new_tokens: int, temperature: float, seed: int
+) -> list[list[int]]:
+    """As `continuations`, as token ids: each up to the token that ended it, which is the last of them."""
     tokenizer, width = loaded.tokenizer, max(len(row) for row in rows)
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     if limit is not None and width + max_new_tokens > limit:
@@ -66,4 +74,11 @@ def continuations(
             pad_token_id=pad,
             **sampling,
         )
-    return tokenizer.batch_decode(out[:, width:].tolist(), skip_special_tokens=True)
+    ends = loaded.model.generation_config.eos_token_id
+    known = frozenset(ends if isinstance(ends, list) else [ends])
+    return [_ended(row, known) for row in out[:, width:].tolist()]
+
+
+def _ended(row: list[int], ends: frozenset[int | None]) -> list[int]:
+    """What was written, without the padding behind the token that ended it."""
+    return next((row[: i + 1] for i, token in enumerate(row) if token in ends), row)

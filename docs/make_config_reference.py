@@ -23,6 +23,7 @@ from steer.config import (
     FindConfig,
     GateConfig,
     LayersConfig,
+    LearnConfig,
     ScoreConfig,
     VectorConfig,
 )
@@ -43,6 +44,7 @@ CLASSES: dict[str, type[Config]] = {
     "vector gate": GateConfig,
     "vector calibrate": CalibrateConfig,
     "vector score": ScoreConfig,
+    "vector learn": LearnConfig,
     "chat": ChatConfig,
     "demo": DemoConfig,
 }
@@ -76,6 +78,7 @@ EXAMPLES: dict[str, str] = {
     "vector_gate.yaml": "vector gate",
     "vector_calibrate.yaml": "vector calibrate",
     "vector_score.yaml": "vector score",
+    "vector_learn.yaml": "vector learn",
     "chat.yaml": "chat",
     "demo.yaml": "demo",
     "gpu_harvest.yaml": "harvest",

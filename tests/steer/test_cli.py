@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOOK, OTHER = "resid_post.1", "mlp_out.2"
 VERBS = (
     "harvest", "train", "evaluate", "index", "label", "vector make", "vector find", "vector combine", "vector layers",
-    "vector gate", "vector calibrate", "vector score", "chat", "convert", "inspect", "demo",
+    "vector gate", "vector calibrate", "vector score", "vector learn", "chat", "convert", "inspect", "demo",
 )  # fmt: skip
 WITHOUT_SEED = ("vector make", "vector find", "vector combine", "vector gate")
 MEASURE = [
@@ -115,6 +115,7 @@ def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
         "index": sets(**common, out=index, n_logits=5),
         "label": label(index, run / "sae", tiny_llama),
         "vector make": sets(*MEASURE, **common, latent=5, out=library),
+        "vector learn": learn(tiny_llama, folder / "learned"),
         "chat": ["Hello there", *sets(model=tiny_llama, library=library, max_new_tokens=4)],
     }
     results = {}
@@ -142,6 +143,11 @@ def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
 def label(index: Path, sae: Path, model: Path, *pairs: str, **changes: object) -> list[str]:
     explainer = (f"explainer.model=local:{model}", "explainer.max_answer_tokens=4", "scoring.pool=8")
     return sets(*explainer, *pairs, **{"index": index, "sae": sae, "model": model, "latents": "[5]"} | changes)
+
+
+def learn(model: Path, out: Path, **changes: object) -> list[str]:
+    limits = {"n_prompts": 4, "n_select": 2, "n_heldout": 2, "max_new_tokens": 4, "steps": 2, "batch": 2}
+    return sets(**{"model": model, "out": out, "hook_points": f"[{HOOK}]"} | limits | changes)
 
 
 class _Capture:
@@ -281,6 +287,9 @@ def test_the_pipeline_runs_through_the_verbs(made: Made, saekit: Saekit) -> None
     assert [label["kind"] for label in labels[:2]] == ["tokens", "logits"]
     assert results["vector make"]["name"] == "latent-5"
     assert len(results["vector make"]["effect_ci95"]) == 2
+    assert list(results["vector learn"]["vectors"]) == ["answer-in-one-short-sentence"]
+    assert results["vector learn"]["conditions"]["nothing"]["kl"] > 0
+    assert len(json.dumps(results["vector learn"])) < 3000, "figures, not losses"
     assert results["chat"]["vector"] == "latent-5"
     assert isinstance(results["chat"]["answer"], str)
     kinds = {"store": "activation store", "sae": "SAE", "index": "feature index", "library": "library"}
@@ -712,6 +721,15 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "layer that is not there": (lambda m, t: ["vector", "layers", *sets(model=m.model, layers="[9]")], "0 to 3"),
     "unknown contrast": (
         lambda m, t: belongs(m, t, "vector make", kind="contrast", contrast="jolly"), "joyful_vs_gloomy",
+    ),
+    "context that is not there": (
+        lambda m, t: ["vector", "learn", *learn(m.model, t / "o", context=t / "no.txt")], "Check the path",
+    ),
+    "more prompts to learn from than there are": (
+        lambda m, t: ["vector", "learn", *learn(m.model, t / "o", n_prompts=500)], "504 different ones",
+    ),
+    "vector learned at no layer": (
+        lambda m, t: ["vector", "learn", *learn(m.model, t / "o", hook_points="[resid_post.4]")], "0 to 3",
     ),
     "out that is a file": (lambda m, t: harvest(m, t, out=m.text), "out"),
 }  # fmt: skip
