@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from activations.config import Config, HarvestConfig
 from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
 from sae.labels.config import LabelConfig
-from steer.config import ChatConfig, DemoConfig, VectorConfig
+from steer.config import ChatConfig, DemoConfig, InterferenceConfig, VectorConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -27,6 +27,7 @@ CLASSES: dict[str, type[Config]] = {
     "inspect": CompareConfig,
     "label": LabelConfig,
     "vector make": VectorConfig,
+    "vector interference": InterferenceConfig,
     "chat": ChatConfig,
     "demo": DemoConfig,
 }
@@ -52,6 +53,7 @@ EXAMPLES: dict[str, str] = {
     "label.yaml": "label",
     "vector_latent.yaml": "vector make",
     "vector_contrast.yaml": "vector make",
+    "vector_interference.yaml": "vector interference",
     "chat.yaml": "chat",
     "demo.yaml": "demo",
     "gpu_harvest.yaml": "harvest",

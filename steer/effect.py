@@ -29,6 +29,7 @@ from activations.models import LoadedModel
 from sae.torch_view import TorchSae
 from steer.generate import generate_conditions
 from steer.operations import Intervention
+from steer.plan import Interventions
 from steer.runtime import steering
 from steer.vectors import SteeringVector
 
@@ -135,17 +136,25 @@ def kl_per_token(
     loaded: LoadedModel, vector: SteeringVector, coefficient: float, prompts: Sequence[str], texts: Sequence[str]
 ) -> float:
     """Mean KL(unsteered || steered) in nats over the next-token distributions of prompts and texts."""
-    total, count = 0.0, 0
+    return kl_of(loaded, [[Intervention.of(vector, coefficient)]], prompts, texts)[0]
+
+
+def kl_of(
+    loaded: LoadedModel, conditions: Sequence[Interventions], prompts: Sequence[str], texts: Sequence[str]
+) -> list[float]:
+    """`kl_per_token` of several conditions, for which the unsteered model runs once."""
+    totals, count = [0.0] * len(conditions), 0
     for start in range(0, len(texts), READ_ROWS):
         batch = _encode(loaded, prompts[start : start + READ_ROWS], texts[start : start + READ_ROWS])
         with torch.inference_mode():
             plain = _logits(loaded, batch).log_softmax(-1)
-            with steering(loaded, [Intervention.of(vector, coefficient)], force=True):
-                steered = _logits(loaded, batch).log_softmax(-1)
-            kl = (plain.exp() * (plain - steered)).sum(-1)
-        total += float(kl[:, 1:][batch.attend[:, 1:]].sum())
+            for i, interventions in enumerate(conditions):
+                with steering(loaded, interventions, prompt_lengths=batch.heads, force=True):
+                    steered = _logits(loaded, batch).log_softmax(-1)
+                kl = (plain.exp() * (plain - steered)).sum(-1)
+                totals[i] += float(kl[:, 1:][batch.attend[:, 1:]].sum())
         count += int(batch.attend[:, 1:].sum())
-    return total / max(count, 1)
+    return [total / max(count, 1) for total in totals]
 
 
 def sweep_doses(
@@ -244,6 +253,8 @@ class _Batch(NamedTuple):
     attend: Bool[Tensor, "text pos"]
     new: Bool[Tensor, "text pos"]
     """True on continuation tokens"""
+    heads: list[int]
+    """tokens of each prompt"""
 
 
 def _encode(loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str]) -> _Batch:
@@ -253,7 +264,7 @@ def _encode(loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str]) -
     ids, attend, new = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
     for i, (row, head) in enumerate(zip(rows, heads, strict=True)):
         ids[i, : len(row)], attend[i, : len(row)], new[i, head : len(row)] = torch.tensor(row), True, 1
-    return _Batch(ids, attend, new.bool())
+    return _Batch(ids, attend, new.bool(), heads)
 
 
 def _logits(loaded: LoadedModel, batch: _Batch) -> Float[Tensor, "text pos vocab"]:

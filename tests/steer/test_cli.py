@@ -26,7 +26,10 @@ from steer.show import show
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOK, OTHER = "resid_post.1", "mlp_out.2"
-VERBS = ("harvest", "train", "evaluate", "index", "label", "vector make", "chat", "convert", "inspect", "demo")
+VERBS = (
+    "harvest", "train", "evaluate", "index", "label", "vector make", "vector interference", "chat", "convert", "inspect",
+    "demo",
+)  # fmt: skip
 MEASURE = [
     f"measure.{key}={value}"
     for key, value in {
@@ -168,7 +171,7 @@ def test_help_loads_no_framework() -> None:
     assert not modules & {"torch", "jax", "transformers", "flax", "zarr", "matplotlib", "sqlalchemy", "numpy"}
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "index", "vector make", "chat", "demo"])
+@pytest.mark.parametrize("verb", ["evaluate", "index", "vector make", "vector interference", "chat", "demo"])
 def test_a_dry_run_prints_the_resolved_config_and_does_nothing(
     saekit: Saekit, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -558,6 +561,12 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "unknown vector": (lambda m, t: ["chat", "Hi", *sets(model=m.model, library=m.library, vector="up")], "latent-5"),
     "unknown latent of the index": (lambda m, t: ["inspect", m.index, "--latent", 48], "0 to 47"),
     "unknown latent of the SAE": (lambda m, t: belongs(m, t, "vector make", latent=48), "0 to 47"),
+    "one vector to stack": (
+        lambda m, t: ["vector", "interference", *sets(model=m.model, library=m.library)], "two vectors or more",
+    ),
+    "no such vector to stack": (
+        lambda m, t: ["vector", "interference", *sets("vectors=[up]", model=m.model, library=m.library)], "latent-5",
+    ),
     "no latent": (lambda m, t: belongs(m, t, "vector make"), "latent=123"),
     "unknown contrast": (
         lambda m, t: belongs(m, t, "vector make", kind="contrast", contrast="jolly"), "joyful_vs_gloomy",
