@@ -17,8 +17,8 @@ Flow of `interference`:
 4. the limit of an arm is the largest k up to which, on average over the orders, all of retention and damage are
    within bounds. Its interval comes from drawing orders again; those of retention from drawing prompts again.
 
-The stack of k = 1 is sampled anew, so its retention is 1 but for chance. A stack that comes up twice, in other orders or
-arms, is measured once.
+The stack of k = 1 is sampled anew, so its retention is 1 but for chance, and below it for axes that looked better alone
+than they are. A stack that comes up twice, in other orders or arms, is measured once.
 
 Left out: effects that are no shares of tokens; how axes share one concept on purpose; choosing coefficients anew.
 """
@@ -35,7 +35,7 @@ from jaxtyping import Float
 from activations.errors import ConfigError, MismatchError, UnknownNameError
 from activations.models import LoadedModel, Status, load_model
 from sae.artefact import SaeArtefact
-from sae.metrics import RESAMPLES, draw, interval
+from sae.metrics import RESAMPLES, draw
 from sae.torch_view import TorchSae
 from steer.composition import composition, joint_doses, orthogonalised, within_budget
 from steer.config import InterferenceConfig
@@ -309,7 +309,8 @@ def _figures(
     weights: Float[np.ndarray, "draw prompt"],
 ) -> dict[str, Any]:
     """One stack's; the first draw of prompts is all of them once."""
-    ratio = ((reading.rates - base.rates) @ weights.T) / (alone @ weights.T)  # [axis, draw]
+    with np.errstate(divide="ignore", invalid="ignore"):  # prompts may be drawn on which an axis does nothing
+        ratio = ((reading.rates - base.rates) @ weights.T) / (alone @ weights.T)  # [axis, draw]
     others = [i for i in range(len(alone)) if i not in stack.axes]
     return {
         "axes": {axis: float(ratio[axis, 0]) for axis in stack.axes},
@@ -332,9 +333,19 @@ def _row(some: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if key == "retention":
             low, high = (None, None)
             if found[key] is not None:
-                low, high = interval(np.mean([each["drawn"] for each in some], axis=0)) or (None, None)
+                low, high = _finite_interval(np.array([each["drawn"] for each in some]))
             found |= {"retention_low": low, "retention_high": high}
     return found
+
+
+def _finite_interval(drawn: Float[np.ndarray, "order draw"]) -> tuple[float | None, float | None]:
+    """Of means over orders; none at an end that is not bounded, since an axis might do nothing alone."""
+    with np.errstate(invalid="ignore"):
+        means = drawn.mean(axis=0)
+    either = np.concatenate([np.nan_to_num(means, nan=np.inf), np.nan_to_num(means, nan=-np.inf)])
+    ends = np.quantile(either, [0.025, 0.975], method="nearest")
+    low, high = (float(end) if np.isfinite(end) else None for end in ends)
+    return low, high
 
 
 def limit_of(per_order: Mapping[int, Sequence[Mapping[str, float]]], bounds: Bounds, seed: int) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def _limits(axis: Any, result: Mapping[str, Any], key: str) -> tuple[float, floa
 def _axes(arm: str, by_axis: Mapping[str, Mapping[str, float]]) -> str:
     drawn, (axis,) = figure(1, 1, (4.6, 2.8))
     label, *_ = LOOKS[arm]
-    shades = np.linspace(0.25, 1.0, max(len(by_axis), 1))
+    shades = np.linspace(0.45, 1.0, max(len(by_axis), 1))
     for shade, (name, by_k) in zip(shades, by_axis.items(), strict=True):
         ks = [int(k) for k in by_k]
         axis.plot(ks, list(by_k.values()), color=LOOKS[arm][1], alpha=float(shade), marker=".", linewidth=1)

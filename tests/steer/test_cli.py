@@ -27,8 +27,8 @@ from steer.show import show
 ROOT = Path(__file__).resolve().parents[2]
 HOOK, OTHER = "resid_post.1", "mlp_out.2"
 VERBS = (
-    "harvest", "train", "evaluate", "index", "label", "vector make", "vector interference", "chat", "convert", "inspect",
-    "demo",
+    "harvest", "train", "evaluate", "index", "label", "vector make", "vector interference", "chat", "convert",
+    "inspect", "demo",
 )  # fmt: skip
 MEASURE = [
     f"measure.{key}={value}"

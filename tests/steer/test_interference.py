@@ -19,11 +19,10 @@ from steer import cli
 from steer import interference as module
 from steer.composition import joint_doses
 from steer.config import InterferenceConfig
-from steer.effect import Concept, kl_of, kl_per_token, latent_reader, states
+from steer.effect import Concept, kl_of, kl_per_token, latent_reader
 from steer.generate import generate_conditions
 from steer.interference import CONTROL, Bounds, interference, limit_of, stack_axes, verdict
 from steer.library import save_library
-from steer.make import load_prompts
 from steer.operations import Intervention
 from steer.vectors import SteeringVector, from_latent
 
@@ -266,17 +265,10 @@ def test_the_page_and_the_figures_are_written(
 def test_the_verb_measures_a_library_and_prints_tables(
     tiny: LoadedModel, tiny_llama: Path, planted: Any, tmp_path: Path, capsys: Any, monkeypatch: Any, as_json: bool
 ) -> None:
-    """Contrast vectors, whose midpoints are put between what unsteered and steered text reads like."""
-    prompts, point, vectors = load_prompts("heldout")[:3], HookPoint("resid_post", 3), []
-    conditions = [[], *([Intervention.of(vector)] for vector in planted[0][:2])]
-    plain, *texts = generate_conditions(tiny, conditions, prompts, max_new_tokens=4, seed=0)
-    for vector, own in zip(planted[0], texts, strict=False):
-        sides = [
-            torch.cat(states(tiny, point, prompts, some)) @ torch.from_numpy(vector.direction) for some in (plain, own)
-        ]
-        middle = float(sides[0].mean() + sides[1].mean()) / 2
-        vectors.append(replace(vector, source={"kind": "contrast", "midpoint": middle}))
-    library, out = write(tmp_path, vectors), tmp_path / "out"
+    vectors, concepts = planted
+    known = dict(zip([vector.name for vector in vectors], concepts, strict=True))
+    monkeypatch.setattr(module, "_concept", lambda vector, sae: known[vector.name])
+    library, out = write(tmp_path, vectors[:2]), tmp_path / "out"
     pairs = {"model": tiny_llama, "library": library, "out": out, "prompts": 3, "max_new_tokens": 4, "orders": 1}
     sets = [part for key, value in pairs.items() for part in ("--set", f"{key}={value}")]
     monkeypatch.setattr("sys.argv", ["saekit", "vector", "interference", *sets, *(["--json"] if as_json else [])])
