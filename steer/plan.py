@@ -2,17 +2,27 @@
 
 Flow: 1. every intervention is checked against the model; 2. gates and the latches of scopes become flags, in the order
 in which a forward pass comes by them; 3. the slots of each sequence are sorted into lanes, and what only adds, under
-one scope and gate, is summed into one slot; 4. the fullest sequence says how many slots a lane has room for.
+one scope and gate, is summed into one slot; 4. what a sequence asks for beyond its budget is scaled down to it; 5. the
+fullest sequence says how many slots a lane has room for.
+
+A budget bounds the joint dose of a sequence at each hook point: the length of the longest sum that scopes and gates may
+let through at once, whether or not they ever do, and beside it what clamps ask for, over mean ‖h‖. Scaling all that
+is added by one factor, rather than refusing it, keeps the proportions that somebody chose. A clamp has a target that is
+either reached or not, so it is counted and never scaled, and refused if it leaves nothing.
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
 
 from activations.errors import ConfigError, HookPointError, MismatchError, NumericsError, ShapeError
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel
+from steer.composition import longest_sum
 from steer.gates import Gate, clauses, gates_of
 from steer.operations import Intervention, Slot, folded
 from steer.scopes import Latch, Scope, latches_of
@@ -25,7 +35,23 @@ RESERVE = "Name it in `reserve` when steering starts."
 Interventions = Sequence[Intervention]
 Contents = dict[LaneKey, list[list[Row]]]
 """lane -> the slots of each row of its table"""
+Budget = float | Sequence[float | None] | None
+"""joint dose that no sequence goes beyond at any hook point, or one for each sequence; none: not bounded"""
 _Groups = dict[tuple[LaneKey, Scope, Where], list[Intervention]]
+
+
+class _Group(NamedTuple):
+    """Interventions of one lane that act on the same tokens, and what they come to."""
+
+    lane: LaneKey
+    where: Where
+    members: list[Intervention]
+    slots: list[Slot]
+
+    @property
+    def asked(self) -> float:
+        """Length that those that read ask for."""
+        return max((each.operation.reach for each in self.members if each.reads_at is not None), default=0.0)
 
 
 class Plan:
@@ -39,6 +65,7 @@ class Plan:
         prompt_lengths: Sequence[int] | None,
         reserve: Interventions,
         force: bool,
+        budget: Budget = None,
     ):
         """Check everything; raises as `steer.runtime.steering` says."""
         self._loaded, self._force = loaded, force
@@ -54,6 +81,8 @@ class Plan:
         self._lengths = prompt_lengths if any(each.scope.part for each in everything) else None
         self.is_by_row = rows is not None or self._lengths is not None
         self.n_rows = len(rows if rows is not None else self._lengths or [0])
+        self._budgets = _budgets(budget, self.n_rows, self.is_by_row)
+        self.scales: list[dict[HookPoint, float]] = []
         by_row = [self._needed([*interventions, *row], 1) for row in (rows or [[]])]
         spare = self._needed(reserve, 1)
         keys = dict.fromkeys(key for needed in (*by_row, spare) for key in needed)
@@ -93,10 +122,14 @@ class Plan:
                 fix = "Give one for each sequence of the batch, and as many as when steering started."
                 raise ShapeError(f"steering: {what}", expected=str(self.n_rows), got=len(given), fix=fix)
         found: Contents = {}
+        scales = []
         for r in range(self.n_rows):
             own = [*interventions, *(rows[r] if rows is not None else ())]
-            for key, slots in self._sorted(own, None if lengths is None else lengths[r]).items():
+            groups = self._slotted(own, None if lengths is None else lengths[r])
+            scales.append(_scales(groups, self._budgets[r]))
+            for key, slots in self._sorted(groups, scales[r]).items():
                 found.setdefault(key, [[] for _ in range(self.n_rows)])[r] = slots
+        self.scales = scales
         return found
 
     def _groups(self, interventions: Iterable[Intervention], n_prompt: int | None) -> _Groups:
@@ -115,15 +148,22 @@ class Plan:
             needed[lane] += len(slots) if lane.reads is not None else 1
         return needed
 
-    def _sorted(self, interventions: Iterable[Intervention], n_prompt: int | None) -> dict[LaneKey, list[Row]]:
-        """The slots of one sequence by lane."""
+    def _slotted(self, interventions: Iterable[Intervention], n_prompt: int | None) -> list[_Group]:
+        """The interventions of one sequence as slots."""
+        return [
+            _Group(lane, where, group, folded([slot for each in group for slot in self._slots(each)]))
+            for (lane, _, where), group in self._groups(interventions, n_prompt).items()
+        ]
+
+    def _sorted(self, groups: Sequence[_Group], scales: dict[HookPoint, float]) -> dict[LaneKey, list[Row]]:
+        """The slots of one sequence by lane, what adds at so many times what was asked for."""
         found: dict[LaneKey, list[Row]] = {}
-        for (lane, _, where), group in self._groups(interventions, n_prompt).items():
-            slots = folded([slot for each in group for slot in self._slots(each)])
+        for group in groups:
+            slots = [_scaled(slot, scales.get(group.lane.acts, 1.0)) for slot in group.slots]
             self._check_dose(group, slots)
-            self._check_windows(group)
+            self._check_windows(group.members)
             if slots:
-                found.setdefault(lane, []).extend(Row(slot, where) for slot in slots)
+                found.setdefault(group.lane, []).extend(Row(slot, group.where) for slot in slots)
         return found
 
     def _where(self, each: Intervention, n_prompt: int | None) -> Where:
@@ -214,15 +254,15 @@ class Plan:
         if not bool(vector.isfinite().all()):
             raise _not_finite(where)
 
-    def _check_dose(self, group: Sequence[Intervention], slots: Sequence[Slot]) -> None:
-        norms = [each.mean_norm for each in group if each.mean_norm is not None]
+    def _check_dose(self, group: _Group, slots: Sequence[Slot]) -> None:
+        norms = _mean_norms(group.members)
         if self._force or not norms:
             return
         added = max((float(slot.constant * slot.writes.norm()) for slot in slots if slot.reads is None), default=0.0)
-        reach = max([added, *(each.operation.reach for each in group if each.reads_at is not None)])
+        reach = max(added, group.asked)
         if reach > MAX_DOSE * min(norms):
             raise ConfigError(
-                f"{', '.join(map(str, group))} at {group[0].acts_at}",
+                f"{', '.join(map(str, group.members))} at {group.lane.acts}",
                 expected=f"a dose of at most {MAX_DOSE:g}",
                 got=f"{reach / min(norms):.3g}",
                 fix="Lower the coefficient, or say force if you mean it.",
@@ -238,6 +278,68 @@ class Plan:
                     got=f"{reach:.4g}",
                     fix="Lower it, calibrate again with other bounds, or say force if you mean it.",
                 )
+
+
+# --- budgets ---------------------------------------------------------------------------------------------------------
+
+
+def _budgets(budget: Budget, n_rows: int, is_by_row: bool) -> Sequence[float | None]:
+    """One budget for each row."""
+    found = [*budget] if isinstance(budget, Sequence) else [budget] * n_rows
+    if len(found) != n_rows or (isinstance(budget, Sequence) and not is_by_row):
+        fix = "Give one number for all, or rows and as many budgets."
+        raise ShapeError("steering: budget", expected=str(n_rows if is_by_row else 1), got=len(found), fix=fix)
+    for each in found:
+        if each is not None and not 0 < each < math.inf:
+            fix = "Give a dose such as 1.0, or none."
+            raise ConfigError("steering: budget", expected="a number above 0", got=each, fix=fix)
+    return found
+
+
+def _scales(groups: Sequence[_Group], budget: float | None) -> dict[HookPoint, float]:
+    """By hook point, what has to be scaled: by how much, so that no sequence of gates and scopes goes beyond."""
+    found: dict[HookPoint, float] = {}
+    for point in dict.fromkeys(group.lane.acts for group in groups) if budget is not None else ():
+        at = [group for group in groups if group.lane.acts == point]
+        sums: dict[Where, Any] = {}
+        for group in at:
+            for slot in group.slots:
+                if slot.reads is None:
+                    sums[group.where] = sums.get(group.where, 0.0) + slot.constant * slot.writes.double()
+        added = longest_sum(torch.stack([*sums.values()]).numpy()) if sums else 0.0
+        asked = sum(group.asked for group in at)
+        if added == asked == 0:
+            continue
+        assert budget is not None
+        room = budget * _mean_norm(at) - asked
+        if room <= 0:
+            raise ConfigError(
+                f"{', '.join(str(each) for group in at for each in group.members if group.asked)} at {point}",
+                expected=f"targets within the budget of {budget:g}",
+                got=f"{asked / _mean_norm(at):.3g}",
+                fix="Lower the targets, which cannot be scaled, or raise the budget.",
+            )
+        if added > room:
+            found[point] = room / added
+    return found
+
+
+def _scaled(slot: Slot, factor: float) -> Slot:
+    return slot if factor == 1 or slot.reads is not None else replace(slot, constant=factor * slot.constant)
+
+
+def _mean_norms(interventions: Iterable[Intervention]) -> list[float]:
+    return [each.mean_norm for each in interventions if each.mean_norm is not None]
+
+
+def _mean_norm(groups: Sequence[_Group]) -> float:
+    """The smallest that is known at a hook point."""
+    norms = _mean_norms(each for group in groups for each in group.members)
+    if not norms:
+        where = f"{', '.join(str(each) for group in groups for each in group.members)} at {groups[0].lane.acts}"
+        fix = "Say mean_norm of one of them, or steer without a budget."
+        raise ConfigError(where, expected="mean ‖h‖, which a budget is measured in", got="none", fix=fix)
+    return min(norms)
 
 
 def _not_finite(where: str) -> NumericsError:

@@ -42,7 +42,7 @@ from activations.hook_points import HookPoint
 from activations.hooks import edit
 from activations.models import LoadedModel
 from steer.gates import Gate, GateTable, gate_table, read, run_gates
-from steer.plan import RESERVE, Interventions, Plan
+from steer.plan import RESERVE, Budget, Interventions, Plan
 from steer.scopes import NONE, LatchTable, latch_table, run_latches
 from steer.tables import Lane, applied
 
@@ -59,6 +59,7 @@ def steering(
     prompt_lengths: Sequence[int] | None = None,
     reserve: Interventions = (),
     force: bool = False,
+    budget: Budget = None,
     max_batch: int = MAX_BATCH,
 ) -> Iterator["Steering"]:
     """Steer every forward pass of `loaded.model` inside the context.
@@ -68,16 +69,18 @@ def steering(
       rows: besides, one list for each sequence; every pass then has to have as many.
       prompt_lengths: tokens of each sequence's prompt, padding left out; for scopes that say `prompt` or `generated`.
       reserve: what `Steering.set` may be given later: there is room for all of these at once beside each row's own.
-      force: allow doses above MAX_DOSE, and coefficients beyond a vector's window.
+      force: allow doses above MAX_DOSE, and coefficients beyond a vector's window; a budget holds none the less.
+      budget: joint dose that a sequence may have at a hook point, one for all or one a row; what adds up to more is
+        scaled down to it, all of it by one factor (`steer.plan`), and `Steering.scales` says by how much.
       max_batch: sequences of a batch, if there are gates, or scopes of roles, phases or tool calls.
     Raises: MismatchError for a vector or gate of another model; ShapeError for one of another width; HookPointError for
       a layer or site that the model does not have, or a gate that is read behind where it acts; NumericsError for NaN;
-      ConfigError for a dose above MAX_DOSE, a coefficient beyond a vector's window, or a scope whose markers the
-      model's chat template does not have.
+      ConfigError for a dose above MAX_DOSE, a coefficient beyond a vector's window, clamps that leave nothing of a
+      budget, or a scope whose markers the model's chat template does not have.
     """
     with ExitStack() as stack:
         with torch.inference_mode(False):
-            plan = Plan(loaded, interventions, rows, prompt_lengths, reserve, force)
+            plan = Plan(loaded, interventions, rows, prompt_lengths, reserve, force, budget)
             steered = Steering(loaded, plan, max_batch).to(loaded.device)
             steered.set(interventions, rows=rows, prompt_lengths=prompt_lengths)
         stack.enter_context(_seen_by_the_compiler(steered))
@@ -146,6 +149,11 @@ class Steering(nn.Module):
                 raise ConfigError(f"steering at {key.acts}", expected=expected, got=n, fix=RESERVE)
         for lane in self._lanes:
             lane.fill(contents.get(lane.key, []))
+
+    def scales(self) -> list[dict[HookPoint, float]]:
+        """For each row, by hook point, at how much of what was asked for the budget lets it steer, where that is less
+        than all of it; one row for all sequences if they have none of their own."""
+        return self._plan.scales
 
     def fired(self) -> list[dict[str, list[int]]]:
         """For each sequence of the batch, by name of gate: on which tokens of the latest text it was open.

@@ -13,13 +13,14 @@ from steer.config import (
     CombineConfig,
     FindConfig,
     GateConfig,
+    InterferenceConfig,
     LayersConfig,
     LearnConfig,
     ScoreConfig,
     VectorConfig,
 )
 from steer.options import AsJson, ConfigPath, DryRun, Overrides
-from steer.show import show
+from steer.show import show, status
 
 app = typer.Typer(help="Make steering vectors, choose their dose, and measure what they do.", no_args_is_help=True)
 
@@ -132,3 +133,21 @@ def learn(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fal
     receipt = {key: value for key, value in made[0].receipts[-1].items() if key not in ("examples", "training")}
     vectors = {each.name: {"coefficient": each.coefficient, "dose": each.dose(each.coefficient)} for each in made}
     show({"library": settings.out, "scope": made[0].scope, "vectors": vectors, **receipt}, json_)
+
+
+@app.command()
+def interference(
+    config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False
+) -> None:
+    """Measure how many vectors can be used at once before concepts fade or text falls apart."""
+    settings = InterferenceConfig.load(config, set_)
+    if dry_run:
+        return show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.interference import interference as measure
+
+    result = measure(settings, on_status=status)
+    if json_:
+        return show({"out": settings.out, **result}, json_)
+    curves = {arm: {f"{k} axes": row for k, row in found["curve"].items()} for arm, found in result["arms"].items()}
+    show({"report": settings.out / "interference.html", "verdicts": result["verdicts"]}, json_)
+    show({"pairs": result["composition"]["pairs"], "vectors": result["vectors"], **curves}, json_)

@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HOOK, OTHER = "resid_post.1", "mlp_out.2"
 VERBS = (
     "harvest", "train", "evaluate", "index", "label", "vector make", "vector find", "vector combine", "vector layers",
-    "vector gate", "vector calibrate", "vector score", "vector learn", "chat", "convert", "inspect", "demo",
+    "vector gate", "vector calibrate", "vector score", "vector learn", "vector interference", "chat", "convert",
+    "inspect", "demo",
 )  # fmt: skip
 WITHOUT_SEED = ("vector make", "vector find", "vector combine", "vector gate")
 MEASURE = [
@@ -706,6 +707,12 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "unknown vector": (lambda m, t: ["chat", "Hi", *sets(model=m.model, library=m.library, vector="up")], "latent-5"),
     "unknown latent of the index": (lambda m, t: ["inspect", m.index, "--latent", 48], "0 to 47"),
     "unknown latent of the SAE": (lambda m, t: belongs(m, t, "vector make", latent=48), "0 to 47"),
+    "one vector to stack": (
+        lambda m, t: ["vector", "interference", *sets(model=m.model, library=m.library)], "two vectors or more",
+    ),
+    "no such vector to stack": (
+        lambda m, t: ["vector", "interference", *sets("vectors=[up]", model=m.model, library=m.library)], "latent-5",
+    ),
     "no latent": (lambda m, t: belongs(m, t, "vector make"), "latent=123"),
     "latents without one to add": (
         lambda m, t: belongs(m, t, "vector make", kind="latents", latents="{1: -1.0}"), "vector find",
