@@ -4,8 +4,9 @@ Flow: 1. prompts become rows of token ids, padded on the left; 2. transformers p
 3. `tokens` is the loop, one forward pass each time that it is asked for the next tokens; 4. `pieces` turns tokens into
 text that never ends within a character. What is at once is the same, joined.
 
-Sampling is a function of the seed, drawn from a generator of its own. Whatever hooks are on the model act while it
-generates, and may be changed between two tokens. Nothing runs after the last token that was asked for.
+Sampling is a function of the seed, drawn from a generator of its own: one for the batch, or one for each row, whose
+text then does not depend on the rows beside it. Whatever hooks are on the model act while it generates, and may be
+changed between two tokens. Nothing runs after the last token that was asked for.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ def generate(
     *,
     max_new_tokens: int = 40,
     temperature: float = 0.7,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     add_special_tokens: bool = True,
 ) -> list[str]:
     """Continuations of `prompts`, without the prompts and without special tokens.
@@ -34,6 +35,7 @@ def generate(
     Args:
       prompts: texts as they are; apply a chat template first if the model is to answer.
       temperature: 0 decodes greedily.
+      seed: of the batch, or of each row.
       add_special_tokens: whether the tokenizer adds its own, such as BOS; not for chat prompts, which hold theirs.
     Raises: ConfigError if prompt and continuation do not fit the model's context.
     """
@@ -50,7 +52,12 @@ def tokens_of(loaded: LoadedModel, prompts: Sequence[str], add_special_tokens: b
 
 
 def continuations(
-    loaded: LoadedModel, rows: Sequence[list[int]], *, max_new_tokens: int, temperature: float, seed: int
+    loaded: LoadedModel,
+    rows: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int | Sequence[int],
 ) -> list[str]:
     """As `generate`, of token ids."""
     steps = list(tokens(loaded, rows, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
@@ -84,7 +91,12 @@ _DECODING: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization
 
 
 def tokens(
-    loaded: LoadedModel, rows: Sequence[list[int]], *, max_new_tokens: int, temperature: float, seed: int
+    loaded: LoadedModel,
+    rows: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int | Sequence[int],
 ) -> Iterator[list[int]]:
     """The next token of each row, again and again, until all have ended; padding behind the end of one.
 
@@ -102,7 +114,8 @@ def tokens(
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature > 0 else {"do_sample": False}
     )
-    draws = torch.Generator(loaded.device).manual_seed(seed)
+    seeds = [seed] if isinstance(seed, int) else seed
+    draws = [torch.Generator(loaded.device).manual_seed(each) for each in seeds]
 
     def decode(model: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
                **inputs: Any) -> Iterator[list[int]]:  # fmt: skip
@@ -120,7 +133,13 @@ def tokens(
 
 
 def _decode(
-    model: Any, ids: Any, processors: Any, stopping: Any, config: Any, draws: torch.Generator, inputs: dict[str, Any]
+    model: Any,
+    ids: Any,
+    processors: Any,
+    stopping: Any,
+    config: Any,
+    draws: list[torch.Generator],
+    inputs: dict[str, Any],
 ) -> Iterator[list[int]]:
     """What transformers does for one token after the other, with a rest between them."""
     running = torch.ones(len(ids), dtype=torch.long, device=ids.device)
@@ -136,7 +155,9 @@ def _decode(
             inputs = model._update_model_kwargs_for_generation(outputs, inputs, is_encoder_decoder=False)
             scores = processors(ids, outputs.logits[:, -1].float())
             if config.do_sample:
-                following = torch.multinomial(scores.softmax(-1), 1, generator=draws)[:, 0]
+                chances = scores.softmax(-1).chunk(len(draws))
+                drawn = [torch.multinomial(p, 1, generator=g) for p, g in zip(chances, draws, strict=True)]
+                following = torch.cat(drawn)[:, 0]
             else:
                 following = scores.argmax(-1)
             following = torch.where(running > 0, following, config._pad_token_tensor)

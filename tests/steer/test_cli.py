@@ -263,7 +263,7 @@ def test_the_pipeline_runs_through_the_verbs(made: Made, saekit: Saekit) -> None
     assert [label["kind"] for label in labels[:2]] == ["tokens", "logits"]
     assert results["vector make"]["name"] == "latent-5"
     assert len(results["vector make"]["effect_ci95"]) == 2
-    assert results["chat"]["vector"] == "latent-5"
+    assert [vector["name"] for vector in results["chat"]["vectors"]] == ["latent-5"]
     assert isinstance(results["chat"]["answer"], str)
     kinds = {"store": "activation store", "sae": "SAE", "index": "feature index", "library": "library"}
     for name, kind in kinds.items():
@@ -555,7 +555,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "corrupt index": (lambda m, t: ["inspect", damaged(m.index, t, "index.sqlite", "x" * 999)], "a feature index"),
     "corrupt library": (lambda m, t: ["inspect", damaged(m.library, t, "manifest.json", "{")], "an intact library"),
     "library changed by hand": (lambda m, t: ["inspect", resigned(m, t)], "an intact library"),
-    "unknown vector": (lambda m, t: ["chat", "Hi", *sets(model=m.model, library=m.library, vector="up")], "latent-5"),
+    "unknown vector": (lambda m, t: ["chat", "Hi", *sets(model=m.model, library=m.library, vectors="up")], "latent-5"),
     "unknown latent of the index": (lambda m, t: ["inspect", m.index, "--latent", 48], "0 to 47"),
     "unknown latent of the SAE": (lambda m, t: belongs(m, t, "vector make", latent=48), "0 to 47"),
     "no latent": (lambda m, t: belongs(m, t, "vector make"), "latent=123"),
