@@ -13,16 +13,14 @@ A quantised model keeps the fingerprint of the weights that it was made from, si
 and says in its id what was done to them; ids go into stores, vectors and transcripts.
 """
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 
 from activations.errors import ModelError
-from activations.quiet import first_line
+from activations.quiet import first_line, quiet_transformers
 
 NONE = "none"
 
@@ -67,21 +65,10 @@ def quantisation_config(name: str, dtype: torch.dtype) -> Any:
         raise ModelError(where, expected=expected, got=f"'{name}'", fix="Correct the name.")
     quantisation = QUANTISATIONS[name]
     try:
-        with _quiet_import():
+        with quiet_transformers():
             import_module(quantisation.package)
             return quantisation.config(dtype)
     except (ImportError, OSError, RuntimeError) as error:
         expected = f"the package {quantisation.package}"
         fix = "Run pip install 'saekit[quantised]'."
         raise ModelError(where, expected=expected, got=first_line(error), fix=fix) from error
-
-
-@contextmanager
-def _quiet_import() -> Iterator[None]:
-    """torchao says on import which kernels of other devices it has no use for."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -27,7 +27,7 @@ def test_a_quantised_model_is_told_by_its_id_and_fits_vectors_of_its_weights(
     x = torch.arange(20, 60)[None]
     with torch.inference_mode():
         rounded, exact = small.model(x).logits, whole.model(x).logits
-    assert 0 < (rounded - exact).norm() < 0.5 * exact.norm()
+    assert 0 < (rounded - exact).norm() < 0.8 * exact.norm()
 
 
 def test_a_row_does_not_depend_on_the_row_beside_it(small: LoadedModel) -> None:

@@ -76,7 +76,7 @@ def test_an_answer_is_what_generate_gives_under_what_steers(
     [
         (["/add up"], [("up", "resid_post.1", "add", 1.6, "all")]),
         (["/add up -0.5"], [("up", "resid_post.1", "add", -2.0, "all")]),
-        (["/add up", "/dose up 0.5", "/scope up generated after:4"], [("up", "resid_post.1", "add", 2.0, "generated after:4")]),
+        (["/add up", "/dose up 0.5", "/scope up user after:4"], [("up", "resid_post.1", "add", 2.0, "user after:4")]),
         (["/add up 0.5", "/op up rotate"], [("up", "resid_post.1", "rotate", 2.0, "all")]),
         (["/add up 0.5", "/op up ablate"], [("up", "resid_post.1", "ablate", 1.0, "all")]),
         (["/add up", "/op up ablate", "/dose up 0.25"], [("up", "resid_post.1", "ablate", 0.25, "all")]),
@@ -84,7 +84,10 @@ def test_an_answer_is_what_generate_gives_under_what_steers(
         (["/add up", "/clear"], []),
         (
             ["/add both 1"],
-            [("both@resid_post.0", "resid_post.0", "add", 4.0, "all"), ("both@resid_post.2", "resid_post.2", "add", 2.0, "all")],
+            [
+                ("both@resid_post.0", "resid_post.0", "add", 4.0, "all"),
+                ("both@resid_post.2", "resid_post.2", "add", 2.0, "all"),
+            ],
         ),
     ],
 )  # fmt: skip
