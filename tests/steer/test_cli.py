@@ -291,7 +291,7 @@ def test_the_pipeline_runs_through_the_verbs(made: Made, saekit: Saekit) -> None
     assert list(results["vector learn"]["vectors"]) == ["answer-in-one-short-sentence"]
     assert results["vector learn"]["conditions"]["nothing"]["kl"] > 0
     assert len(json.dumps(results["vector learn"])) < 3000, "figures, not losses"
-    assert results["chat"]["vector"] == "latent-5"
+    assert [vector["name"] for vector in results["chat"]["vectors"]] == ["latent-5"]
     assert isinstance(results["chat"]["answer"], str)
     kinds = {"store": "activation store", "sae": "SAE", "index": "feature index", "library": "library"}
     for name, kind in kinds.items():
@@ -704,7 +704,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "corrupt index": (lambda m, t: ["inspect", damaged(m.index, t, "index.sqlite", "x" * 999)], "a feature index"),
     "corrupt library": (lambda m, t: ["inspect", damaged(m.library, t, "manifest.json", "{")], "an intact library"),
     "library changed by hand": (lambda m, t: ["inspect", resigned(m, t)], "an intact library"),
-    "unknown vector": (lambda m, t: ["chat", "Hi", *sets(model=m.model, library=m.library, vector="up")], "latent-5"),
+    "unknown vector": (lambda m, t: ["chat", "Hi", *sets(model=m.model, library=m.library, vectors="up")], "latent-5"),
     "unknown latent of the index": (lambda m, t: ["inspect", m.index, "--latent", 48], "0 to 47"),
     "unknown latent of the SAE": (lambda m, t: belongs(m, t, "vector make", latent=48), "0 to 47"),
     "one vector to stack": (

@@ -1,13 +1,14 @@
-"""Generation: greedy text is the model's own, seeds decide the rest, padding and caching change nothing."""
+"""Generation: text is the model's own, at once or streamed; seeds decide, padding and caching change nothing."""
 
 import pytest
 import torch
 
 from activations.errors import ConfigError
+from activations.generate import continuations, pieces, tokens_of
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel
 from steer.gates import Gate, cosine
-from steer.generate import generate, generate_conditions
+from steer.generate import generate, generate_conditions, streaming
 from steer.operations import Ablate, Add, Intervention
 from steer.runtime import steering
 from steer.scopes import Scope
@@ -41,6 +42,70 @@ def test_greedy_text_is_that_of_hugging_face(tiny: LoadedModel) -> None:
     expected = tiny.tokenizer.decode(out[0, x.shape[1] :].tolist(), skip_special_tokens=True)
     assert generate(tiny, [PROMPTS[0]], max_new_tokens=N, temperature=0.0) == [expected]
     assert expected
+
+
+def test_sampled_text_is_that_of_hugging_face(tiny: LoadedModel) -> None:
+    encoded = tiny.tokenizer(PROMPTS, padding=True, padding_side="left", return_tensors="pt")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        out = tiny.model.generate(
+            **encoded, max_new_tokens=N, do_sample=True, temperature=0.8, top_p=0.95, pad_token_id=0
+        )
+    new = out[:, encoded.input_ids.shape[1] :]
+    expected = tiny.tokenizer.batch_decode(new, skip_special_tokens=True)
+    assert generate(tiny, PROMPTS, max_new_tokens=N, temperature=0.8, seed=3) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stream_is_the_text_in_pieces(tiny: LoadedModel, vector: SteeringVector, temperature: float) -> None:
+    how = {"max_new_tokens": N, "temperature": temperature, "seed": 4}
+    rows = [[], [Intervention.of(vector, 6.0)], [Intervention.of(vector, -6.0)]]
+    with streaming(tiny, PROMPTS, rows=rows, **how) as stream:
+        steps = list(stream.pieces)
+    assert ["".join(row) for row in zip(*steps, strict=True)] == generate(tiny, PROMPTS, rows=rows, **how)
+    assert N // 2 < len(steps) <= N + 1
+    token_rows = tokens_of(tiny, PROMPTS, True)
+    assert continuations(tiny, token_rows, **how) == generate(tiny, PROMPTS, **how)
+
+
+def test_a_stream_stops_where_nobody_asks_on_and_takes_other_doses_on_its_way(
+    tiny: LoadedModel, vector: SteeringVector
+) -> None:
+    passes: list[int] = []
+    handle = tiny.model.model.register_forward_hook(lambda *_: passes.append(1))
+    strong = [Intervention.of(vector, 500.0)]
+    how = {"max_new_tokens": N, "temperature": 0.0, "force": True}
+    plain, steered = (generate(tiny, PROMPTS[:1], **how, interventions=each)[0] for each in ([], strong))
+    passes.clear()
+    changed = ""
+    with streaming(tiny, PROMPTS[:1], reserve=strong, **how) as stream:
+        for i, (piece,) in enumerate(stream.pieces):
+            changed += piece
+            if i == 3:
+                assert plain.startswith(changed)
+                stream.steered.set(strong)
+            if i == 8:
+                break
+    handle.remove()
+    assert len(passes) == 9
+    assert not plain.startswith(changed)
+    assert not steered.startswith(changed)
+    assert generate(tiny, PROMPTS[:1], **how)[0] == plain
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_no_piece_ends_within_a_character(tiny: LoadedModel) -> None:
+    texts = ["naïve 🎉🎉 日本", "plain"]
+    rows = [tiny.tokenizer(text)["input_ids"] for text in texts]
+    width = max(map(len, rows))
+    padded = [row + [tiny.tokenizer.pad_token_id] * (width - len(row)) for row in rows]
+    steps = list(pieces(tiny, iter([list(step) for step in zip(*padded, strict=True)])))
+    assert ["".join(row) for row in zip(*steps, strict=True)] == texts
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for step in steps for piece in step)
+    cut = rows[0][: rows[0].index(tiny.tokenizer("🎉")["input_ids"][0]) + 2]
+    steps = list(pieces(tiny, iter([[token] for token in cut])))
+    assert "".join(row for (row,) in steps) == tiny.tokenizer.decode(cut) != texts[0]
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for (piece,) in steps[:-1])
 
 
 def test_the_seed_decides_the_text(tiny: LoadedModel) -> None:
