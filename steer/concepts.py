@@ -1,7 +1,7 @@
 """The concept of a vector of a library, rebuilt from where the vector came from.
 
     contrast            on the positive side of the midpoint that its source keeps
-    latent, latents     where one of them is active, for which the SAE is needed
+    latent, latents     where the weighted sum of their activations is above 0, for which the SAE is needed
     anything else       what a classifier of whole texts says, which is fitted to contrast pairs (`steer.classifier`)
 
 Left out: choosing the pairs.
@@ -51,8 +51,8 @@ def concept_of(vector: SteeringVector, sae: Path, pairs: Sequence[ContrastPair] 
             got=str(artefact.sha256)[:12],
             fix="Name it with --set sae=...",
         )
-    view, wanted = TorchSae(artefact), torch.tensor(latents)
-    return Concept(places_of(artefact).reads, lambda x: (view.encode_some(x, wanted) > 0).any(dim=1))
+    view, wanted, weights = TorchSae(artefact), torch.tensor([*latents]), torch.tensor([*latents.values()])
+    return Concept(places_of(artefact).reads, lambda x: view.encode_some(x, wanted) @ weights > 0)
 
 
 def classified(vector: SteeringVector, pairs: Sequence[ContrastPair]) -> Concept:
@@ -73,9 +73,9 @@ def instruction_of(source: Mapping[str, Any]) -> str:
     return "Write about the topic of the following text."
 
 
-def _latents(vector: SteeringVector) -> list[int]:
-    """The latents that a vector is made of; of a weighted set those that it adds."""
+def _latents(vector: SteeringVector) -> dict[int, float]:
+    """The latents that a vector is made of, and their weights; none if it is made of something else."""
     source = vector.source
     if "latent" in source:
-        return [int(source["latent"])]
-    return [int(latent) for latent, weight in dict(source.get("latents", {})).items() if float(weight) > 0]
+        return {int(source["latent"]): 1.0}
+    return {int(latent): float(weight) for latent, weight in dict(source.get("latents", {})).items()}

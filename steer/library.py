@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
@@ -63,7 +62,7 @@ def load_library(path: str | Path) -> dict[str, SteeringVector]:
     try:
         directions = load_tensors(tensors)
         return {entry["name"]: _vector(entry, directions[entry["name"]]) for entry in manifest["vectors"]}
-    except (KeyError, TypeError, SafetensorError, ValidationError) as error:
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 
@@ -120,7 +119,7 @@ def _window(ends: list[float] | None) -> tuple[float, float] | None:
         return None
     low, high = map(float, ends)
     if not low <= high or not np.isfinite([low, high]).all():
-        raise KeyError(f"a window from {low} to {high}")
+        raise ValueError(f"a window from {low} to {high}")
     return low, high
 
 
