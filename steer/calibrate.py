@@ -28,7 +28,7 @@ from activations.text import documents
 from steer.concepts import concept_of
 from steer.config import CalibrateConfig
 from steer.contrast import load_pairs
-from steer.effect import Bounds, DoseTrial, choose_dose, sweep_doses
+from steer.effect import Arm, Bounds, DoseTrial, choose_dose, sweep_doses, try_arms
 from steer.library import find_vector, load_library
 from steer.make import add_to_library, load_prompts
 from steer.vectors import SteeringVector
@@ -78,10 +78,11 @@ def calibrate_vector(
     loaded = loaded or load_model(config.model, device=config.device, on_status=on_status)
     limits = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
     bounds = Bounds(config.max_nll_rise, config.max_repetition_rise, config.max_kl)
+    unsteered = try_arms(loaded, concept, prompts.picked, [Arm("unsteered", [])], **limits)
 
     def sweep(doses: Sequence[float]) -> list[DoseTrial]:
         say(f"calibrate: doses {', '.join(f'{dose:.3g}' for dose in doses)} on {len(prompts.picked)} prompts")
-        return sweep_doses(loaded, vector, concept, prompts.picked, doses, **limits)
+        return sweep_doses(loaded, vector, concept, prompts.picked, doses, unsteered=unsteered, **limits)
 
     found = search(sweep, config.doses, bounds, config.refine)
     if found.window is None:
