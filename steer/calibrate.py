@@ -76,7 +76,7 @@ def calibrate_vector(
     concept, prompts = concept_of(vector, config.sae, pairs), halves_of(config)
     say = on_status or (lambda line: None)
     loaded = loaded or load_model(config.model, device=config.device, on_status=on_status)
-    limits = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
+    limits: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
     bounds = Bounds(config.max_nll_rise, config.max_repetition_rise, config.max_kl)
     unsteered = try_arms(loaded, concept, prompts.picked, [Arm("unsteered", [])], **limits)
 
