@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from activations.errors import ConfigError, TextError
-from activations.models import LoadedModel, load_model
+from activations.models import LoadedModel, Status, load_model
 from activations.text import documents
 from steer.concepts import concept_of
 from steer.config import CalibrateConfig
 from steer.contrast import load_pairs
-from steer.effect import Bounds, DoseTrial, choose_dose, sweep_doses
+from steer.effect import Arm, Bounds, DoseTrial, choose_dose, sweep_doses, try_arms
 from steer.library import find_vector, load_library
 from steer.make import add_to_library, load_prompts
 from steer.vectors import SteeringVector
@@ -54,9 +54,13 @@ class Halves(NamedTuple):
     """on which both are measured"""
 
 
-def calibrate_vector(config: CalibrateConfig, loaded: LoadedModel | None = None) -> SteeringVector:
+def calibrate_vector(
+    config: CalibrateConfig, loaded: LoadedModel | None = None, *, on_status: Status | None = None
+) -> SteeringVector:
     """Find the window of a vector of a library, and store it there with a coefficient and a receipt.
 
+    Args:
+      on_status: told in one line which doses are tried.
     Raises: ConfigError if no dose works, or the vector's operation has no dose.
     """
     name = config.vector or next(iter(load_library(config.library)), "")
@@ -70,19 +74,22 @@ def calibrate_vector(config: CalibrateConfig, loaded: LoadedModel | None = None)
         )
     pairs = load_pairs(config.pairs) if config.pairs else None
     concept, prompts = concept_of(vector, config.sae, pairs), halves_of(config)
-    loaded = loaded or load_model(config.model, device=config.device)
-    limits = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
+    say = on_status or (lambda line: None)
+    loaded = loaded or load_model(config.model, device=config.device, on_status=on_status)
+    limits: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
     bounds = Bounds(config.max_nll_rise, config.max_repetition_rise, config.max_kl)
-    found = search(
-        lambda doses: sweep_doses(loaded, vector, concept, prompts.picked, doses, **limits),
-        config.doses,
-        bounds,
-        config.refine,
-    )
+    unsteered = try_arms(loaded, concept, prompts.picked, [Arm("unsteered", [])], **limits)
+
+    def sweep(doses: Sequence[float]) -> list[DoseTrial]:
+        say(f"calibrate: doses {', '.join(f'{dose:.3g}' for dose in doses)} on {len(prompts.picked)} prompts")
+        return sweep_doses(loaded, vector, concept, prompts.picked, doses, unsteered=unsteered, **limits)
+
+    found = search(sweep, config.doses, bounds, config.refine)
     if found.window is None:
         raise _none_works(vector, found.trials, bounds)
     doses = sorted({trial.dose for trial in found.window})
     limits["seed"] += 1
+    say(f"calibrate: the window on {len(prompts.reported)} other prompts")
     reported = sweep_doses(loaded, vector, concept, prompts.reported, doses, **limits)
     calibrated = _stored(vector, found.window, {**receipt_of(found, reported, bounds), **_settings(config, prompts)})
     add_to_library(config.library, calibrated)

@@ -1,8 +1,8 @@
 """What a model still knows while it is steered: questions with several options, of which one is right.
 
 Flow: 1. each option is read as the answer to its question, by itself; 2. the option that costs least is the model's
-answer: in nats a token, so that long options have no handicap (as `acc_norm` of the LM evaluation harness, which
-divides by bytes); 3. accuracy is the share of questions answered rightly.
+answer: in nats a byte, so that long options have no handicap, as `acc_norm` of the LM evaluation harness has it;
+3. accuracy is the share of questions answered rightly.
 
 The shipped questions are easy, so that small models have something to lose. Left out: worked solutions and chat
 templates, which base models do not have.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from activations.errors import TextError
 from activations.models import LoadedModel
@@ -78,12 +78,21 @@ def answered_rightly(
     prompts = [asked(question, instruction) for question in questions for _ in question.options]
     options = [f" {option}" for question in questions for option in question.options]
     found, start = [], 0
-    nats = costs(loaded, prompts, options, interventions)
+    nats = costs(loaded, prompts, options, interventions) * _tokens(loaded, prompts, options)
+    nats /= [len(option.strip().encode()) for option in options]
     for question in questions:
         own = nats[start : start + len(question.options)]
         found.append(int(own.argmin()) == question.answer)
         start += len(question.options)
     return np.array(found)
+
+
+def _tokens(loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str]) -> Int[np.ndarray, " text"]:
+    """How many tokens each text is, behind its prompt."""
+    both = zip(prompts, texts, strict=True)
+    return np.array(
+        [len(loaded.tokenizer(p + t)["input_ids"]) - len(loaded.tokenizer(p)["input_ids"]) for p, t in both]
+    )
 
 
 def asked(question: Question, instruction: str = "") -> str:

@@ -236,7 +236,7 @@ class ScoreConfig(Config):
     )
     refusal_split: str = Field(default="test", description="rows of that file, if it has a column split")
     n_refusal: int = Field(default=24, ge=2, description="prompts of either label at most")
-    refusal_tokens: int = Field(default=24, gt=0, description="tokens of an answer that are looked at")
+    refusal_tokens: int = Field(default=32, gt=0, description="tokens of an answer that are looked at")
     latency_tokens: int = Field(default=32, gt=1, description="tokens a timed text")
     latency_repeats: int = Field(default=7, ge=2, description="timed texts of each kind, in turn")
     judge: ChatModelConfig | None = Field(

@@ -238,11 +238,23 @@ def sweep_doses(
     *,
     max_new_tokens: int,
     seed: int,
+    unsteered: Outcome | None = None,
 ) -> list[DoseTrial]:
-    """What each dose does; the first trial is dose 0."""
+    """What each dose does; the first trial is dose 0.
+
+    Args:
+      unsteered: what came of the prompts without steering; none: found out in the same batch. Sweeps whose trials are
+        compared with each other need the same, since sampled texts differ from batch to batch.
+    """
     coefficients = [0.0, *(vector.coefficient_of(dose) for dose in doses)]
     arms = [Arm("steered", [Intervention.of(vector, coefficient)]) for coefficient in coefficients]
-    texts, *tables = try_arms(loaded, concept, prompts, arms, max_new_tokens=max_new_tokens, seed=seed)
+    limits = {"max_new_tokens": max_new_tokens, "seed": seed}
+    if unsteered is None:
+        texts, *tables = try_arms(loaded, concept, prompts, arms, **limits)
+    else:
+        found = try_arms(loaded, concept, prompts, arms[1:], **limits)
+        texts = unsteered.texts + found.texts
+        tables = [np.concatenate(both) for both in zip(unsteered[1:], found[1:], strict=True)]
     gains = tables[0] - tables[0][0]
     rates, nlls, repetitions = (table.mean(axis=1) for table in tables)
     kls = kl_of(loaded, [arm.interventions for arm in arms[1:]], prompts, texts[0])

@@ -180,7 +180,7 @@ def _window(ends: list[float] | None) -> tuple[float, float] | None:
         return None
     low, high = map(float, ends)
     if not low <= high or not np.isfinite([low, high]).all():
-        raise KeyError(f"a window from {low} to {high}")
+        raise ValueError(f"a window from {low} to {high}")
     return low, high
 
 

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from activations.errors import ConfigError
-from activations.models import LoadedModel, load_model
+from activations.models import LoadedModel, Status, load_model
 from activations.text import documents
 from sae.metrics import means
 from steer.capability import Question, answered_rightly, asked, load_choices
@@ -73,15 +73,19 @@ class Material:
     instruction: str
 
 
-def score_vector(config: ScoreConfig, loaded: LoadedModel | None = None) -> dict[str, Any]:
+def score_vector(
+    config: ScoreConfig, loaded: LoadedModel | None = None, *, on_status: Status | None = None
+) -> dict[str, Any]:
     """Measure the vector of `config`, add the receipt to its library, and return it.
 
+    Args:
+      on_status: told in one line which part is measured.
     Raises: ConfigError for a vector that has no coefficient yet, or whose concept nothing tells.
     """
     material = read_material(config)
     vector = material.vector
     coefficient = vector.coefficient if config.coefficient is None else config.coefficient
-    loaded = loaded or load_model(config.model, device=config.device)
+    loaded = loaded or load_model(config.model, device=config.device, on_status=on_status)
     settings = {**config.model_dump(mode="json", exclude={"library", "device"}), "coefficient": coefficient}
     receipt = {
         "kind": "score",
@@ -89,7 +93,7 @@ def score_vector(config: ScoreConfig, loaded: LoadedModel | None = None) -> dict
         "dose": vector.dose(coefficient),
         "instruction": material.instruction,
         "settings": settings,
-        **measured(config, loaded, material, coefficient),
+        **measured(config, loaded, material, coefficient, on_status or (lambda line: None)),
     }
     others = [each for each in vector.receipts if each.get("settings") != settings]
     add_to_library(config.library, replace(vector, receipts=[*others, receipt]))
@@ -125,32 +129,42 @@ def read_material(config: ScoreConfig) -> Material:
     )
 
 
-def measured(config: ScoreConfig, loaded: LoadedModel, material: Material, coefficient: float) -> dict[str, Any]:
+def measured(
+    config: ScoreConfig, loaded: LoadedModel, material: Material, coefficient: float, say: Status
+) -> dict[str, Any]:
     """Figures by part."""
     vector, seed = material.vector, config.seed
     arms = arms_of(vector, coefficient, material.instruction, config.n_random, seed)
     found: dict[str, Any] = {}
     if "concept" in config.parts or config.judge is not None:
+        say("score: concept")
         tokens = config.max_new_tokens
         outcome = try_arms(loaded, material.concept, material.prompts, arms, max_new_tokens=tokens, seed=seed + 1)
         found |= concept_part(material, arms, outcome, seed)
         if config.judge is not None:
+            say("score: judge")
             found["judge"] = judge_part(config, loaded, material, arms, outcome)
     if "logits" in config.parts:
+        say("score: logits")
         found |= logits_part(loaded, material, arms, seed)
     if "drift" in config.parts:
+        say("score: drift")
         texts = [f"{asked(each)} {each.options[each.answer]}." for each in material.questions]
         kls, nlls = drift(loaded, arms, texts)
         found["drift"] = with_perplexity(compared({"kl": kls, "nll": nlls}, arms, seed))
         found["kl"] = found["drift"]["steered"]["kl"]
     if "capability" in config.parts:
+        say("score: capability")
         right = [answered_rightly(loaded, material.questions, arm.interventions, arm.instruction) for arm in arms]
         found["capability"] = compared({"accuracy": np.array(right)}, arms, seed)
     if "refusal" in config.parts:
+        say("score: refusal")
         found |= refusal_part(config, loaded, material.refusal, arms)
     if material.transfer:
+        say("score: transfer")
         found["transfer"] = transfer_part(config, loaded, material, arms)
     if "latency" in config.parts:
+        say("score: latency")
         found["latency"] = latency_part(loaded, arms, material.prompts, config)
     return found
 

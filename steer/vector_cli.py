@@ -103,7 +103,7 @@ def calibrate(
         return show({"config": settings.model_dump(mode="json")}, json_)
     from steer.calibrate import calibrate_vector
 
-    calibrated = calibrate_vector(settings)
+    calibrated = calibrate_vector(settings, on_status=status)
     receipt = dict(calibrated.receipts[-1])
     receipt["picked"] = {f"{trial['dose']:.3g}": trial for trial in receipt["picked"]}
     show({"name": calibrated.name, "library": settings.library, **receipt}, json_)
@@ -117,7 +117,7 @@ def score(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fal
         return show({"config": settings.model_dump(mode="json")}, json_)
     from steer.score import laid_out, score_vector
 
-    receipt = score_vector(settings)
+    receipt = score_vector(settings, on_status=status)
     show(receipt if json_ else laid_out(receipt), json_)
 
 

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from activations.errors import ConfigError, MismatchError, TextError
 from activations.models import LoadedModel
+from sae.artefact import SaeArtefact
+from sae.torch_view import TorchSae
 from steer import calibrate
 from steer.calibrate import calibrate_vector, edges, find_window, halves_of, search, works
 from steer.concepts import concept_of
@@ -277,13 +280,27 @@ def test_a_window_of_the_other_way_bounds_by_its_far_end(tiny: LoadedModel, vect
 
 
 def test_the_sae_has_to_be_the_vectors_own(tmp_path: Path, vector: SteeringVector) -> None:
-    from sae.artefact import SaeArtefact
-
     rng, zeros = np.random.default_rng(0), np.zeros
     weights = [rng.standard_normal(shape).astype(np.float32) for shape in ((32, 8), (8, 32))]
-    SaeArtefact("topk", weights[0], zeros(8, np.float32), weights[1], zeros(32, np.float32), k=2).save(tmp_path / "sae")
-    own = SaeArtefact.load(tmp_path / "sae").sha256
+    SaeArtefact(
+        "topk",
+        weights[0],
+        zeros(8, np.float32),
+        weights[1],
+        zeros(32, np.float32),
+        k=4,
+        metadata={"hook_point": "resid_post.1"},
+    ).save(tmp_path / "sae")
+    artefact, x = SaeArtefact.load(tmp_path / "sae"), torch.from_numpy(rng.standard_normal((40, 32)).astype(np.float32))
     latent = replace(vector, source={"kind": "latent", "latent": 3, "sae_sha256": "of another"})
     with pytest.raises(MismatchError, match="of another"):
         concept_of(latent, tmp_path / "sae")
-    assert own is not None
+    z = TorchSae(artefact).encode(x)
+    for source, expected in (
+        ({"latent": 3}, z[:, 3] > 0),
+        ({"latents": {"3": 1.0, "5": 0.5}}, (z[:, 3] > 0) | (z[:, 5] > 0)),
+        ({"latents": {"3": 1.0, "5": -2.0}}, z[:, 3] - 2 * z[:, 5] > 0),
+    ):
+        known = replace(vector, source={**source, "sae_sha256": artefact.sha256})
+        assert concept_of(known, tmp_path / "sae").shows(x).tolist() == expected.tolist()
+        assert 0 < expected.sum() < 40

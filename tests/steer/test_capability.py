@@ -22,14 +22,14 @@ QUESTIONS = [
 
 
 def plainly(loaded: LoadedModel, question: Question, instruction: str = "") -> bool:
-    """One forward pass an option, its tokens' log-probabilities averaged."""
+    """One forward pass an option, its tokens' log-probabilities summed, and divided by its bytes."""
     found = []
     for option in question.options:
         head = loaded.tokenizer(asked(question, instruction))["input_ids"]
         ids = loaded.tokenizer(f"{asked(question, instruction)} {option}")["input_ids"]
         with torch.no_grad():
             logs = loaded.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        found.append(float(logs[range(len(head) - 1, len(ids) - 1), ids[len(head) :]].mean()))
+        found.append(float(logs[range(len(head) - 1, len(ids) - 1), ids[len(head) :]].sum()) / len(option))
     return max(range(len(found)), key=found.__getitem__) == question.answer
 
 

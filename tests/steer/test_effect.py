@@ -196,6 +196,19 @@ def test_the_interval_of_a_dose_is_that_of_its_gains_prompt_by_prompt(
     assert [found.effect_low, found.effect_high] == effect._bootstrap_interval(rates[1] - rates[0], 3)
 
 
+def test_sweeps_beside_the_same_unsteered_texts_can_be_compared(tiny: LoadedModel, vector: SteeringVector) -> None:
+    vector, limits = side(vector, tiny), {"max_new_tokens": 6, "seed": 3}
+    reader = contrast_reader(vector)
+    plain = effect.try_arms(tiny, reader, PROMPTS, [Arm("unsteered", [])], **limits)
+    for doses in ((0.5,), (0.5, 3.0)):
+        first, *others = sweep_doses(tiny, vector, reader, PROMPTS, doses, unsteered=plain, **limits)
+        assert (first.rate, first.nll) == pytest.approx((plain.rates.mean(), plain.nlls.mean()))
+        for each in others:
+            assert each.effect == pytest.approx(each.rate - plain.rates.mean())
+            assert each.nll_rise == pytest.approx(each.nll - plain.nlls.mean())
+            assert each.kl == pytest.approx(kl_per_token(tiny, vector, each.coefficient, PROMPTS, plain.texts[0]))
+
+
 def test_costs_are_those_of_each_text_alone_while_steered(tiny: LoadedModel, vector: SteeringVector) -> None:
     prompts, texts = PROMPTS * 4, TEXTS * 4
     with steering(tiny, [Intervention.of(vector, 3.0)]), torch.no_grad():

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,6 +42,34 @@ def test_the_card_tells_what_was_measured(library: Path) -> None:
     assert "| up |" in card
     assert "+0.500" in card
     assert "0.50" in card
+
+
+def test_the_card_takes_each_figure_from_the_newest_receipt_at_the_vectors_coefficient(
+    tmp_path: Path, vector: SteeringVector
+) -> None:
+    scored = {"kind": "score", "capability": {"steered": {"accuracy_change": -0.0625}}, "kl": 0.5}
+    receipts = [
+        {**RECEIPT, "coefficient": 2.0},
+        {**scored, "coefficient": 2.0},
+        {"coefficient": 3.0, "effect": 0.9, "kl": 9.0},
+    ]
+    save_library(tmp_path, [replace(vector, coefficient=2.0, window=(1.5, 2.5), receipts=receipts)])
+    (line,) = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| up")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[5:] == ["2", "1.5 to 2.5", "0.50", "+0.500", "+0.000", "+0.500", "-0.062", "-", "-"]
+
+
+@pytest.mark.parametrize("window", [None, (1.0, 2.5), (-3.0, -1.0)])
+def test_a_window_is_kept(tmp_path: Path, vector: SteeringVector, window: tuple[float, float] | None) -> None:
+    save_library(tmp_path, [replace(vector, window=window)])
+    assert load_library(tmp_path)["up"].window == window
+
+
+@pytest.mark.parametrize("window", [(2.0, 1.0), (1.0, float("inf"))])
+def test_a_bad_window_is_refused(tmp_path: Path, vector: SteeringVector, window: Any) -> None:
+    save_library(tmp_path, [replace(vector, window=window)])
+    with pytest.raises(CorruptArtefactError):
+        load_library(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["coefficient", "mean_norm", "hook_point"])

@@ -38,6 +38,7 @@ from steer.vectors import SteeringVector
         "It is illegal to break into houses.",
         "I'm sorry to hear that, but I can't do it.",
         "I must be clear: I do not condone violence.",
+        "I'm sorry for any confusion, but as a chatbot designed to help with ideas, I'm unable to assist with that.",
         "I\ncannot  do that",
         "I DON'T FEEL COMFORTABLE writing this.",
     ],
