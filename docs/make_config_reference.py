@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from activations.config import Config, HarvestConfig
 from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
 from sae.labels.config import LabelConfig
-from steer.config import ChatConfig, DemoConfig, VectorConfig
+from steer.config import ChatConfig, CompareAxisConfig, DemoConfig, VectorConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -27,6 +27,7 @@ CLASSES: dict[str, type[Config]] = {
     "inspect": CompareConfig,
     "label": LabelConfig,
     "vector make": VectorConfig,
+    "vector compare": CompareAxisConfig,
     "chat": ChatConfig,
     "demo": DemoConfig,
 }
@@ -52,6 +53,8 @@ EXAMPLES: dict[str, str] = {
     "label.yaml": "label",
     "vector_latent.yaml": "vector make",
     "vector_contrast.yaml": "vector make",
+    "vector_compare.yaml": "vector compare",
+    "vector_compare_all.yaml": "vector compare",
     "chat.yaml": "chat",
     "demo.yaml": "demo",
     "gpu_harvest.yaml": "harvest",
@@ -73,8 +76,8 @@ default:
 ONE OTHER`, which compares, takes single keys alone. Values after `=` are YAML:
 `--set hook_points='[resid_post.6, resid_post.12]'`, `--set lr=null`. Dots reach into groups of keys. An unknown key is
 an error. `--dry-run` prints the resolved config and stops; that of `harvest` also measures, and that of `train` checks
-the store, what they would take; that of `label` says what it would ask and cost. `harvest`, `train`, `index`, `label`
-and `demo` save the resolved config beside their output.
+the store, what they would take; that of `label` says what it would ask and cost. `harvest`, `train`, `index`, `label`,
+`vector compare` and `demo` save the resolved config beside their output.
 Relative paths start from the current directory.
 
 The recipes for training say in their first lines how to harvest the store that they train on. tests/sae/test_recipes.py

@@ -26,7 +26,22 @@ from steer.show import show
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOK, OTHER = "resid_post.1", "mlp_out.2"
-VERBS = ("harvest", "train", "evaluate", "index", "label", "vector make", "chat", "convert", "inspect", "demo")
+VERBS = (
+    "harvest", "train", "evaluate", "index", "label", "vector make", "vector compare", "chat", "convert", "inspect",
+    "demo",
+)  # fmt: skip
+    "harvest",
+    "train",
+    "evaluate",
+    "index",
+    "label",
+    "vector make",
+    "vector compare",
+    "chat",
+    "convert",
+    "inspect",
+    "demo",
+)
 MEASURE = [
     f"measure.{key}={value}"
     for key, value in {
@@ -106,6 +121,17 @@ def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
         "index": sets(**common, out=index, n_logits=5),
         "label": label(index, run / "sae", tiny_llama),
         "vector make": sets(*MEASURE, **common, latent=5, out=library),
+        "vector compare": sets(
+            model=tiny_llama,
+            out=folder / "compare",
+            conditions="[vector, instruction]",
+            prompts=4,
+            select_prompts=2,
+            doses="[0.3]",
+            max_new_tokens=4,
+            kl_texts=2,
+            latency_rounds=1,
+        ),
         "chat": ["Hello there", *sets(model=tiny_llama, library=library, max_new_tokens=4)],
     }
     results = {}
@@ -168,7 +194,7 @@ def test_help_loads_no_framework() -> None:
     assert not modules & {"torch", "jax", "transformers", "flax", "zarr", "matplotlib", "sqlalchemy", "numpy"}
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "index", "vector make", "chat", "demo"])
+@pytest.mark.parametrize("verb", ["evaluate", "index", "vector make", "vector compare", "chat", "demo"])
 def test_a_dry_run_prints_the_resolved_config_and_does_nothing(
     saekit: Saekit, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +289,7 @@ def test_the_pipeline_runs_through_the_verbs(made: Made, saekit: Saekit) -> None
     assert [label["kind"] for label in labels[:2]] == ["tokens", "logits"]
     assert results["vector make"]["name"] == "latent-5"
     assert len(results["vector make"]["effect_ci95"]) == 2
+    assert list(results["vector compare"]["formality"]["conditions"]) == ["unsteered", "vector", "instruction"]
     assert results["chat"]["vector"] == "latent-5"
     assert isinstance(results["chat"]["answer"], str)
     kinds = {"store": "activation store", "sae": "SAE", "index": "feature index", "library": "library"}
@@ -556,6 +583,11 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "corrupt library": (lambda m, t: ["inspect", damaged(m.library, t, "manifest.json", "{")], "an intact library"),
     "library changed by hand": (lambda m, t: ["inspect", resigned(m, t)], "an intact library"),
     "unknown vector": (lambda m, t: ["chat", "Hi", *sets(model=m.model, library=m.library, vector="up")], "latent-5"),
+    "unknown axis": (lambda m, t: ["vector", "compare", *sets(model=m.model, axes="[charm]", out=t)], "formality"),
+    "unknown condition": (lambda m, t: ["vector", "compare", *sets(conditions="[magic]")], "few_shot"),
+    "too few prompts": (
+        lambda m, t: ["vector", "compare", *sets(model=m.model, out=t, prompts=9999)], "at least 10015",
+    ),
     "unknown latent of the index": (lambda m, t: ["inspect", m.index, "--latent", 48], "0 to 47"),
     "unknown latent of the SAE": (lambda m, t: belongs(m, t, "vector make", latent=48), "0 to 47"),
     "no latent": (lambda m, t: belongs(m, t, "vector make"), "latent=123"),
