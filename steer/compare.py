@@ -46,7 +46,7 @@ from steer.refusal import is_refusal
 
 KL_TOKENS = 64
 """tokens of an unrelated text that are read"""
-READ_ROWS = 16
+READ_ROWS = 32
 """texts that the unsteered model reads together"""
 LATENCY_TOKENS = 16
 LONG = 3

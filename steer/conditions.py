@@ -215,7 +215,9 @@ def _fine_tuned(
     loaded: LoadedModel, config: CompareAxisConfig, name: str, axis: Axis, pairs: Sequence[ContrastPair]
 ) -> Condition:
     """The fine-tune of an axis; the one on disk, if it was trained in the same way."""
-    shown = shown_texts(axis, pairs)
+    # An answer in a chat has an end, which is to be learned too.
+    end = loaded.tokenizer.eos_token if axis.chat else ""
+    shown = [(prompt, text + (end or "")) for prompt, text in shown_texts(axis, pairs)]
     key = _key(loaded, config, axis, shown=shown, training=config.lora.model_dump())
     path = config.out / name / f"lora-{key[:12]}.safetensors"
     try:

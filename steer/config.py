@@ -96,7 +96,7 @@ class CompareAxisConfig(Config):
     temperature: float = Field(default=0.7, ge=0, description="sampling temperature; 0 is greedy")
     batch_rows: int = Field(default=64, gt=0, description="prompts that are continued together")
     kl_texts: int = Field(default=64, gt=0, description="unrelated texts, of the shipped corpus, that KL is taken on")
-    latency_rounds: int = Field(default=5, gt=0, description="rounds in which each condition's latency is taken")
+    latency_rounds: int = Field(default=3, gt=0, description="rounds in which each condition's latency is taken")
     seed: int = Field(default=0, ge=0, description="seed of everything random")
 
 

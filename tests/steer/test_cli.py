@@ -30,18 +30,6 @@ VERBS = (
     "harvest", "train", "evaluate", "index", "label", "vector make", "vector compare", "chat", "convert", "inspect",
     "demo",
 )  # fmt: skip
-    "harvest",
-    "train",
-    "evaluate",
-    "index",
-    "label",
-    "vector make",
-    "vector compare",
-    "chat",
-    "convert",
-    "inspect",
-    "demo",
-)
 MEASURE = [
     f"measure.{key}={value}"
     for key, value in {
