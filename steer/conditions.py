@@ -189,9 +189,9 @@ def _vector(
 def _steered(name: str, loaded: LoadedModel, vector: SteeringVector, cost: dict[str, Any]) -> Condition:
     """A vector is added where it was made; what is ablated is ablated from there on, since later blocks restore it."""
     first = Intervention.of(vector, vector.coefficient)
-    layers = {HookPoint.parse(vector.hook_point).layer: 1.0}
-    if vector.operation == "ablate":
-        layers = dict.fromkeys(range(*layers, loaded.n_layers), 1.0)
+    start = HookPoint.parse(vector.hook_point).layer
+    stop = loaded.n_layers if vector.operation == "ablate" else start + 1
+    layers = dict.fromkeys(range(start, stop), 1.0)
     identity = digest(vector.direction.tobytes().hex(), vector.hook_point, vector.operation, repr(vector.coefficient))
     return Condition(name, identity, interventions=tuple(schedule(first, layers)), cost=cost)
 
@@ -216,14 +216,15 @@ def _fine_tuned(
 ) -> Condition:
     """The fine-tune of an axis; the one on disk, if it was trained in the same way."""
     # An answer in a chat has an end, which is to be learned too.
-    end = loaded.tokenizer.eos_token if axis.chat else ""
-    shown = [(prompt, text + (end or "")) for prompt, text in shown_texts(axis, pairs)]
+    end = str(loaded.tokenizer.eos_token or "") if axis.chat else ""
+    shown = [(prompt, text + end) for prompt, text in shown_texts(axis, pairs)]
     key = _key(loaded, config, axis, shown=shown, training=config.lora.model_dump())
     path = config.out / name / f"lora-{key[:12]}.safetensors"
     try:
         adapter = LoraAdapter.load(path)
     except CorruptArtefactError:
-        adapter = train(loaded, *map(list, zip(*shown, strict=True)), config.lora, config.seed)
+        prompts, texts = [prompt for prompt, _ in shown], [text for _, text in shown]
+        adapter = train(loaded, prompts, texts, config.lora, config.seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         adapter.save(path)
     cost = _cost(adapter.seconds, len(shown), adapter.n_bytes) | {"last_loss": adapter.losses[-1]}

@@ -107,3 +107,14 @@ def test_without_peft(own: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(ConfigError, match=r"saekit\[lora\]"):
         train(own, PROMPTS, TEXTS, TRAINING)
+
+
+def test_it_learns_in_bfloat16_too(tiny_llama: Path) -> None:
+    half = load_model(str(tiny_llama), dtype="bfloat16")
+    before = logits(half)
+    learned = train(half, PROMPTS, TEXTS, TRAINING)
+    assert torch.equal(logits(half), before)
+    assert learned.losses[-1] < 0.5 * learned.losses[0]
+    with adapted(half, learned):
+        assert not torch.equal(logits(half), before)
+    assert torch.equal(logits(half), before)
