@@ -201,7 +201,7 @@ def _few_shot(config: CompareAxisConfig, axis: Axis, pairs: Sequence[ContrastPai
     shown = shown_texts(axis, pairs)
     step = 2 if axis.operation == "ablate" else 1
     order = np.random.default_rng(config.seed).permutation(len(shown) // step) * step
-    examples = [shown[i + j] for i in order.tolist() for j in range(step)][: config.few_shot]
+    examples = [shown[i + j] for i in order.tolist() for j in range(step)][: max(step, config.few_shot // step * step)]
     head = "".join(f"{prompt}{text}\n\n" for prompt, text in examples)
     turns = []
     for prompt, text in examples if axis.chat else ():

@@ -82,7 +82,9 @@ class CompareAxisConfig(Config):
         default=None, description="text spec of prompts, such as mine.parquet#instruction; none: saekit's own"
     )
     instruction: str | None = Field(default=None, description="what is asked for in words; none: the axis's own")
-    few_shot: int = Field(default=5, gt=0, description="examples in front of the prompt")
+    few_shot: int = Field(
+        default=4, gt=0, description="examples in front of the prompt; for bias, an even number of them"
+    )
     lora: LoraTraining = Field(default=LoraTraining(), description="the fine-tune")
     doses: tuple[float, ...] = Field(default=(0.2, 0.35, 0.5, 0.7), min_length=1, description="doses to try")
     max_nll_rise: float = Field(

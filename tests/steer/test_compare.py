@@ -169,6 +169,17 @@ def test_in_a_chat_examples_are_turns(own: LoadedModel, tmp_path: Path) -> None:
     assert "I'm" in given["few_shot"] or "I " in given["few_shot"]
 
 
+def test_examples_of_what_is_to_make_no_difference_are_whole_pairs(own: LoadedModel, tmp_path: Path) -> None:
+    axis, config = (
+        AXES["bias"],
+        CompareAxisConfig(out=tmp_path, **(SMALL | {"few_shot": 3, "conditions": ("few_shot",)})),
+    )
+    (_, few_shot) = make_conditions(own, config, "bias", axis, pairs_of(axis), [])
+    one, other, last = few_shot.head.split("\n\n")
+    (pair,) = [each for each in load_pairs("she_vs_he") if one == each.prompt + each.positive]
+    assert (other, last) == (pair.prompt + pair.negative, "")
+
+
 def test_a_random_direction_acts_as_hard_where_the_vector_does(own: LoadedModel, tmp_path: Path) -> None:
     for name, n_places in (("formality", 1), ("bias", 2)):
         made = conditions(own, tmp_path, name)
