@@ -192,7 +192,7 @@ def test_a_dry_run_prints_the_resolved_config_and_does_nothing(
     config = saekit(
         *verb.split(),
         *file,
-        *sets(seed=3) if verb in ("evaluate", "index", "chat", "demo") else (),
+        *sets(seed=3) if verb in ("evaluate", "index", "vector compare", "chat", "demo") else (),
         "--dry-run",
         "--json",
     ).json["config"]
