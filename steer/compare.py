@@ -19,6 +19,7 @@ fine-tune, which each are one reasonable choice.
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def compare(config: CompareAxisConfig, loaded: LoadedModel | None = None, on_sta
     Raises: UnknownNameError for an axis that is not there; ConfigError for too few prompts, or without peft.
     """
     say = on_status or (lambda line: None)
-    recipes = {name: axis_of(name) for name in config.axes}
+    own = {key: value for key in ("contrast", "instruction") if (value := getattr(config, key)) is not None}
+    recipes = {name: replace(axis_of(name), **own) for name in config.axes}
     loaded = loaded or load_model(config.model, device=config.device)
     config.save(config.out / "config.yaml")
     results = {}

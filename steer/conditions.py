@@ -127,7 +127,7 @@ def make_conditions(
             drawn = np.random.default_rng(config.seed).standard_normal(loaded.d_model).astype(np.float32)
             made.append(_steered("random", loaded, replace(vector, direction=drawn / np.linalg.norm(drawn)), {}))
         elif each == "instruction":
-            head = f"{config.instruction or axis.instruction}\n\n"
+            head = f"{axis.instruction}\n\n"
             made.append(Condition("instruction", head, head=head, cost=_cost(0.0, 0, len(head.encode()))))
         elif each == "few_shot":
             made.append(_few_shot(config, axis, pairs))

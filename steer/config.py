@@ -81,6 +81,9 @@ class CompareAxisConfig(Config):
     prompts_from: str | None = Field(
         default=None, description="text spec of prompts, such as mine.parquet#instruction; none: saekit's own"
     )
+    contrast: str | None = Field(
+        default=None, description="pairs in place of the axis's own: a shipped set, or a .jsonl file"
+    )
     instruction: str | None = Field(default=None, description="what is asked for in words; none: the axis's own")
     few_shot: int = Field(
         default=4, gt=0, description="examples in front of the prompt; for bias, an even number of them"

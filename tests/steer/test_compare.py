@@ -213,6 +213,21 @@ def test_prompts_of_an_axis_are_enough_and_apart(name: str) -> None:
     assert not set(held) & set(select)
 
 
+def test_pairs_and_words_of_ones_own(own: LoadedModel, tmp_path: Path) -> None:
+    pairs = [
+        {"prompt": f"P{i}", "positive": f" up{i} and on", "negative": f" down{i} and off", "split": split}
+        for split, n in (("fit", 8), ("heldout", 3))
+        for i in range(n)
+    ]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    settings = SMALL | {"conditions": ("vector", "instruction"), "contrast": str(tmp_path / "mine.jsonl")}
+    config = CompareAxisConfig(out=tmp_path / "out", instruction="Go up.", **settings)
+    result = compare(config, own)["formality"]
+    assert load_library(tmp_path / "out" / "library")["formality"].source["pairs"] == 8
+    assert result["judge"]["n_fit"] == 16
+    assert result["conditions"]["instruction"]["cost"]["bytes"] == len("Go up.\n\n")
+
+
 def test_what_cannot_be_compared(own: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="formality"):
         compare(CompareAxisConfig(axes=("charm",), out=tmp_path), own)
