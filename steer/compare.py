@@ -36,7 +36,7 @@ from activations.text import documents
 from sae.metrics import means
 from steer.axes import Axis, axis_of, pairs_of
 from steer.batches import TokenRow, costs, padded
-from steer.classifier import TextClassifier, examples_of, fit, late_reader
+from steer.classifier import TextClassifier, examples_of, fit, late_reader, load_examples
 from steer.compare_report import write_report
 from steer.conditions import Condition, make_conditions, rendered, steer_at
 from steer.config import CompareAxisConfig
@@ -209,10 +209,14 @@ def _read_texts(path: Path) -> list[str]:
 
 
 def _judge(loaded: LoadedModel, config: CompareAxisConfig, axis: Axis) -> TextClassifier | None:
-    """The classifier of an axis that has one, fitted to the same pairs but on other features than the vector."""
+    """The classifier of an axis that has one, fitted to labelled texts or to the pairs, on other features than the
+    vector."""
     if axis.measure != "classifier":
         return None
-    examples = examples_of(rendered(loaded, axis, pairs_of(axis)))
+    if config.judge_texts is not None:
+        examples = load_examples(config.judge_texts, config.judge_label)
+    else:
+        examples = examples_of(rendered(loaded, axis, pairs_of(axis)))
     if axis.judge == "text":
         return fit(examples, seed=config.seed)
     reader, reads = late_reader(loaded, avoid=steer_at(loaded, config))

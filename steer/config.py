@@ -85,6 +85,11 @@ class CompareAxisConfig(Config):
         default=None, description="pairs in place of the axis's own: a shipped set, or a .jsonl file"
     )
     instruction: str | None = Field(default=None, description="what is asked for in words; none: the axis's own")
+    judge_texts: Path | None = Field(
+        default=None,
+        description="labelled texts (.parquet or .jsonl: text, label) that the classifier is fitted to; none: the pairs",
+    )
+    judge_label: str = Field(default="pos", description="label of those that show the concept")
     few_shot: int = Field(
         default=4, gt=0, description="examples in front of the prompt; for bias, an even number of them"
     )

@@ -15,6 +15,7 @@ from activations.models import LoadedModel, chat_prompt, load_model
 from activations.text import documents
 from steer.axes import AXES, axis_of, pairs_of, shown_texts
 from steer.batches import costs
+from steer.compare import _judge as judge_of
 from steer.compare import _kl as kl_of
 from steer.compare import axis_prompts, compare, table, wanted, write_texts
 from steer.conditions import UNSTEERED, make_conditions
@@ -226,6 +227,17 @@ def test_pairs_and_words_of_ones_own(own: LoadedModel, tmp_path: Path) -> None:
     assert load_library(tmp_path / "out" / "library")["formality"].source["pairs"] == 8
     assert result["judge"]["n_fit"] == 16
     assert result["conditions"]["instruction"]["cost"]["bytes"] == len("Go up.\n\n")
+
+
+def test_a_judge_of_labelled_texts(own: LoadedModel, tmp_path: Path) -> None:
+    rows = [{"text": f"{word} film {i}", "label": word} for i in range(4) for word in ("fine", "dull")]
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = CompareAxisConfig(judge_texts=tmp_path / "labels.jsonl", judge_label="fine", **SMALL)
+    judge = judge_of(own, config, AXES["formality"])
+    assert judge is not None
+    assert judge.quality["n_fit"] == 8
+    fine, dull = judge.probability(["a fine film", "a dull film"])
+    assert fine > 0.5 > dull
 
 
 def test_what_cannot_be_compared(own: LoadedModel, tmp_path: Path) -> None:
