@@ -87,7 +87,7 @@ class CompareAxisConfig(Config):
     instruction: str | None = Field(default=None, description="what is asked for in words; none: the axis's own")
     judge_texts: Path | None = Field(
         default=None,
-        description="labelled texts (.parquet or .jsonl: text, label) that the classifier is fitted to; none: the pairs",
+        description="labelled texts (text, label; .parquet or .jsonl) to fit the classifier to; none: the pairs",
     )
     judge_label: str = Field(default="pos", description="label of those that show the concept")
     few_shot: int = Field(
