@@ -19,6 +19,7 @@ from steer.config import (
     CalibrateConfig,
     ChatConfig,
     CombineConfig,
+    CompareAxisConfig,
     DemoConfig,
     FindConfig,
     GateConfig,
@@ -47,6 +48,7 @@ CLASSES: dict[str, type[Config]] = {
     "vector score": ScoreConfig,
     "vector learn": LearnConfig,
     "vector interference": InterferenceConfig,
+    "vector compare": CompareAxisConfig,
     "chat": ChatConfig,
     "demo": DemoConfig,
 }
@@ -82,6 +84,8 @@ EXAMPLES: dict[str, str] = {
     "vector_score.yaml": "vector score",
     "vector_learn.yaml": "vector learn",
     "vector_interference.yaml": "vector interference",
+    "vector_compare.yaml": "vector compare",
+    "vector_compare_all.yaml": "vector compare",
     "chat.yaml": "chat",
     "demo.yaml": "demo",
     "gpu_harvest.yaml": "harvest",
@@ -105,6 +109,7 @@ default:
 an error. `--dry-run` prints the resolved config and stops; that of `harvest` also measures, and that of `train` checks
 the store, what they would take; that of `label` says what it would ask and cost. `harvest`, `train`, `index`, `label`,
 `vector layers` and `demo` save the resolved config beside their output.
+`vector compare` and `demo` save the resolved config beside their output.
 Relative paths start from the current directory.
 
 The recipes for training say in their first lines how to harvest the store that they train on. tests/sae/test_recipes.py

@@ -149,7 +149,7 @@ def _vector_rows(chat: Chat) -> list[dict[str, str]]:
     for library in reversed(chat.libraries):
         for name, vector in load_library(library).items():
             effect = vector.receipts[-1].get("effect") if vector.receipts else None
-            window = getattr(vector, "window", None)
+            window = vector.window
             rows[name] = {
                 "name": name,
                 "hook point": vector.hook_point,

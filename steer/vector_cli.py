@@ -11,6 +11,7 @@ import typer
 from steer.config import (
     CalibrateConfig,
     CombineConfig,
+    CompareAxisConfig,
     FindConfig,
     GateConfig,
     InterferenceConfig,
@@ -151,3 +152,16 @@ def interference(
     curves = {arm: {f"{k} axes": row for k, row in found["curve"].items()} for arm, found in result["arms"].items()}
     show({"report": settings.out / "interference.html", "verdicts": result["verdicts"]}, json_)
     show({"pairs": result["composition"]["pairs"], "vectors": result["vectors"], **curves}, json_)
+
+
+@app.command()
+def compare(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Compare a vector with asking in words, with examples and with a fine-tune, along whole axes."""
+    settings = CompareAxisConfig.load(config, set_)
+    if dry_run:
+        return show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.compare import compare as compare_axes
+    from steer.compare import table
+
+    results = compare_axes(settings, on_status=status)
+    show({"report": str(settings.out / "report.html"), **(results if json_ else table(results))}, json_)

@@ -37,7 +37,7 @@ def test_config_reference_covers_every_verb_with_a_config(reference: dict[str, A
     taken = {cls.__name__ for cls in reference["CLASSES"].values()}
     groups = {"SaeConfig", "SweepConfig", "ComputeConfig", "LogConfig", "MeasureConfig"}
     groups |= {"ProbingConfig", "ConceptsConfig", "AbsorptionConfig"}
-    groups |= {"ChatModelConfig", "ScoringConfig", "BudgetConfig"}
+    groups |= {"ChatModelConfig", "ScoringConfig", "BudgetConfig", "LoraTraining"}
     in_config_modules = {cls.__name__ for cls in leaves(Config) if cls.__module__.endswith(".config")}
     assert in_config_modules <= taken | groups
 

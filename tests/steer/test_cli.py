@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HOOK, OTHER = "resid_post.1", "mlp_out.2"
 VERBS = (
     "harvest", "train", "evaluate", "index", "label", "vector make", "vector find", "vector combine", "vector layers",
-    "vector gate", "vector calibrate", "vector score", "vector learn", "vector interference", "chat", "convert",
-    "inspect", "demo",
+    "vector gate", "vector calibrate", "vector score", "vector learn", "vector interference", "vector compare", "chat",
+    "convert", "inspect", "demo",
 )  # fmt: skip
 WITHOUT_SEED = ("vector make", "vector find", "vector combine", "vector gate")
 MEASURE = [
@@ -117,6 +117,17 @@ def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
         "label": label(index, run / "sae", tiny_llama),
         "vector make": sets(*MEASURE, **common, latent=5, out=library),
         "vector learn": learn(tiny_llama, folder / "learned"),
+        "vector compare": sets(
+            model=tiny_llama,
+            out=folder / "compare",
+            conditions="[vector, instruction]",
+            prompts=4,
+            select_prompts=2,
+            doses="[0.3]",
+            max_new_tokens=4,
+            kl_texts=2,
+            latency_rounds=1,
+        ),
         "chat": ["Hello there", *sets(model=tiny_llama, library=library, max_new_tokens=4)],
     }
     results = {}
@@ -291,6 +302,7 @@ def test_the_pipeline_runs_through_the_verbs(made: Made, saekit: Saekit) -> None
     assert list(results["vector learn"]["vectors"]) == ["answer-in-one-short-sentence"]
     assert results["vector learn"]["conditions"]["nothing"]["kl"] > 0
     assert len(json.dumps(results["vector learn"])) < 3000, "figures, not losses"
+    assert list(results["vector compare"]["formality"]["conditions"]) == ["unsteered", "vector", "instruction"]
     assert [vector["name"] for vector in results["chat"]["vectors"]] == ["latent-5"]
     assert isinstance(results["chat"]["answer"], str)
     kinds = {"store": "activation store", "sae": "SAE", "index": "feature index", "library": "library"}
@@ -705,6 +717,11 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "corrupt library": (lambda m, t: ["inspect", damaged(m.library, t, "manifest.json", "{")], "an intact library"),
     "library changed by hand": (lambda m, t: ["inspect", resigned(m, t)], "an intact library"),
     "unknown vector": (lambda m, t: ["chat", "Hi", *sets(model=m.model, library=m.library, vectors="up")], "latent-5"),
+    "unknown axis": (lambda m, t: ["vector", "compare", *sets(model=m.model, axes="[charm]", out=t)], "formality"),
+    "unknown condition": (lambda m, t: ["vector", "compare", *sets(conditions="[magic]")], "few_shot"),
+    "too few prompts": (
+        lambda m, t: ["vector", "compare", *sets(model=m.model, out=t, prompts=9999)], "at least 10015",
+    ),
     "unknown latent of the index": (lambda m, t: ["inspect", m.index, "--latent", 48], "0 to 47"),
     "unknown latent of the SAE": (lambda m, t: belongs(m, t, "vector make", latent=48), "0 to 47"),
     "one vector to stack": (

@@ -166,7 +166,9 @@ GOOD = [
 
 def test_good_pairs_pass() -> None:
     assert lint(GOOD) == []
-    assert all(lint(load_pairs(name)) == [] for name in contrast_names())
+    assert all(lint(load_pairs(name)) == [] for name in contrast_names() if name != "verbose_vs_brief")
+    (length,) = lint(load_pairs("verbose_vs_brief"))
+    assert "times as long" in length, "which is what that set is about"
 
 
 @pytest.mark.parametrize(
@@ -200,13 +202,17 @@ def test_a_contrast_without_fit_pairs(tiny: LoadedModel) -> None:
 def test_shipped_pairs(name: str) -> None:
     pairs = load_pairs(name)
     fit, heldout = ([pair for pair in pairs if pair.split == split] for split in ("fit", "heldout"))
-    assert (len(fit), len(heldout)) == (40, 24)
+    assert len(fit) >= 30
+    assert len(heldout) >= 12
     assert not {pair.prompt for pair in fit} & {pair.prompt for pair in heldout}
     assert all(pair.positive.startswith(" ") and pair.negative.startswith(" ") for pair in pairs)
 
 
-def test_two_contrasts_are_shipped() -> None:
-    assert contrast_names() == ["formal_vs_casual", "joyful_vs_gloomy"]
+def test_which_contrasts_are_shipped() -> None:
+    assert contrast_names() == [
+        "formal_vs_casual", "joyful_vs_gloomy", "legal_vs_plain", "positive_vs_negative", "refusing_vs_answering",
+        "she_vs_he", "verbose_vs_brief",
+    ]  # fmt: skip
 
 
 def test_pairs_of_ones_own(tmp_path: Path) -> None:
