@@ -81,7 +81,8 @@ class Chat:
             case commands.SetScope(name, words):
                 return changed(state, name, scope=words)
             case commands.SetGate(name, on, off, tokens):
-                return changed(state, name, gate=None if on is None else GateLevels(on, off, tokens or 1))
+                gate = None if on is None else GateLevels(on, off, tokens or 1)
+                return changed(state, name, gate=gate, may_have_own_gate=False)
             case commands.Remove(name):
                 return removed(state, name)
             case commands.Clear():
@@ -129,7 +130,10 @@ class Chat:
 
     def _check(self, state: ChatState) -> None:
         """Refuse what the model cannot be steered with, before anybody waits for an answer."""
-        with steering(self._loaded, state.interventions(), prompt_lengths=[0], force=self._config.force):
+        config = self._config
+        with steering(
+            self._loaded, state.interventions(), prompt_lengths=[0], force=config.force, budget=config.budget
+        ):
             pass
 
     def _save(self, path: Path) -> None:
@@ -185,6 +189,7 @@ class Chat:
             rows=[state.interventions(), []][:n],
             add_special_tokens=config.plain,
             force=config.force,
+            budget=config.budget,
         ) as stream:
             steps: list[list[str]] = []
             is_whole = False

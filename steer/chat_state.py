@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from activations.errors import ConfigError, UnknownNameError
-from steer.gates import Gate, energy
+from steer.gates import Gate, energy, gates_of
 from steer.operations import Intervention, vector_operation
 from steer.scopes import Scope
 from steer.vectors import SteeringVector
@@ -39,6 +39,8 @@ class Steer:
     scope: str | None = None
     """none: the vectors' own"""
     gate: GateLevels | None = None
+    """none: the vectors' own, if they may have one"""
+    may_have_own_gate: bool = True
 
     def interventions(self) -> list[Intervention]:
         """What it does to the model. Raises: as Scope.parse, Gate and vector_operation do."""
@@ -73,6 +75,7 @@ class Steer:
                     "coefficient": coefficient,
                     "dose": 0.0 if self._operation(vector) == "ablate" else vector.dose(coefficient),
                     "scope": self.scope or vector.scope,
+                    "own_gate": [gate.name for gate in gates_of(self._used(vector).gate)],
                 }
                 for vector, coefficient in zip(self.vectors, self.coefficients, strict=True)
             ],
@@ -83,7 +86,8 @@ class Steer:
         return self.operation or vector.operation
 
     def _used(self, vector: SteeringVector) -> SteeringVector:
-        return replace(vector, operation=self._operation(vector))
+        has_own_gate = self.gate is None and self.may_have_own_gate
+        return replace(vector, operation=self._operation(vector), gate=vector.gate if has_own_gate else None)
 
     def _own(self, vector: SteeringVector) -> float:
         """What is suggested; a vector that was made to be added has no share to ablate, so all of it."""

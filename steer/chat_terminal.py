@@ -166,7 +166,7 @@ def _steering_rows(chat: Chat) -> list[dict[str, str]]:
     for row in summary(chat.state):
         gate = row["gate"]
         is_share = row["operation"] == "ablate"
-        levels = "-" if gate is None else _levels(gate)
+        levels = (", ".join(row["own_gate"]) or "-") if gate is None else _levels(gate)
         dose = "-" if is_share else f"{row['dose'] if row['coefficient'] >= 0 else -row['dose']:+.2f}"
         rows.append(
             {

@@ -424,11 +424,17 @@ class ChatConfig(Config):
         "system, user, assistant, tool, thinking, final, no-tool-calls; none: the vector's own",
     )
     gate: float | None = Field(
-        default=None, ge=0, lt=1, description="steer only while the energy |cos(vector, h)| is above this; none: always"
+        default=None,
+        ge=0,
+        lt=1,
+        description="steer only while the energy |cos(vector, h)| is above this; none: the vector's own gate",
     )
     gate_off: float | None = Field(default=None, ge=0, description="stop at this energy or below; none: at gate")
     gate_tokens: int = Field(default=1, gt=0, description="tokens that the gate stays open at least")
-    force: bool = Field(default=False, description="allow doses above 2")
+    force: bool = Field(default=False, description="allow doses above 2, and beyond a vector's window")
+    budget: float | None = Field(
+        default=None, gt=0, description="joint dose at a hook point to which all that steers is scaled down; none: not"
+    )
     system: str | None = Field(default=None, description="system prompt; none: the chat template's own")
     plain: bool = Field(default=False, description="continue the text as it is, without the chat template")
     max_new_tokens: int = Field(default=120, gt=0, description="tokens an answer may have")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from activations.errors import ConfigError, MismatchError, SaekitError
 from activations.models import LoadedModel, chat_prompt
@@ -15,6 +16,7 @@ from steer.chat import Chat, summary
 from steer.chat_commands import parse
 from steer.chat_state import joint_doses, open_pieces
 from steer.config import ChatConfig
+from steer.gates import Gate, energy, gates_of
 from steer.generate import generate
 from steer.library import save_library
 from steer.operations import Intervention
@@ -260,3 +262,29 @@ def test_what_steers_is_exact_for_the_whole_state(chat: Made, vector: SteeringVe
     assert [str(each.acts_at) for each in found] == ["resid_post.1", "resid_post.0", "resid_post.2"]
     assert [each.gate is None for each in found] == [True, False, False]
     np.testing.assert_allclose(found[0].operation.direction, vector.direction)  # type: ignore[attr-defined]
+
+
+def test_a_vector_keeps_its_own_gate_until_another_or_none_is_asked_for(
+    tiny: LoadedModel, vector: SteeringVector, tmp_path: Path
+) -> None:
+    own = Gate(energy(torch.from_numpy(vector.direction), vector.hook_point), 0.3, 0.1, 2, "mine")
+    save_library(tmp_path, [replace(vector, coefficient=1.0, gate=own)])
+    made = Chat(ChatConfig(library=tmp_path), tiny)
+
+    def gates() -> list[str]:
+        (intervention,) = made.state.interventions()
+        return [gate.name for gate in gates_of(intervention.gate)]
+
+    assert (gates(), summary(made.state)[0]["own_gate"]) == (["mine"], ["mine"])
+    made.apply(parse("/gate up 0.5"))
+    assert (gates(), summary(made.state)[0]["own_gate"]) == (["up"], [])
+    made.apply(parse("/gate up off"))
+    assert (gates(), summary(made.state)[0]["own_gate"]) == ([], [])
+
+
+def test_a_budget_scales_what_a_chat_steers_with(tiny: LoadedModel, library: Path) -> None:
+    limits = {"library": library, "max_new_tokens": 6, "temperature": 0.0, "plain": True}
+    text = "The river ran"
+    strong = Chat(ChatConfig(vectors=("up 1.5",), budget=0.5, **limits), tiny).answer(text)
+    assert strong == Chat(ChatConfig(vectors=("up 0.5",), **limits), tiny).answer(text)
+    assert strong != Chat(ChatConfig(vectors=("up 1.5",), **limits), tiny).answer(text)
