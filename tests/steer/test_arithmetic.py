@@ -13,7 +13,8 @@ from numpy.testing import assert_allclose
 from activations.errors import ConfigError, MismatchError, NumericsError, UnknownNameError
 from activations.models import LoadedModel
 from sae.artefact import SaeArtefact
-from steer.arithmetic import check_together, combine, combined, concept_of, unit, weighted, without
+from steer.arithmetic import check_together, combine, combined, unit, weighted, without
+from steer.concepts import own_concept
 from steer.config import CombineConfig, MeasureConfig
 from steer.library import load_library, save_library
 from steer.vectors import SteeringVector, from_latent, from_latents
@@ -155,16 +156,16 @@ def test_the_concept_of_latents_is_their_weighted_activity(tiny: LoadedModel) ->
     artefact = sae(tiny.d_model)
     x = torch.randn(200, tiny.d_model, generator=torch.Generator().manual_seed(0))
     z = torch.relu(x @ torch.from_numpy(artefact.W_enc))
-    several = concept_of(from_latents(artefact, {2: 1.0, 4: -0.5}, tiny.ref, 1.0), artefact)
-    single = concept_of(from_latent(artefact, 2, tiny.ref, 1.0), artefact)
+    several = own_concept(from_latents(artefact, {2: 1.0, 4: -0.5}, tiny.ref, 1.0), artefact)
+    single = own_concept(from_latent(artefact, 2, tiny.ref, 1.0), artefact)
     assert several is not None
     assert single is not None
     assert torch.equal(several.shows(x), z[:, 2] > 0.5 * z[:, 4])
     assert torch.equal(single.shows(x), z[:, 2] > 0)
     vector = from_latent(artefact, 2, tiny.ref, 1.0)
-    assert concept_of(vector) is None
+    assert own_concept(vector) is None
     with pytest.raises(MismatchError, match="latent-2"):
-        concept_of(vector, replace(artefact, metadata={**artefact.metadata, "weights_sha256": "other"}))
+        own_concept(vector, replace(artefact, metadata={**artefact.metadata, "weights_sha256": "other"}))
 
 
 def test_latents_are_summed_at_their_weights(tiny: LoadedModel) -> None:

@@ -401,12 +401,13 @@ def test_a_vector_is_calibrated_or_nothing_changes(made: Made, saekit: Saekit, t
 
 def test_beyond_its_window_a_vector_does_not_chat(made: Made, saekit: Saekit, tmp_path: Path) -> None:
     (vector,) = load_library(made.library).values()
-    save_library(tmp_path, [replace(vector, window=(0.5, 1.0))])
+    save_library(tmp_path, [replace(vector, window=(0.05 * vector.mean_norm, 0.1 * vector.mean_norm))])
     chat = ["chat", "Hi", *sets(model=made.model, library=tmp_path, max_new_tokens=2)]
-    ran = saekit(*chat, *sets(coefficient=1.5))
+    beyond, inside = (sets(vectors=f"{vector.name} {dose}") for dose in (0.15, 0.09))
+    ran = saekit(*chat, *beyond)
     assert (ran.code, "window" in ran.err, ran.err.count("\n")) == (1, True, 1)
-    assert saekit(*chat, *sets(coefficient=1.0)).code == 0
-    assert saekit(*chat, *sets(coefficient=1.5, force="true")).code == 0
+    assert saekit(*chat, *inside).code == 0
+    assert saekit(*chat, *beyond, *sets(force="true")).code == 0
 
 
 def test_inspect_compares_two_saes(made: Made, saekit: Saekit, tmp_path: Path) -> None:

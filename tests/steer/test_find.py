@@ -11,12 +11,15 @@ import torch
 from activations.config import HarvestConfig
 from activations.errors import ConfigError, MismatchError, TextError
 from activations.harvest import harvest
+from activations.hook_points import HookPoint
+from activations.hooks import capture
 from activations.models import LoadedModel
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from steer.config import FindConfig
 from steer.find import Found, Usual, as_result, find_latents, read_text, usual_in
 
+POINT = HookPoint("resid_post", 1)
 TEXT = "the cat sat on the mat by 12"
 
 
@@ -35,8 +38,9 @@ def config(sae: SaeArtefact, tmp_path: Path) -> Callable[..., FindConfig]:
 
 def latents(loaded: LoadedModel, sae: SaeArtefact, text: str) -> torch.Tensor:
     ids = torch.tensor([loaded.tokenizer(text)["input_ids"]])
-    with torch.no_grad():
-        x = loaded.model(ids, output_hidden_states=True).hidden_states[2][0]
+    with torch.no_grad(), capture(loaded.model, loaded.family, [POINT]) as captured:
+        loaded.model(ids)
+    x = captured[POINT][0]
     return torch.relu(x @ torch.from_numpy(sae.W_enc) + torch.from_numpy(sae.b_enc))
 
 

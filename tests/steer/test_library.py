@@ -56,7 +56,7 @@ def test_the_card_takes_each_figure_from_the_newest_receipt_at_the_vectors_coeff
     save_library(tmp_path, [replace(vector, coefficient=2.0, window=(1.5, 2.5), receipts=receipts)])
     (line,) = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| up")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[5:] == ["2", "1.5 to 2.5", "0.50", "+0.500", "+0.000", "+0.500", "-0.062", "-", "-"]
+    assert cells[5:] == ["-", "2", "1.5 to 2.5", "0.50", "+0.500", "+0.000", "+0.500", "-0.062", "-", "-"]
 
 
 @pytest.mark.parametrize("window", [None, (1.0, 2.5), (-3.0, -1.0)])
