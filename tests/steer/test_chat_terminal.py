@@ -88,14 +88,21 @@ class Terminal:
         os.write(self._file, text.encode())
 
     def type_until(self, pattern: str, text: str) -> None:
-        """Type it again while nothing happens: Python waits on after a signal just in front of its wait for a line."""
+        """Type it again while nothing happens: Python waits on after a signal just in front of its wait for a line.
+
+        What was typed is given two seconds to act, since its echo comes first, and a second one would act on what
+        follows.
+        """
         for _ in range(60):
-            if re.search(pattern, self.seen):
-                break
             self.type(text)
-            if select.select([self._file], [], [], 2.0)[0]:
-                self.seen += os.read(self._file, 4096).decode(errors="replace")
-        self.wait_for(pattern)
+            deadline = time.monotonic() + 2.0
+            while (left := deadline - time.monotonic()) > 0:
+                if select.select([self._file], [], [], left)[0]:
+                    self.seen += os.read(self._file, 4096).decode(errors="replace")
+                if re.search(pattern, self.seen):
+                    self.wait_for(pattern)
+                    return
+        raise AssertionError(f"no {pattern} in {self.seen!r}")
 
     def close(self) -> None:
         self.process.kill()
