@@ -55,6 +55,14 @@ class TextSource:
     """SHA-256 hex of those texts, or of what decides them."""
 
 
+def read_file(path: Path, kind: str = "text") -> str:
+    """All that a file holds. Raises: TextError if it cannot be read as UTF-8."""
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(path, expected=f"a readable {kind} file", got=str(error), fix="Check the path.") from error
+
+
 def documents(spec: str) -> Iterator[Document]:
     """The documents of a text spec, in order.
 

@@ -83,6 +83,11 @@ def bos_ids(tokenizer: Any) -> list[int]:
     return list(full[: full.index(bare[0])])
 
 
+def without_bos(tokenizer: Any, text: str) -> str:
+    """A text that holds what the tokenizer puts in front by itself, without it, so that it is not there twice."""
+    return text.removeprefix(str(tokenizer.decode(bos_ids(tokenizer))))
+
+
 def special_ids(tokenizer: Any) -> frozenset[int]:
     """Ids of the tokens that steer a model instead of being text: BOS, EOS, padding, chat turns."""
     added = tokenizer.added_tokens_decoder.items()

@@ -28,7 +28,7 @@ from sae.belongs import check_sae
 from steer.concepts import own_concept
 from steer.config import CombineConfig
 from steer.effect import Concept
-from steer.library import find_vector
+from steer.library import load_library, named
 from steer.make import add_to_library, dose_and_measure
 from steer.vectors import SteeringVector
 
@@ -106,7 +106,8 @@ def combine(config: CombineConfig, loaded: LoadedModel | None = None) -> list[St
 
     Raises: MismatchError for vectors of several models or hook points; UnknownNameError for one that is not there.
     """
-    parents = [find_vector(config.library, name) for name in config.vectors]
+    library = load_library(config.library)
+    parents = [named(library, config.library, name) for name in config.vectors]
     check_together(parents)
     rows = np.stack([parent.direction for parent in parents]) if parents else np.zeros((0, 1), np.float32)
     found = []

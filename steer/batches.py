@@ -1,17 +1,20 @@
-"""Token rows of unequal length as one batch, and what the unsteered model makes of continuations, on its own device.
+"""Token rows of unequal length as one batch, and what continuations cost the model.
 
-Left out: residual streams of continuations (`steer.effect`).
+Left out: residual streams of continuations (`steer.effect`); prompts padded on the left, of lessons (`steer.distil`).
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
 from activations.models import LoadedModel
+from steer.plan import Interventions
+from steer.runtime import steering
 
 IGNORED = -100
 """label of tokens that are given and not asked for"""
@@ -28,9 +31,16 @@ class Batch(NamedTuple):
     """Rows padded on the right."""
 
     ids: Int[Tensor, "row pos"]
-    attend: Int[Tensor, "row pos"]
-    labels: Int[Tensor, "row pos"]
-    """ids of what is not given, else IGNORED"""
+    attend: Bool[Tensor, "row pos"]
+    new: Bool[Tensor, "row pos"]
+    """True on what is not given"""
+    heads: list[int]
+    """tokens of each row that are given"""
+
+    @property
+    def labels(self) -> Int[Tensor, "row pos"]:
+        """ids of what is not given, else IGNORED"""
+        return torch.where(self.new, self.ids, IGNORED)
 
 
 def token_rows(loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str]) -> list[TokenRow]:
@@ -43,26 +53,45 @@ def token_rows(loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str]
 
 def padded(rows: Sequence[TokenRow], device: torch.device) -> Batch:
     """A batch of rows."""
-    width = max(len(row.ids) for row in rows)
-    ids = torch.zeros((len(rows), width), dtype=torch.long)
-    attend, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    shape = (len(rows), max(len(row.ids) for row in rows))
+    ids, attend, new = (torch.zeros(shape, dtype=dtype) for dtype in (torch.long, torch.bool, torch.bool))
     for i, (row, given) in enumerate(rows):
-        ids[i, : len(row)], attend[i, : len(row)] = torch.tensor(row), 1
-        labels[i, given : len(row)] = torch.tensor(row[given:], dtype=torch.long)
-    return Batch(ids.to(device), attend.to(device), labels.to(device))
+        ids[i, : len(row)], attend[i, : len(row)], new[i, given : len(row)] = torch.tensor(row), True, True
+    return Batch(ids.to(device), attend.to(device), new.to(device), [row.given for row in rows])
 
 
-def costs(loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str], rows: int) -> list[float]:
-    """Nats a token of each continuation, on average; 0 for an empty one. `rows` are read together."""
+def logits_of(loaded: LoadedModel, batch: Batch) -> Float[Tensor, "row pos vocab"]:
+    """In float32, on the model's device, wherever the batch is."""
+    ids, attend = batch.ids.to(loaded.device), batch.attend.long().to(loaded.device)
+    return loaded.model(input_ids=ids, attention_mask=attend, use_cache=False).logits.float()
+
+
+def nlls(logits: Float[Tensor, "row pos vocab"], batch: Batch) -> list[float]:
+    """Nats a token that is not given, on average; 0 where there is none."""
+    losses = functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch.ids[:, 1:], reduction="none")
+    rows = [loss[new[1:]] for loss, new in zip(losses, batch.new, strict=True)]
+    return [float(row.mean()) if len(row) else 0.0 for row in rows]
+
+
+def costs(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    interventions: Interventions = (),
+    *,
+    rows: int = 8,
+) -> Float[np.ndarray, " text"]:
+    """Nats a token that texts cost the model while it is steered, each after its prompt; 0 for an empty one.
+
+    Args:
+      rows: texts that are read together.
+    """
     found, every = [], token_rows(loaded, prompts, texts)
     for start in range(0, len(every), rows):
         batch = padded(every[start : start + rows], loaded.device)
-        with torch.inference_mode():
-            logits = loaded.model(input_ids=batch.ids, attention_mask=batch.attend, use_cache=False).logits.float()
-            labels = batch.labels[:, 1:]
-            losses = functional.cross_entropy(
-                logits[:, :-1].transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-            )
-            asked = (labels != IGNORED).sum(1)
-            found += (losses.sum(1) / asked.clamp(min=1)).tolist()
-    return found
+        with (
+            torch.inference_mode(),
+            steering(loaded, interventions, prompt_lengths=batch.heads, force=True, max_batch=rows),
+        ):
+            found += nlls(logits_of(loaded, batch), batch)
+    return np.array(found)

@@ -29,7 +29,7 @@ from steer.concepts import concept_of
 from steer.config import CalibrateConfig
 from steer.contrast import load_pairs
 from steer.effect import Arm, Bounds, DoseTrial, choose_dose, sweep_doses, try_arms
-from steer.library import find_vector, load_library
+from steer.library import find_vector
 from steer.make import add_to_library, load_prompts
 from steer.vectors import SteeringVector
 
@@ -63,11 +63,10 @@ def calibrate_vector(
       on_status: told in one line which doses are tried.
     Raises: ConfigError if no dose works, or the vector's operation has no dose.
     """
-    name = config.vector or next(iter(load_library(config.library)), "")
-    vector = find_vector(config.library, name)
+    vector = find_vector(config.library, config.vector or None)
     if vector.operation == "ablate":
         raise ConfigError(
-            f"vector '{name}'",
+            f"vector '{vector.name}'",
             expected="an operation that adds, whose dose can be chosen",
             got="ablate, whose strength of 1 takes away all there is",
             fix="Calibrate a vector that adds.",

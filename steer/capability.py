@@ -19,7 +19,8 @@ from jaxtyping import Bool, Int
 
 from activations.errors import TextError
 from activations.models import LoadedModel
-from steer.effect import costs
+from activations.text import read_file
+from steer.batches import costs, token_rows
 from steer.plan import Interventions
 
 
@@ -40,10 +41,7 @@ def load_choices(path: Path | None = None) -> list[Question]:
     if path is None:
         text = (resources.files("steer") / "data" / "choices.jsonl").read_text()
     else:
-        try:
-            text = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise TextError(path, expected="a readable .jsonl file", got=str(error), fix="Check the path.") from error
+        text = read_file(path, ".jsonl")
     where = str(path or "choices.jsonl")
     found = [_parse(line, f"{where} line {i}") for i, line in enumerate(text.splitlines(), 1) if line.strip()]
     if len(found) < 2:
@@ -89,10 +87,7 @@ def answered_rightly(
 
 def _tokens(loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str]) -> Int[np.ndarray, " text"]:
     """How many tokens each text is, behind its prompt."""
-    both = zip(prompts, texts, strict=True)
-    return np.array(
-        [len(loaded.tokenizer(p + t)["input_ids"]) - len(loaded.tokenizer(p)["input_ids"]) for p, t in both]
-    )
+    return np.array([len(row.ids) - row.given for row in token_rows(loaded, prompts, texts)])
 
 
 def asked(question: Question, instruction: str = "") -> str:

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-import torch
-
 from activations.errors import ConfigError, UnknownNameError
-from steer.gates import Gate, energy, gates_of
+from steer.composition import joint_doses
+from steer.gates import Gate, gates_of
 from steer.operations import Intervention, vector_operation
 from steer.scopes import Scope
 from steer.vectors import SteeringVector
@@ -46,7 +44,7 @@ class Steer:
         """What it does to the model. Raises: as Scope.parse, Gate and vector_operation do."""
         scope = None if self.scope is None else Scope.parse(self.scope)
         pairs = zip(self.vectors, self.coefficients, strict=True)
-        return [Intervention.of(self._used(v), c, scope=scope, gate=self._gate(v)) for v, c in pairs]
+        return [Intervention.of(self.used(v), c, scope=scope, gate=self._gate(v)) for v, c in pairs]
 
     @property
     def coefficients(self) -> list[float]:
@@ -75,7 +73,7 @@ class Steer:
                     "coefficient": coefficient,
                     "dose": 0.0 if self._operation(vector) == "ablate" else vector.dose(coefficient),
                     "scope": self.scope or vector.scope,
-                    "own_gate": [gate.name for gate in gates_of(self._used(vector).gate)],
+                    "own_gate": [gate.name for gate in gates_of(self.used(vector).gate)],
                 }
                 for vector, coefficient in zip(self.vectors, self.coefficients, strict=True)
             ],
@@ -85,7 +83,8 @@ class Steer:
     def _operation(self, vector: SteeringVector) -> str:
         return self.operation or vector.operation
 
-    def _used(self, vector: SteeringVector) -> SteeringVector:
+    def used(self, vector: SteeringVector) -> SteeringVector:
+        """A vector of it as it is used, but for the coefficient."""
         has_own_gate = self.gate is None and self.may_have_own_gate
         return replace(vector, operation=self._operation(vector), gate=vector.gate if has_own_gate else None)
 
@@ -99,8 +98,7 @@ class Steer:
     def _gate(self, vector: SteeringVector) -> Gate | None:
         if self.gate is None:
             return None
-        readout = energy(torch.from_numpy(vector.direction), vector.hook_point)
-        return Gate(readout, self.gate.on, self.gate.off, self.gate.tokens, vector.name)
+        return vector.energy_gate(self.gate.on, self.gate.off, self.gate.tokens)
 
 
 @dataclass(frozen=True)
@@ -233,16 +231,14 @@ def for_retry(state: ChatState) -> ChatState:
     return sampled(back, seed=state.sampling.seed + 1) if is_same and state.sampling.temperature > 0 else back
 
 
-def joint_doses(steers: Sequence[Steer]) -> dict[str, float]:
-    """By hook point: the length of the sum of all that is added there, over the smallest mean norm of its vectors."""
-    sums: dict[str, tuple[np.ndarray, float]] = {}
-    for steer in steers:
-        for vector, entry in zip(steer.vectors, steer.record()["vectors"], strict=True):
-            if entry["operation"] != "ablate":
-                total, norm = sums.get(vector.hook_point, (np.zeros(len(vector.direction)), vector.mean_norm))
-                total = total + entry["coefficient"] * vector.direction.astype(np.float64)
-                sums[vector.hook_point] = total, min(norm, vector.mean_norm)
-    return {point: float(np.linalg.norm(total)) / norm for point, (total, norm) in sums.items()}
+def doses_together(steers: Sequence[Steer]) -> dict[str, float]:
+    """By hook point, the joint dose of all that is added there."""
+    used = [
+        replace(steer.used(vector), coefficient=coefficient)
+        for steer in steers
+        for vector, coefficient in zip(steer.vectors, steer.coefficients, strict=True)
+    ]
+    return joint_doses([vector for vector in used if vector.operation != "ablate"])
 
 
 def open_pieces(turn: Turn, gate: str) -> list[str]:

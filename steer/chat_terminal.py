@@ -21,7 +21,7 @@ from activations.errors import SaekitError
 from steer import chat_commands as commands
 from steer.chat import Chat, summary
 from steer.chat_commands import COMMANDS, Command, help_text, parse
-from steer.chat_state import Turn, joint_doses, open_pieces
+from steer.chat_state import Turn, doses_together, open_pieces
 from steer.library import load_library
 from steer.show import WIDEST
 
@@ -197,7 +197,7 @@ def _steering_line(chat: Chat) -> str:
 
 
 def _joint_lines(chat: Chat) -> list[str]:
-    return [f"joint dose at {point}: {dose:.2f}" for point, dose in joint_doses(chat.state.steers).items()]
+    return [f"joint dose at {point}: {dose:.2f}" for point, dose in doses_together(chat.state.steers).items()]
 
 
 def _setting_lines(chat: Chat) -> list[str]:

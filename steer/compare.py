@@ -35,7 +35,7 @@ from activations.models import LoadedModel, load_model
 from activations.text import documents
 from sae.metrics import means
 from steer.axes import Axis, axis_of, pairs_of
-from steer.batches import TokenRow, costs, padded
+from steer.batches import TokenRow, costs, logits_of, padded
 from steer.classifier import TextClassifier, examples_of, fit, late_reader, load_examples
 from steer.compare_report import write_report
 from steer.conditions import Condition, make_conditions, rendered, steer_at
@@ -255,7 +255,7 @@ def _measured(
         written = texts[condition.name]
         tokens = [loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in written]
         figures = {
-            "nll": np.array(costs(loaded, given, written, READ_ROWS)),
+            "nll": costs(loaded, given, written, rows=READ_ROWS),
             "repetition": np.array([repetition(each) for each in tokens]),
             "tokens": np.array([len(each) for each in tokens], float),
             "prompt_tokens": _lengths(loaded, [condition.prompt(loaded, axis, prompt) for prompt in held]) - own,
@@ -296,8 +296,7 @@ def _next(loaded: LoadedModel, rows: Sequence[TokenRow]) -> Float[torch.Tensor, 
     """Log-probabilities of the next token, at all tokens of the rows that are not given."""
     batch = padded(rows, loaded.device)
     with torch.inference_mode():
-        logits = loaded.model(input_ids=batch.ids, attention_mask=batch.attend, use_cache=False).logits
-        return logits[batch.labels >= 0].float().log_softmax(-1)
+        return logits_of(loaded, batch)[batch.new].log_softmax(-1)
 
 
 def _latency(

@@ -24,7 +24,7 @@ from activations.errors import CorruptArtefactError, MissingArtefactError
 from activations.fingerprints import digest, digest_of
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel, chat_prompt
-from activations.tokens import bos_ids
+from activations.tokens import without_bos
 from steer.axes import Axis, shown_texts
 from steer.config import CompareAxisConfig
 from steer.contrast import ContrastPair, from_contrast
@@ -72,12 +72,7 @@ class Condition:
         if not axis.chat:
             return self.head + prompt
         turns = [*self.turns, {"role": "user", "content": prompt if self.turns else self.head + prompt}]
-        return _without_bos(loaded, chat_prompt(loaded, turns))
-
-
-def _without_bos(loaded: LoadedModel, prompt: str) -> str:
-    """What the tokenizer puts in front by itself must not be there twice."""
-    return prompt.removeprefix(str(loaded.tokenizer.decode(bos_ids(loaded.tokenizer))))
+        return without_bos(loaded.tokenizer, chat_prompt(loaded, turns))
 
 
 UNSTEERED = Condition("unsteered", "unsteered")

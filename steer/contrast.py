@@ -31,6 +31,7 @@ from torch import Tensor
 from activations.errors import TextError, UnknownNameError
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel
+from activations.text import read_file
 from sae.metrics import RESAMPLES, auroc, draw, interval, means
 from steer.effect import reread, states_at
 from steer.operations import Add, Intervention
@@ -78,10 +79,7 @@ def load_pairs(spec: str) -> list[ContrastPair]:
     if spec in contrast_names():
         text = (resources.files("steer") / "data" / "contrasts" / f"{spec}.jsonl").read_text()
     elif spec.endswith(".jsonl"):
-        try:
-            text = Path(spec).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise TextError(spec, expected="a readable .jsonl file", got=str(error), fix="Check the path.") from error
+        text = read_file(Path(spec), ".jsonl")
     else:
         raise UnknownNameError(
             f"contrast '{spec}'",

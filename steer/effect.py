@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn import functional
 
 from activations.hook_points import HookPoint
 from activations.hooks import capture, run_until
 from activations.models import LoadedModel
 from sae.torch_view import TorchSae
+from steer.batches import Batch, TokenRow, logits_of, nlls, padded, token_rows
 from steer.generate import generate_conditions
 from steer.operations import Intervention
 from steer.plan import Interventions
@@ -167,7 +167,7 @@ def reread(loaded: LoadedModel, hook_point: HookPoint, prompts: Sequence[str], t
         with torch.inference_mode(), capture(loaded.model, loaded.family, [hook_point]) as captured:
             logits = _logits(loaded, batch)
             x = captured[hook_point].float().cpu()
-        for row, (new, nll) in enumerate(zip(batch.new, _nlls(logits, batch), strict=True)):
+        for row, (new, nll) in enumerate(zip(batch.new, nlls(logits, batch), strict=True)):
             out.append(Reread(x[row][new], nll, repetition(batch.ids[row][new].tolist())))
     return out
 
@@ -212,21 +212,6 @@ def kl_of(
                 totals[i] += float(kl[:, 1:][batch.attend[:, 1:]].sum())
         count += int(batch.attend[:, 1:].sum())
     return [total / max(count, 1) for total in totals]
-
-
-def costs(
-    loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str], interventions: Interventions = ()
-) -> Float[np.ndarray, " text"]:
-    """Nats a token that texts cost the model while it is steered, each after its prompt; 0 for an empty one."""
-    found: list[float] = []
-    for start in range(0, len(texts), READ_ROWS):
-        batch = _encode(loaded, prompts[start : start + READ_ROWS], texts[start : start + READ_ROWS])
-        with (
-            torch.inference_mode(),
-            steering(loaded, interventions, prompt_lengths=batch.heads, force=True, max_batch=READ_ROWS),
-        ):
-            found += _nlls(_logits(loaded, batch), batch)
-    return np.array(found)
 
 
 def sweep_doses(
@@ -424,27 +409,8 @@ def next_tokens(
     return torch.stack(found)
 
 
-class _Batch(NamedTuple):
-    ids: Int[Tensor, "text pos"]
-    attend: Bool[Tensor, "text pos"]
-    new: Bool[Tensor, "text pos"]
-    """True on continuation tokens"""
-    heads: list[int]
-    """tokens of each prompt"""
-
-
-def _encode(loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str]) -> _Batch:
-    heads = [len(loaded.tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    rows = [loaded.tokenizer(prompt + text)["input_ids"] for prompt, text in zip(prompts, texts, strict=True)]
-    return _padded(rows, heads)
-
-
-def _padded(rows: Sequence[list[int]], heads: list[int]) -> _Batch:
-    shape = (len(rows), max(len(row) for row in rows))
-    ids, attend, new = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
-    for i, (row, head) in enumerate(zip(rows, heads, strict=True)):
-        ids[i, : len(row)], attend[i, : len(row)], new[i, head : len(row)] = torch.tensor(row), True, 1
-    return _Batch(ids, attend, new.bool(), heads)
+def _encode(loaded: LoadedModel, prompts: Sequence[str], texts: Sequence[str]) -> Batch:
+    return padded(token_rows(loaded, prompts, texts), torch.device("cpu"))
 
 
 def _predicted(
@@ -452,28 +418,22 @@ def _predicted(
 ) -> tuple[list[Float[Tensor, "token vocab"]], list[float]]:
     """Log-probabilities over the tokens of texts but their first, behind a head, and what those tokens cost."""
     skip = 1 if head and rows[0][0] == head[0] == loaded.tokenizer.bos_token_id else 0
-    batch = _padded([[*head, *row[skip:]] for row in rows], [len(head) - skip + 1] * len(rows))
+    joined = [TokenRow([*head, *row[skip:]], len(head) - skip + 1) for row in rows]
+    batch = padded(joined, torch.device("cpu"))
     with (
         torch.inference_mode(),
         steering(loaded, interventions, prompt_lengths=batch.heads, force=True, max_batch=READ_ROWS),
     ):
         logits = _logits(loaded, batch)
     found = [row[:-1][new[1:]].log_softmax(-1) for row, new in zip(logits, batch.new, strict=True)]
-    return found, _nlls(logits, batch)
+    return found, nlls(logits, batch)
 
 
-def _logits(loaded: LoadedModel, batch: _Batch) -> Float[Tensor, "text pos vocab"]:
-    return loaded.model(**_inputs(loaded, batch), use_cache=False).logits.float().cpu()
+def _logits(loaded: LoadedModel, batch: Batch) -> Float[Tensor, "text pos vocab"]:
+    return logits_of(loaded, batch).cpu()
 
 
-def _nlls(logits: Float[Tensor, "text pos vocab"], batch: _Batch) -> list[float]:
-    """Nats a continuation token, on average; 0 where there is none."""
-    losses = functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch.ids[:, 1:], reduction="none")
-    rows = [loss[new[1:]] for loss, new in zip(losses, batch.new, strict=True)]
-    return [float(row.mean()) if len(row) else 0.0 for row in rows]
-
-
-def _inputs(loaded: LoadedModel, batch: _Batch) -> dict[str, Tensor]:
+def _inputs(loaded: LoadedModel, batch: Batch) -> dict[str, Tensor]:
     inputs = {"input_ids": batch.ids, "attention_mask": batch.attend.long()}
     return {key: value.to(loaded.device) for key, value in inputs.items()}
 

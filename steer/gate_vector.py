@@ -17,6 +17,7 @@ import torch
 from activations.errors import ConfigError, MismatchError, TextError
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel, load_model
+from activations.text import read_file
 from steer.config import GateConfig
 from steer.gates import Gate, Readout, calibrate, cosine, energy, peak, probe
 from steer.library import find_vectors
@@ -58,11 +59,7 @@ def gate_vector(config: GateConfig, loaded: LoadedModel | None = None) -> dict[s
 
 def read_texts(path: Path) -> list[str]:
     """The lines of a file that are not blank. Raises: TextError if there are none."""
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise TextError(path, expected="a readable text file", got=str(error), fix="Check the path.") from error
-    found = [line for line in lines if line]
+    found = [line.strip() for line in read_file(path).splitlines() if line.strip()]
     if not found:
         raise TextError(path, expected="a text a line", got="none", fix="Add some.")
     return found

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from activations.errors import ConfigError, UnknownNameError
+from activations.errors import ConfigError
 from activations.models import LoadedModel, Status, load_model
 from sae.metrics import RESAMPLES, draw
 from steer.composition import composition, joint_doses, orthogonalised, within_budget
@@ -39,7 +39,7 @@ from steer.concepts import concept_of
 from steer.config import InterferenceConfig
 from steer.effect import Concept, kl_of, rate, reread, states
 from steer.generate import generate_conditions
-from steer.library import load_library
+from steer.library import load_library, named
 from steer.make import load_prompts
 from steer.operations import Intervention
 from steer.vectors import SteeringVector
@@ -146,18 +146,6 @@ def stack_axes(
     names = [axis.name for axis in axes]
     for arm in arms.values():
         arm["axes"] = {names[i]: by_k for i, by_k in arm["axes"].items()}
-    solo = {
-        vector.name: {
-            "hook_point": vector.hook_point,
-            "coefficient": vector.coefficient,
-            "dose": vector.dose(vector.coefficient),
-            "effect_alone": float(effects[i].mean()),
-            "effect_alone_low": intervals[i][0],
-            "effect_alone_high": intervals[i][1],
-            "kl_alone": alone[i].kl,
-        }
-        for i, vector in enumerate(vectors)
-    }
     turned = orthogonalised(axes, config.orthogonalisation).kept if "orthogonalised" in config.arms else {}
     return {
         "model": loaded.id,
@@ -168,7 +156,9 @@ def stack_axes(
         "n_stacks": len(distinct),
         "bounds": bounds._asdict(),
         "budget": config.budget,
-        "vectors": solo,
+        "vectors": {
+            vector.name: _solo(vector, effects[i], intervals[i], alone[i].kl) for i, vector in enumerate(vectors)
+        },
         "left_out": [vector.name for i, vector in enumerate(vectors) if i not in kept],
         "composition": composition(axes).as_json(),
         "orthogonalisation": config.orthogonalisation,
@@ -176,6 +166,21 @@ def stack_axes(
         "arms": arms,
         "verdicts": {arm: verdict(arm, found["limit"], len(axes)) for arm, found in arms.items() if arm != CONTROL},
         "examples": _examples(measured, base, prompts, names),
+    }
+
+
+def _solo(
+    vector: SteeringVector, effect: Float[np.ndarray, " prompt"], ends: tuple[float, float], kl: float
+) -> dict[str, Any]:
+    """What a vector does alone."""
+    return {
+        "hook_point": vector.hook_point,
+        "coefficient": vector.coefficient,
+        "dose": vector.dose(vector.coefficient),
+        "effect_alone": float(effect.mean()),
+        "effect_alone_low": ends[0],
+        "effect_alone_high": ends[1],
+        "kl_alone": kl,
     }
 
 
@@ -395,12 +400,7 @@ def _examples(
 
 def _chosen(config: InterferenceConfig) -> Vectors:
     library = load_library(config.library)
-    for name in config.vectors or ():
-        if name not in library:
-            expected = f"one of {', '.join(library)}"
-            where = f"{config.library}: vector '{name}'"
-            raise UnknownNameError(where, expected=expected, got=f"'{name}'", fix="Correct the name.")
-    vectors = [library[name] for name in dict.fromkeys(config.vectors or library)]
+    vectors = [named(library, config.library, name) for name in dict.fromkeys(config.vectors or library)]
     if len(vectors) < 2:
         fix = "Make more with: saekit vector make"
         raise ConfigError(config.library, expected="two vectors or more, to stack", got=len(vectors), fix=fix)

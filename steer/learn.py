@@ -34,11 +34,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from activations.errors import ConfigError, MissingArtefactError, NumericsError, TextError
+from activations.errors import ConfigError, NumericsError, TextError
 from activations.generate import continuations
 from activations.hook_points import HookPoint
 from activations.hooks import capture, edit
 from activations.models import LoadedModel, load_model
+from activations.text import read_file
 from activations.tokens import special_ids
 from sae.metrics import bootstrap
 from steer.config import LearnConfig
@@ -55,7 +56,7 @@ from steer.distil import (
     log_probs,
     plain,
 )
-from steer.library import load_library, save_library
+from steer.make import add_to_library
 from steer.operations import Intervention
 from steer.runtime import steering
 from steer.scopes import Scope
@@ -120,7 +121,7 @@ def learn(config: LearnConfig, loaded: LoadedModel | None = None) -> list[Steeri
     made = _named(config, loaded, sites, scope, vectors, _source(config, context))
     receipt = report.finished(seconds | report.seconds, _examples(config, loaded, made, taught.heldout))
     made = [replace(vector, receipts=[receipt]) for vector in made]
-    keep(config.out, _name(config), made)
+    add_to_library(config.out, *made, instead_of=_name(config))
     return made
 
 
@@ -133,23 +134,16 @@ def _settings(config: LearnConfig, lr: float) -> Settings:
 
 def read_context(spec: str) -> str:
     """The context, from its text or its file. Raises: TextError if there is no such file, or nothing in it."""
-    text = _read(Path(spec)).strip() if spec.endswith((".txt", ".md")) else spec.strip()
+    text = read_file(Path(spec)).strip() if spec.endswith((".txt", ".md")) else spec.strip()
     if not text:
         raise TextError(f"context {spec}", expected="text", got="none", fix="Write some.")
     return text
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TextError(path, expected="a readable text file", got=str(error), fix="Check the path.") from error
-
-
 def _questions(config: LearnConfig) -> list[str]:
     """As many prompts as are needed, in an order of the seed."""
     shipped = resources.files("steer") / "data" / "questions.txt"
-    text = shipped.read_text() if config.prompts is None else _read(config.prompts)
+    text = shipped.read_text() if config.prompts is None else read_file(config.prompts)
     every = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
     needed = config.n_prompts + config.n_select + config.n_heldout
     if len(every) < needed:
@@ -428,13 +422,3 @@ def _named(
             )
         )
     return made
-
-
-def keep(path: Path, name: str, vectors: Sequence[SteeringVector]) -> None:
-    """Put vectors into the library at `path`, in place of what was there under `name` or as NAME@HOOK_POINT."""
-    try:
-        library = load_library(path)
-    except MissingArtefactError:
-        library = {}
-    rest = [each for key, each in library.items() if key != name and not key.startswith(f"{name}@")]
-    save_library(path, sorted([*rest, *vectors], key=lambda vector: vector.name))

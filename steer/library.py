@@ -78,9 +78,14 @@ def load_library(path: str | Path) -> dict[str, SteeringVector]:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 
-def find_vector(path: str | Path, name: str) -> SteeringVector:
-    """One vector of a library. Raises: UnknownNameError listing the names there are."""
+def find_vector(path: str | Path, name: str | None) -> SteeringVector:
+    """One vector of a library, its first if no name is given. Raises: UnknownNameError listing the names there are."""
     vectors = load_library(path)
+    return named(vectors, path, next(iter(vectors), "") if name is None else name)
+
+
+def named(vectors: Mapping[str, SteeringVector], path: str | Path, name: str) -> SteeringVector:
+    """One of the vectors that were read from `path`. Raises: UnknownNameError listing the names there are."""
     if name not in vectors:
         raise UnknownNameError(
             f"{path}: vector '{name}'",
@@ -99,7 +104,7 @@ def find_vectors(path: str | Path, name: str) -> list[SteeringVector]:
     vectors = load_library(path)
     parts = [vector for each, vector in vectors.items() if each.startswith(f"{name}@")]
     if name in vectors or not parts:
-        return [find_vector(path, name)]
+        return [named(vectors, path, name)]
     return sorted(parts, key=lambda vector: HookPoint.parse(vector.hook_point).depth)
 
 

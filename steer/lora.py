@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from activations.errors import ConfigError, CorruptArtefactError, NumericsError
 from activations.models import LoadedModel
-from steer.batches import IGNORED, padded, token_rows
+from steer.batches import IGNORED, logits_of, padded, token_rows
 from steer.config import LoraTraining
 
 
@@ -86,10 +86,10 @@ def train(
         optimizer = torch.optim.AdamW(learned, lr=training.lr, weight_decay=0.0)
         order, losses = _order(len(rows), training, seed), []
         for batch in order:
-            ids, attend, labels = padded([rows[i] for i in batch], loaded.device)
+            read = padded([rows[i] for i in batch], loaded.device)
             with torch.enable_grad():
-                logits = loaded.model(input_ids=ids, attention_mask=attend, use_cache=False).logits.float()
-                targets = labels[:, 1:].reshape(-1)
+                logits = logits_of(loaded, read)
+                targets = read.labels[:, 1:].reshape(-1)
                 loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=IGNORED)
             if not bool(loss.detach().isfinite()):
                 fix = "Lower the learning rate."

@@ -13,8 +13,6 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from activations.errors import ConfigError, MissingArtefactError
 from activations.models import LoadedModel, load_model
 from activations.store import ActivationStore
@@ -34,7 +32,6 @@ from steer.effect import (
     measure,
     sweep_doses,
 )
-from steer.gates import Gate, energy
 from steer.latents import Places, places_of
 from steer.library import load_library, save_library
 from steer.modifier import from_modifier, load_requests, request_prompt
@@ -67,21 +64,14 @@ def make_vector(config: VectorConfig, loaded: LoadedModel | None = None) -> Stee
     made = KINDS[config.kind](config, loaded, store)
     name = config.name or made.vector.name
     vector = replace(made.vector, name=name, operation=config.operation, scope=scope)
-    vector = replace(vector, gate=own_gate(vector, config.gate, config.gate_off, config.gate_tokens))
+    if config.gate is not None:
+        vector = replace(vector, gate=vector.energy_gate(config.gate, config.gate_off, config.gate_tokens))
     instruction, coefficient = config.instruction or default_instruction(config), config.coefficient
     if coefficient is None and config.operation == "ablate":
         coefficient = 1.0
     measured = dose_and_measure(loaded, vector, made.concept, config.measure, coefficient, instruction, made.prompts)
     add_to_library(config.out, measured)
     return measured
-
-
-def own_gate(vector: SteeringVector, on: float | None, off: float | None = None, min_tokens: int = 1) -> Gate | None:
-    """Open while the energy of the vector's own direction is above `on`; none if that is none."""
-    if on is None:
-        return None
-    readout = energy(torch.from_numpy(vector.direction), vector.hook_point)
-    return Gate(readout, on, off, min_tokens, vector.name, vector.model.fingerprint)
 
 
 def _of_latent(config: VectorConfig, loaded: LoadedModel, store: ActivationStore) -> Made:
@@ -209,12 +199,18 @@ def load_prompts(split: str) -> list[str]:
     return [row["text"] for row in rows if row["split"] == split]
 
 
-def add_to_library(path: Path, *vectors: SteeringVector) -> None:
-    """Add vectors to the library at `path`, which is made if it is not there."""
+def add_to_library(path: Path, *vectors: SteeringVector, instead_of: str | None = None) -> None:
+    """Add vectors to the library at `path`, which is made if it is not there.
+
+    Args:
+      instead_of: a name of which nothing is kept, nor of NAME@HOOK_POINT.
+    """
     try:
         library = load_library(path)
     except MissingArtefactError:
         library = {}
+    if instead_of is not None:
+        library = {name: each for name, each in library.items() if name.partition("@")[0] != instead_of}
     library |= {vector.name: vector for vector in vectors}
     save_library(path, _in_order(list(library.values())))
 

@@ -30,6 +30,7 @@ import torch
 from activations.errors import TextError
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel, chat_prompt
+from activations.tokens import without_bos
 from sae.metrics import means
 from steer.contrast import (
     PROBE_DOSE,
@@ -104,10 +105,7 @@ def request_prompt(loaded: LoadedModel, request: str, modifier: str | None = Non
     What the tokenizer puts in front of every text is left out, so that it is there once.
     """
     text = f"{request}\n\n{modifier}" if modifier is not None and place == "user" else request
-    prompt = chat_prompt(loaded, text, system=modifier if place == "system" else None)
-    bos = loaded.tokenizer.bos_token
-    adds = bos is not None and loaded.tokenizer("a")["input_ids"][:1] == [loaded.tokenizer.bos_token_id]
-    return prompt.removeprefix(str(bos)) if adds else prompt
+    return without_bos(loaded.tokenizer, chat_prompt(loaded, text, system=modifier if place == "system" else None))
 
 
 def from_modifier(

@@ -34,14 +34,15 @@ from activations.errors import ConfigError
 from activations.models import LoadedModel, Status, load_model
 from activations.text import documents
 from sae.metrics import means
+from steer.batches import costs
 from steer.capability import Question, answered_rightly, asked, load_choices
 from steer.classifier import TextClassifier, examples_of, fit
 from steer.concepts import concept_of, instruction_of
 from steer.config import ScoreConfig
 from steer.contrast import ContrastPair, contrast_names, heldout_quality, load_pairs
-from steer.effect import Arm, Concept, Outcome, arms_of, costs, drift, examples_of_arms, next_tokens, try_arms
+from steer.effect import Arm, Concept, Outcome, arms_of, drift, examples_of_arms, next_tokens, try_arms
 from steer.judge import judge_texts, open_judge
-from steer.library import find_vector, load_library
+from steer.library import find_vector
 from steer.make import add_to_library, load_prompts
 from steer.refusal import RefusalPrompt, load_refusal_prompts, refusals
 from steer.runtime import steering
@@ -102,7 +103,7 @@ def score_vector(
 
 def read_material(config: ScoreConfig) -> Material:
     """Vector and data; what is wrong with them is found here."""
-    vector = find_vector(config.library, config.vector or next(iter(load_library(config.library)), ""))
+    vector = find_vector(config.library, config.vector or None)
     if vector.coefficient == 0 and config.coefficient is None:
         raise ConfigError(
             f"vector '{vector.name}'",

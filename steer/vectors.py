@@ -17,12 +17,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 
 from activations.errors import NumericsError
 from activations.store_schema import ModelRef
 from sae.artefact import SaeArtefact
-from steer.gates import Condition
+from steer.gates import Condition, Gate, energy
 from steer.latents import check_latent, places_of
 
 NAMED = 3
@@ -65,6 +66,11 @@ class SteeringVector:
     def coefficient_of(self, dose: float) -> float:
         """The positive coefficient of a dose."""
         return dose * self.mean_norm
+
+    def energy_gate(self, on: float, off: float | None = None, min_tokens: int = 1) -> Gate:
+        """Open while the energy of its own direction is above `on`, as `steer.gates.Gate` has it."""
+        readout = energy(torch.from_numpy(self.direction), self.hook_point)
+        return Gate(readout, on, off, min_tokens, self.name, self.model.fingerprint)
 
     @property
     def sha256(self) -> str:

@@ -14,7 +14,7 @@ from activations.errors import ConfigError, MismatchError, SaekitError
 from activations.models import LoadedModel, chat_prompt
 from steer.chat import Chat, summary
 from steer.chat_commands import parse
-from steer.chat_state import joint_doses, open_pieces
+from steer.chat_state import doses_together, open_pieces
 from steer.config import ChatConfig
 from steer.gates import Gate, energy, gates_of
 from steer.generate import generate
@@ -136,8 +136,8 @@ def test_a_vector_of_another_model_is_refused_when_it_is_added(
 
 
 def test_a_joint_dose_is_that_of_the_sum(chat: Made) -> None:
-    assert joint_doses(chat("/add up 0.5", "/add down 0.2").state.steers) == {"resid_post.1": pytest.approx(0.3)}
-    both = joint_doses(chat("/add both 1").state.steers)
+    assert doses_together(chat("/add up 0.5", "/add down 0.2").state.steers) == {"resid_post.1": pytest.approx(0.3)}
+    both = doses_together(chat("/add both 1").state.steers)
     assert both == {"resid_post.0": pytest.approx(1.0), "resid_post.2": pytest.approx(0.5)}
 
 

@@ -146,7 +146,7 @@ def test_kl_is_that_of_a_plain_loop(own: LoadedModel, tmp_path: Path) -> None:
 def test_costs_are_those_of_reading_again(own: LoadedModel) -> None:
     prompts, texts = ["The river", "A cat", "Numbers"], [" ran on to the sea.", "", " are digits."]
     readings = reread(own, HookPoint.parse("resid_post.1"), prompts, texts)
-    np.testing.assert_allclose(costs(own, prompts, texts, 2), [each.nll for each in readings], rtol=1e-5)
+    np.testing.assert_allclose(costs(own, prompts, texts, rows=2), [each.nll for each in readings], rtol=1e-5)
 
 
 def test_what_stands_in_front_of_a_prompt(own: LoadedModel, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from activations.hook_points import HookPoint
 from activations.models import LoadedModel
 from sae.artefact import SaeArtefact
 from sae.torch_view import TorchSae
-from steer import effect
+from steer import batches, effect
 from steer.effect import (
     Arm,
     Bounds,
@@ -213,9 +213,9 @@ def test_costs_are_those_of_each_text_alone_while_steered(tiny: LoadedModel, vec
     prompts, texts = PROMPTS * 4, TEXTS * 4
     with steering(tiny, [Intervention.of(vector, 3.0)]), torch.no_grad():
         expected = [by_hand(tiny, *pair)[1] for pair in zip(prompts, texts, strict=True)]
-    found = effect.costs(tiny, prompts, texts, [Intervention.of(vector, 3.0)])
+    found = batches.costs(tiny, prompts, texts, [Intervention.of(vector, 3.0)])
     np.testing.assert_allclose(found, expected, rtol=1e-4)
-    assert np.abs(found - effect.costs(tiny, prompts, texts)).max() > 1e-3
+    assert np.abs(found - batches.costs(tiny, prompts, texts)).max() > 1e-3
 
 
 def test_a_scope_knows_where_the_prompt_ends_when_texts_are_read(tiny: LoadedModel, vector: SteeringVector) -> None:

@@ -26,8 +26,9 @@ from steer.distil import (
     log_probs,
     plain,
 )
-from steer.learn import Site, _difference, _Steered, acts_on, keep, learn, read_context
+from steer.learn import Site, _difference, _Steered, acts_on, learn, read_context
 from steer.library import load_library
+from steer.make import add_to_library
 from steer.operations import Intervention
 from steer.runtime import steering
 from steer.scopes import Scope
@@ -275,8 +276,12 @@ def test_the_difference_in_means_is_that_of_single_rows(tiny: LoadedModel, taugh
 
 
 def test_other_names_stay_in_the_library(tiny: LoadedModel, vector: SteeringVector, tmp_path: Path) -> None:
-    keep(tmp_path, "a", [replace(vector, name="a"), replace(vector, name="ab"), replace(vector, name="a@resid_post.1")])
-    keep(tmp_path, "a", [replace(vector, name="a@resid_post.2")])
+    add_to_library(
+        tmp_path,
+        *[replace(vector, name="a"), replace(vector, name="ab"), replace(vector, name="a@resid_post.1")],
+        instead_of="a",
+    )
+    add_to_library(tmp_path, replace(vector, name="a@resid_post.2"), instead_of="a")
     assert list(load_library(tmp_path)) == ["a@resid_post.2", "ab"]
 
 

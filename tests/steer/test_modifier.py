@@ -81,7 +81,10 @@ def test_the_token_in_front_of_every_text_is_there_once(tiny: LoadedModel) -> No
         bos_token, bos_token_id, chat_template = "<b>", 0, "x"
 
         def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-            return {"input_ids": [0, *range(1, len(text) + 1)]}
+            return {"input_ids": [0] * add_special_tokens + [*range(1, len(text) + 1)]}
+
+        def decode(self, ids: list[int]) -> str:
+            return "".join({0: "<b>"}[token] for token in ids)
 
         def apply_chat_template(self, turns: list[dict[str, str]], **_: object) -> str:
             return "<b>" + "".join(turn["content"] for turn in turns) + "<a>"

@@ -12,10 +12,11 @@ import torch
 from activations.errors import ConfigError
 from activations.models import LoadedModel
 from steer import score
+from steer.batches import costs
 from steer.capability import load_choices
 from steer.config import ScoreConfig
 from steer.contrast import ContrastPair, load_pairs
-from steer.effect import Arm, Concept, arms_of, costs, drift, next_tokens, try_arms
+from steer.effect import Arm, Concept, arms_of, drift, next_tokens, try_arms
 from steer.library import load_library, save_library
 from steer.operations import Intervention
 from steer.refusal import is_refusal
