@@ -48,7 +48,7 @@ def test_either_reads_what_the_other_writes(
 def test_a_step_of_its_coder_is_timed_beside_ours(make_peer: Any, step_lines: Any) -> None:
     python = make_peer("sparsify", PACKAGES, "import sparsify").python()
     theirs, ours = step_lines("SPARSIFY_PYTHON", python, "--peer", "sparsify", "--dead", "0.25")
-    assert (theirs["who"], theirs["optimizer"], theirs["dead_latents"]) == ("sparsify", "adam", 16)
+    assert (theirs["who"], theirs["optimizer"], theirs["dead_latents"]) == ("sparsify", "adam8bit", 16)
     assert theirs["kernels"] in ("eager", "triton")
     assert theirs["versions"]["sparsify"] == "1.3.3"
     assert ours["ratio_to_fastest_peer"] == pytest.approx(ours["tok_s"] / theirs["tok_s"], abs=1e-3)
