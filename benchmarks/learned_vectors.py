@@ -20,7 +20,7 @@ from _results import device_name, record
 
 from activations.models import LoadedModel, load_model
 from steer.config import LearnConfig
-from steer.learn import learn
+from steer.making.learn import learn
 
 CONTEXTS = Path(__file__).resolve().parents[1] / "configs" / "contexts"
 TASKS: dict[str, dict[str, Any]] = {

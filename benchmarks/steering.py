@@ -21,7 +21,7 @@ graphs; `eager` is plain Python, where launches bound a GPU. `graphs` counts wha
 module, three), `agrees` is the largest difference between the logits of compiled and eager decoding with `mixed`, in
 units of the largest logit, and `set_us` what a change of all rows takes. Peers run in an environment of their own
 (STEERING_PEERS_PYTHON; else .venv-steering; else this one), against the model alone there. Sections that would start
-after --budget-s are left out. Left out: prefill, and text (`steer.effect`).
+after --budget-s are left out. Left out: prefill, and text (`steer.measures.effect`).
 """
 
 import argparse

@@ -16,7 +16,7 @@ measured:
                        tokenizer has one, and the latent's part is taken out at every token but the first
 
 Amplified means AMPLIFY times the largest activation of any latent on the prompt's last token, added along the decoder
-row there, as in the code of 2505.20063. Left out: generated text, which `steer.effect` measures.
+row there, as in the code of 2505.20063. Left out: generated text, which `steer.measures.effect` measures.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,6 +1,7 @@
 """Token rows of unequal length as one batch, and what continuations cost the model.
 
-Left out: residual streams of continuations (`steer.effect`); prompts padded on the left, of lessons (`steer.distil`).
+Left out: residual streams of continuations (`steer.measures.effect`); prompts padded on the left, of lessons
+(`steer.making.distil`).
 """
 
 from collections.abc import Sequence

@@ -146,13 +146,13 @@ def chat(
         raise typer.BadParameter("--json needs a prompt")
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
-    from steer.chat import Chat, summary
+    from steer.chat.session import Chat, summary
 
     session = Chat(settings, on_status=status)
     if prompt:
         text, steering = " ".join(prompt), summary(session.state)
         return show({"prompt": text, "vectors": steering, "answer": session.answer(text)}, json_, plain="answer")
-    from steer.chat_terminal import converse
+    from steer.chat.terminal import converse
 
     converse(session)
 

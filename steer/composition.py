@@ -20,7 +20,7 @@ Orthogonalisation, of unit rows V = U Σ Wᵀ:
     sequential    Gram-Schmidt     the first stays, each later one gives up what it shares with those before it
 
 Left out: Rotate's change of length, ablations and clamps, which add nothing that could be summed; gates and scopes,
-which are taken to be open at once; what text makes of it (`steer.interference`).
+which are taken to be open at once; what text makes of it (`steer.receipts.interference`).
 """
 
 from collections.abc import Sequence

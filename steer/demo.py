@@ -35,9 +35,9 @@ from sae.evaluate import evaluate
 from sae.index import build_index
 from sae.index_db import FeatureIndex, LatentRow
 from steer.config import DemoConfig, VectorConfig
-from steer.make import load_prompts, make_vector
+from steer.making.make import load_prompts, make_vector
+from steer.making.select import Trial, candidates, try_latents
 from steer.report import write_report
-from steer.select import Trial, candidates, try_latents
 from steer.vectors import SteeringVector
 
 ARCHITECTURE = "batchtopk"

@@ -32,7 +32,7 @@ def make(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fals
     settings = VectorConfig.load(config, set_)
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
-    from steer.make import make_vector
+    from steer.making.make import make_vector
 
     made = make_vector(settings)
     receipt = {key: value for key, value in made.receipts[-1].items() if key not in ("examples", "sweep")}
@@ -53,7 +53,7 @@ def find(
         settings = settings.model_copy(update={"text": " ".join(text)})
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
-    from steer.find import as_result, command_of, find_latents
+    from steer.making.find import as_result, command_of, find_latents
 
     found = find_latents(settings)
     result = as_result(settings, found)
@@ -66,8 +66,8 @@ def combine(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = F
     settings = CombineConfig.load(config, set_)
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
-    from steer.arithmetic import as_result
-    from steer.arithmetic import combine as run
+    from steer.making.arithmetic import as_result
+    from steer.making.arithmetic import combine as run
 
     show(as_result(settings, run(settings)), json_)
 
@@ -78,7 +78,7 @@ def layers(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fa
     settings = LayersConfig.load(config, set_)
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
-    from steer.layers import as_result, sweep_layers
+    from steer.making.layers import as_result, sweep_layers
 
     show({**as_result(sweep_layers(settings)), "out": settings.out}, json_)
 
@@ -89,7 +89,7 @@ def gate(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fals
     settings = GateConfig.load(config, set_)
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
-    from steer.gate_vector import gate_vector
+    from steer.making.gate_vector import gate_vector
 
     show({"library": settings.library, **gate_vector(settings)}, json_)
 
@@ -102,7 +102,7 @@ def calibrate(
     settings = CalibrateConfig.load(config, set_)
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
-    from steer.calibrate import calibrate_vector
+    from steer.receipts.calibrate import calibrate_vector
 
     calibrated = calibrate_vector(settings, on_status=status)
     receipt = dict(calibrated.receipts[-1])
@@ -116,7 +116,7 @@ def score(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fal
     settings = ScoreConfig.load(config, set_)
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
-    from steer.score import laid_out, score_vector
+    from steer.receipts.score import laid_out, score_vector
 
     receipt = score_vector(settings, on_status=status)
     show(receipt if json_ else laid_out(receipt), json_)
@@ -128,7 +128,7 @@ def learn(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fal
     settings = LearnConfig.load(config, set_)
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
-    from steer.learn import learn as run
+    from steer.making.learn import learn as run
 
     made = run(settings)
     receipt = {key: value for key, value in made[0].receipts[-1].items() if key not in ("examples", "training")}
@@ -144,7 +144,7 @@ def interference(
     settings = InterferenceConfig.load(config, set_)
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
-    from steer.interference import interference as measure
+    from steer.receipts.interference import interference as measure
 
     result = measure(settings, on_status=status)
     if json_:
@@ -160,8 +160,8 @@ def compare(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = F
     settings = CompareAxisConfig.load(config, set_)
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
-    from steer.compare import compare as compare_axes
-    from steer.compare import table
+    from steer.receipts.compare import compare as compare_axes
+    from steer.receipts.compare import table
 
     results = compare_axes(settings, on_status=status)
     show({"report": str(settings.out / "report.html"), **(results if json_ else table(results))}, json_)

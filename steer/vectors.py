@@ -5,10 +5,10 @@
 
 The dose makes coefficients comparable between layers and models: the mean norm is taken at the hook point, over tokens
 that are neither the first of a text nor padding. A direction comes from a latent, as the decoder row of an SAE at the
-hook point that the SAE writes, as a sum of several, from contrast pairs (`steer.contrast`), from an instruction
-(`steer.modifier`), or from other vectors (`steer.arithmetic`).
+hook point that the SAE writes, as a sum of several, from contrast pairs (`steer.making.contrast`), from an instruction
+(`steer.making.modifier`), or from other vectors (`steer.making.arithmetic`).
 
-Left out: applying them (`steer.runtime`), measuring them (`steer.effect`), keeping them (`steer.library`).
+Left out: applying them (`steer.runtime`), measuring them (`steer.measures.effect`), keeping them (`steer.library`).
 """
 
 import hashlib
@@ -45,7 +45,7 @@ class SteeringVector:
     mean_norm: float
     """mean ||h|| at the hook point; turns a coefficient into a dose"""
     source: dict[str, Any]
-    """kind, a key of `steer.make.KINDS` or `combination`, and what it was made from"""
+    """kind, a key of `steer.making.make.KINDS` or `combination`, and what it was made from"""
     coefficient: float = 0.0
     """suggested coefficient; 0 until one was measured"""
     receipts: list[dict[str, Any]] = field(default_factory=list)
@@ -57,7 +57,7 @@ class SteeringVector:
     gate: Condition | None = None
     """only while it is open; none: always"""
     window: tuple[float, float] | None = None
-    """coefficients between which it was found to work and to do no harm (`steer.calibrate`); none: not calibrated"""
+    """coefficients between which it works and does no harm (`steer.receipts.calibrate`); none: not calibrated"""
 
     def dose(self, coefficient: float) -> float:
         """|coefficient| in units of the mean norm of the residual stream."""

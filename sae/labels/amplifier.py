@@ -2,7 +2,7 @@
 
 Amplified means that `dose` mean norms of what the SAE writes at, measured over the prompt's tokens but the first, are
 added along the latent's decoder row on every token but the first, at all hook points that it writes. Left out: what is
-asked about the texts (`sae.labels.questions`), and how well a latent steers (`sae.index_effects`, `steer.effect`).
+asked about the texts (`sae.labels.questions`), and how well a latent steers (`sae.index_effects`).
 """
 
 import asyncio

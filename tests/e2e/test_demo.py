@@ -143,7 +143,7 @@ def test_coefficient_zero_and_the_cache_on_the_real_model(
 
 
 def test_chat_is_steered(config: DemoConfig, summary: dict[str, Any], smollm2: LoadedModel) -> None:
-    from steer.chat import Chat
+    from steer.chat.session import Chat
 
     steered = ChatConfig(library=config.out / "library", vectors=("joyful_vs_gloomy",), max_new_tokens=12)
     unsteered = ChatConfig(max_new_tokens=12)

@@ -9,7 +9,7 @@ import torch
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel, load_model
 from activations.store_schema import ModelRef
-from steer.effect import Concept
+from steer.measures.effect import Concept
 from steer.vectors import SteeringVector
 
 

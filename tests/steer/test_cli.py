@@ -25,7 +25,7 @@ from steer import cli, vector_cli
 from steer.config import VectorConfig
 from steer.gates import Gate
 from steer.library import load_library, save_library
-from steer.make import KINDS
+from steer.making.make import KINDS
 from steer.operations import VECTOR_OPERATIONS
 from steer.show import show
 

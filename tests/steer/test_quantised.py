@@ -10,7 +10,7 @@ from activations.hook_points import HookPoint
 from activations.hooks import capture
 from activations.models import LoadedModel, load_model
 from activations.quantised import QUANTISATIONS
-from steer.chat import Chat
+from steer.chat.session import Chat
 from steer.config import ChatConfig
 from steer.generate import generate
 from steer.operations import Ablate, Add, Intervention
@@ -80,7 +80,7 @@ def test_text_with_a_cache_is_text_without(small: LoadedModel, vector: SteeringV
 
 
 def test_a_chat_with_a_quantised_model_says_so_in_its_transcript(tiny_llama: Path, tmp_path: Path) -> None:
-    from steer.chat_commands import parse
+    from steer.chat.commands import parse
 
     chat = Chat(ChatConfig(model=str(tiny_llama), quantization="torchao-int8", max_new_tokens=3))
     chat.answer("Hello")
