@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from activations.config import Config, HarvestConfig
 from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
 from sae.labels.config import LabelConfig
+from steer.browser.config import BrowseConfig
 from steer.config import (
     CalibrateConfig,
     ChatConfig,
@@ -49,6 +50,7 @@ CLASSES: dict[str, type[Config]] = {
     "vector learn": LearnConfig,
     "vector interference": InterferenceConfig,
     "vector compare": CompareAxisConfig,
+    "browse": BrowseConfig,
     "chat": ChatConfig,
     "demo": DemoConfig,
 }
@@ -86,6 +88,7 @@ EXAMPLES: dict[str, str] = {
     "vector_interference.yaml": "vector interference",
     "vector_compare.yaml": "vector compare",
     "vector_compare_all.yaml": "vector compare",
+    "browse.yaml": "browse",
     "chat.yaml": "chat",
     "demo.yaml": "demo",
     "gpu_harvest.yaml": "harvest",
@@ -191,7 +194,7 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, float):
         return f"`{value:g}`"
-    return f"`{value if isinstance(value, str | Path) else json.dumps(value)}`"
+    return f"`{value if isinstance(value, str | Path) else json.dumps(value, default=str)}`"
 
 
 def _summary(cls: type[Config]) -> str:

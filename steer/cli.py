@@ -16,6 +16,7 @@ from activations.config import HarvestConfig
 from activations.errors import SaekitError
 from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
 from sae.labels.config import LabelConfig
+from steer.browser.config import BrowseConfig
 from steer.config import ChatConfig, DemoConfig
 from steer.options import AsJson, ConfigPath, DryRun, Overrides
 from steer.show import show, status
@@ -128,6 +129,26 @@ def label(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fal
         return show({"config": settings.model_dump(mode="json"), **planned}, json_)
     result = run(settings, on_status=status)
     show(result if json_ else tables(result), json_)
+
+
+@app.command()
+def browse(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Indexes, libraries, or folders that hold some; runs/demo without.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="Config file.")] = None,
+    set_: Overrides = None,
+    json_: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Look at features in a web browser: what they respond to, say and do."""
+    given = [f"paths={json.dumps([str(path) for path in paths])}"] if paths else []
+    settings = BrowseConfig.load(config, [*(set_ or []), *given])
+    if dry_run:
+        return show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.browser.serve import browse as run
+
+    run(settings, as_json=json_)
 
 
 @app.command()

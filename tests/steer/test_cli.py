@@ -33,10 +33,10 @@ ROOT = Path(__file__).resolve().parents[2]
 HOOK, OTHER = "resid_post.1", "mlp_out.2"
 VERBS = (
     "harvest", "train", "evaluate", "index", "label", "vector make", "vector find", "vector combine", "vector layers",
-    "vector gate", "vector calibrate", "vector score", "vector learn", "vector interference", "vector compare", "chat",
-    "convert", "inspect", "demo",
+    "vector gate", "vector calibrate", "vector score", "vector learn", "vector interference", "vector compare",
+    "browse", "chat", "convert", "inspect", "demo",
 )  # fmt: skip
-WITHOUT_SEED = ("vector make", "vector find", "vector combine", "vector gate")
+WITHOUT_SEED = ("browse", "vector make", "vector find", "vector combine", "vector gate")
 MEASURE = [
     f"measure.{key}={value}"
     for key, value in {
@@ -203,14 +203,14 @@ def test_help_loads_no_framework() -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    ["evaluate", "index", *(verb for verb in VERBS if verb.startswith("vector ")), "chat", "demo"],
+    ["evaluate", "index", *(verb for verb in VERBS if verb.startswith("vector ")), "browse", "chat", "demo"],
 )
 def test_a_dry_run_prints_the_resolved_config_and_does_nothing(
     saekit: Saekit, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text("model: from-the-file\n")
-    file = ["--config", "c.yaml"] if verb in ("chat", "vector find") else ["c.yaml"]
+    file = ["--config", "c.yaml"] if verb in ("browse", "chat", "vector find") else ["c.yaml"]
     config = saekit(
         *verb.split(),
         *file,

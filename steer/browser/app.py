@@ -1,0 +1,106 @@
+"""The feature browser as one web application: an API in JSON, and the page that uses it.
+
+Flow of a request: `steer.browser.guard` looks at it; a router answers, one module a part of the page; a SaekitError
+becomes an answer with where, expected, got and fix. Every other path is the page's own, whatever state its address
+names. Left out: listening on a port (`steer.browser.serve`).
+"""
+
+from collections.abc import Iterable
+from importlib import resources
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.gzip import GZipMiddleware
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel
+
+from activations.errors import MissingArtefactError, SaekitError, UnknownNameError
+from steer.browser.guard import COOKIE, AccountOf, Gatekeeper, Viewer
+from steer.browser.sources import Opened
+
+STATIC = resources.files("steer.browser") / "static"
+NOT_FOUND = (MissingArtefactError, UnknownNameError)
+
+
+class About(BaseModel):
+    """What is open, and who asks."""
+
+    version: str
+    account: str
+    role: str
+    sources: list[dict[str, Any]]
+    libraries: list[str]
+
+
+class Login(BaseModel):
+    """A token that is to be kept as a cookie."""
+
+    token: str
+
+
+def create_app(opened: Opened, account_of: AccountOf, hosts: Iterable[str]) -> FastAPI:
+    """The application.
+
+    Args:
+      account_of: whose a token is.
+      hosts: names that the Host header may have.
+    """
+    app = FastAPI(title="saekit browser", version=version("saekit"), docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.account_of = account_of
+    app.add_middleware(GZipMiddleware, minimum_size=1024)
+    app.add_middleware(Gatekeeper, hosts=hosts)
+    app.add_exception_handler(SaekitError, _as_answer)
+    app.add_exception_handler(RequestValidationError, _as_answer)
+
+    @app.get("/api/about")
+    def about(account: Viewer) -> About:
+        sources = [
+            {"name": each.name, "d_sae": each.index.info["d_sae"], "model": each.index.info["model"]["id"],
+             "n_tokens": each.index.info["n_tokens"], "path": str(each.path), "can_run": each.sae is not None}
+            for each in opened.sources.values()
+        ]  # fmt: skip
+        libraries = [str(path) for path in opened.libraries]
+        return About(version=version("saekit"), account=account.name, role=account.role, sources=sources,
+                     libraries=libraries)  # fmt: skip
+
+    @app.get("/api/openapi.json")
+    def schema(account: Viewer) -> dict[str, Any]:
+        return app.openapi()
+
+    @app.post("/api/login", status_code=204)
+    def login(given: Login, request: Request) -> Response:
+        if account_of(given.token) is None:
+            raise HTTPException(401, {"where": "token", "expected": "a token that is known", "got": "another",
+                                      "fix": "Copy it again from what saekit browse printed."})  # fmt: skip
+        return _kept(Response(status_code=204), given.token, request)
+
+    app.mount("/static", StaticFiles(directory=str(STATIC)), name="static")
+
+    @app.get("/{path:path}", include_in_schema=False)
+    def page(path: str) -> Response:
+        if path.startswith("api/"):
+            raise HTTPException(404, {"where": f"/{path}", "expected": "a path of the API", "got": "another",
+                                      "fix": "See /api/openapi.json."})  # fmt: skip
+        return FileResponse(str(STATIC / "index.html"), headers={"cache-control": "no-cache"})
+
+    return app
+
+
+def _kept(response: Response, token: str, request: Request) -> Response:
+    is_secure = request.headers.get("x-forwarded-proto", request.url.scheme) == "https"
+    response.set_cookie(COOKIE, token, max_age=30 * 86400, httponly=True, samesite="strict", secure=is_secure)
+    return response
+
+
+async def _as_answer(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, SaekitError):
+        detail = {"where": error.where, "expected": error.expected, "got": error.got, "fix": error.fix}
+        return JSONResponse({"detail": detail}, 404 if isinstance(error, NOT_FOUND) else 400)
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    got = repr(first.get("input"))[:100]
+    return JSONResponse({"detail": {"where": where, "expected": first["msg"], "got": got, "fix": "Correct it."}}, 422)

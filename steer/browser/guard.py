@@ -1,0 +1,131 @@
+"""Who may ask for what: nothing is answered without permission, whoever can reach the port.
+
+1. The Host header has to name the browser itself, so that no web page reaches it by a name of its own (DNS rebinding).
+2. A request is somebody's: of the token in its cookie, or behind `Authorization: Bearer`. Files of the page itself hold
+   nothing and are anybody's.
+3. What changes something needs the header `X-Saekit`, which no other site's page can send along with the cookie (CSRF).
+4. A role is enough for what needs it or less: viewer, annotator, admin.
+5. Every answer forbids the page to load or run anything that is not the browser's own (Content-Security-Policy).
+
+Left out: where accounts are kept (`steer.browser.people`).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi import Depends, HTTPException, Request
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+COOKIE = "saekit"
+HEADER = "x-saekit"
+SAFE = ("GET", "HEAD", "OPTIONS")
+MAX_BODY = 1 << 20
+"""bytes of a request"""
+Role = Literal["viewer", "annotator", "admin"]
+ROLES: tuple[Role, ...] = ("viewer", "annotator", "admin")
+SECURITY_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+@dataclass(frozen=True)
+class Account:
+    """Somebody who may ask."""
+
+    name: str
+    role: Role
+
+    def may(self, role: Role) -> bool:
+        """Whether this role is enough for what needs `role`."""
+        return ROLES.index(self.role) >= ROLES.index(role)
+
+
+AccountOf = Callable[[str], Account | None]
+"""whose a token is"""
+
+
+class Gatekeeper:
+    """ASGI middleware: Host, size of the body, and headers of every answer."""
+
+    def __init__(self, app: ASGIApp, hosts: Iterable[str]):
+        self._app, self._hosts = app, frozenset(host.lower() for host in hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or refuse."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers = Headers(scope=scope)
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(SECURITY_HEADERS)
+            await send(message)
+
+        if host_of(headers.get("host", "")) not in self._hosts:
+            return await _refusal(421, "a name of this browser", headers.get("host", ""))(scope, receive, guarded)
+        if scope["method"] not in SAFE and not _is_small(headers):
+            return await _refusal(413, f"a body of at most {MAX_BODY} bytes, with its length", "another")(
+                scope, receive, guarded
+            )
+        await self._app(scope, receive, guarded)
+
+
+def host_of(header: str) -> str:
+    """The host of a Host header, without its port."""
+    name = header.lower().rsplit(":", 1)[0] if not header.endswith("]") else header.lower()
+    return name.strip("[]")
+
+
+def _is_small(headers: Headers) -> bool:
+    """A length that is said and small; the server itself cuts a body off at what was said."""
+    if "transfer-encoding" in headers:
+        return False
+    length = headers.get("content-length", "0")
+    return length.isascii() and length.isdigit() and int(length) <= MAX_BODY
+
+
+def _refusal(status: int, expected: str, got: str) -> JSONResponse:
+    detail = {"where": "request", "expected": expected, "got": got, "fix": "Correct the request."}
+    return JSONResponse({"detail": detail}, status)
+
+
+def token_of(request: Request) -> str | None:
+    """The token that a request carries."""
+    kind, _, token = request.headers.get("authorization", "").partition(" ")
+    return token if kind.lower() == "bearer" else request.cookies.get(COOKIE)
+
+
+def needs(role: Role) -> Any:
+    """What a route declares to be for a role and those above it; gives the account.
+
+    The application keeps an AccountOf as `app.state.account_of`.
+    """
+
+    def check(request: Request) -> Account:
+        token = token_of(request)
+        account = None if token is None else request.app.state.account_of(token)
+        if account is None:
+            raise HTTPException(401, {"where": "request", "expected": "a token", "got": "none that is known",
+                                      "fix": "Log in with the address that saekit browse printed."})  # fmt: skip
+        if request.method not in SAFE and "authorization" not in request.headers and HEADER not in request.headers:
+            raise HTTPException(403, {"where": "request", "expected": f"the header {HEADER}", "got": "none",
+                                      "fix": "Send it along."})  # fmt: skip
+        if not account.may(role):
+            raise HTTPException(403, {"where": account.name, "expected": f"the role {role}", "got": account.role,
+                                      "fix": "Ask an admin."})  # fmt: skip
+        return account
+
+    return Depends(check)
+
+
+Viewer = Annotated[Account, needs("viewer")]
+Annotator = Annotated[Account, needs("annotator")]
+Admin = Annotated[Account, needs("admin")]

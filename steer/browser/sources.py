@@ -1,0 +1,96 @@
+"""What a browser shows: feature indexes by name, and libraries.
+
+A folder stands for every index and library below it, two folders deep. Left out: reading them (`sae.index_db`,
+`steer.library`).
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from activations.errors import MissingArtefactError
+from sae.index_db import FILE_NAME, FeatureIndex
+
+MANIFEST = "manifest.json"
+DEPTH = 2
+"""folders below a given one that are searched"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One feature index."""
+
+    name: str
+    """its hook point; with the folder's name behind it where several have the same"""
+    path: Path
+    index: FeatureIndex
+    sae: Path | None
+    """the SAE it was built from, if it is still where it was"""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """All that one browser shows."""
+
+    sources: dict[str, Source]
+    """by name"""
+    libraries: tuple[Path, ...]
+
+    def close(self) -> None:
+        """Release the databases."""
+        for source in self.sources.values():
+            source.index.close()
+
+
+def open_paths(paths: Sequence[Path]) -> Opened:
+    """Open every index and find every library in some folders.
+
+    Raises: MissingArtefactError for a folder that holds neither; as FeatureIndex.open does for a damaged index.
+    """
+    indexes: dict[Path, FeatureIndex] = {}
+    libraries: list[Path] = []
+    for path in paths:
+        found = list(_artefacts(path, DEPTH)) if path.is_dir() else []
+        if not found:
+            fix = "Make one with: saekit index, or saekit demo"
+            raise MissingArtefactError(path, expected="a feature index or a library", got="none in it", fix=fix)
+        for folder in found:
+            if (folder / FILE_NAME).is_file():
+                indexes[folder] = FeatureIndex.open(folder)
+            elif folder not in libraries:
+                libraries.append(folder)
+    return Opened(_named(indexes), tuple(libraries))
+
+
+def _artefacts(folder: Path, depth: int) -> Iterator[Path]:
+    if (folder / FILE_NAME).is_file() or (folder / MANIFEST).is_file():
+        yield folder
+    elif depth > 0:
+        for child in sorted(folder.iterdir()):
+            if child.is_dir() and not child.is_symlink():
+                yield from _artefacts(child, depth - 1)
+
+
+def _named(indexes: dict[Path, FeatureIndex]) -> dict[str, Source]:
+    points = {folder: str(index.info.get("hook_point", folder.name)) for folder, index in indexes.items()}
+    times = Counter(points.values())
+    sources: dict[str, Source] = {}
+    for folder, index in indexes.items():
+        name = points[folder] if times[points[folder]] == 1 else f"{points[folder]}@{folder.name}"
+        while name in sources:
+            name += "'"
+        sources[name] = Source(name, folder, index, _sae_of(folder))
+    return sources
+
+
+def _sae_of(folder: Path) -> Path | None:
+    """The path that the index's own config names."""
+    try:
+        config = yaml.safe_load((folder / "index.yaml").read_text())
+        sae = Path(config["sae"])
+    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError):
+        return None
+    return sae if (sae / "cfg.json").is_file() else None
