@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from activations.errors import MissingArtefactError, SaekitError, UnknownNameError
 from steer.browser.guard import COOKIE, AccountOf, Gatekeeper, Viewer
+from steer.browser.model import SharedModel
 from steer.browser.sources import Opened
 
 STATIC = resources.files("steer.browser") / "static"
@@ -33,6 +34,8 @@ class About(BaseModel):
     role: str
     sources: list[dict[str, Any]]
     libraries: list[str]
+    model: str | None
+    model_state: str
 
 
 class Login(BaseModel):
@@ -41,12 +44,13 @@ class Login(BaseModel):
     token: str
 
 
-def create_app(opened: Opened, account_of: AccountOf, hosts: Iterable[str]) -> FastAPI:
+def create_app(opened: Opened, account_of: AccountOf, hosts: Iterable[str], model: SharedModel) -> FastAPI:
     """The application.
 
     Args:
       account_of: whose a token is.
       hosts: names that the Host header may have.
+      model: what prompts are run through and what is steered.
     """
     app = FastAPI(title="saekit browser", version=version("saekit"), docs_url=None, redoc_url=None, openapi_url=None)
     app.state.account_of = account_of
@@ -64,7 +68,7 @@ def create_app(opened: Opened, account_of: AccountOf, hosts: Iterable[str]) -> F
         ]  # fmt: skip
         libraries = [str(path) for path in opened.libraries]
         return About(version=version("saekit"), account=account.name, role=account.role, sources=sources,
-                     libraries=libraries)  # fmt: skip
+                     libraries=libraries, model=model.spec, model_state=model.state)  # fmt: skip
 
     @app.get("/api/openapi.json")
     def schema(account: Viewer) -> dict[str, Any]:

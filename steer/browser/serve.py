@@ -13,8 +13,9 @@ from contextlib import closing
 
 from activations.errors import ConfigError
 from steer.browser.config import BrowseConfig
+from steer.browser.model import SharedModel
 from steer.browser.people import own_name, own_token, single
-from steer.browser.sources import open_paths
+from steer.browser.sources import Opened, open_paths
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -36,7 +37,9 @@ def browse(config: BrowseConfig, *, as_json: bool = False) -> None:
     opened = open_paths(config.paths)
     token = own_token()
     with closing(opened), closing(_listen(config.host, config.port)) as listener:
-        app = create_app(opened, single(config.author or own_name(), token), {*LOOPBACK, config.host, *config.hosts})
+        names = {*LOOPBACK, config.host, *config.hosts}
+        model = SharedModel(config.model or _model_of(opened), config.device)
+        app = create_app(opened, single(config.author or own_name(), token), names, model)
         port = listener.getsockname()[1]
         shown = f"[{config.host}]" if ":" in config.host else config.host
         address = f"http://{shown}:{port}/#token={token}"
@@ -49,6 +52,12 @@ def browse(config: BrowseConfig, *, as_json: bool = False) -> None:
             webbrowser.open(address)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
         server.run(sockets=[listener])
+
+
+def _model_of(opened: Opened) -> str | None:
+    """The model that the first index was made with."""
+    first = next(iter(opened.sources.values()), None)
+    return None if first is None else first.index.info["model"]["id"]
 
 
 def _is_loopback(host: str) -> bool:

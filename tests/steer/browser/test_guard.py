@@ -9,6 +9,7 @@ from fastapi.routing import APIRoute
 
 from steer.browser.app import create_app
 from steer.browser.guard import MAX_BODY, SAFE, Account, host_of
+from steer.browser.model import SharedModel
 from steer.browser.serve import LOOPBACK
 from steer.browser.sources import Opened
 
@@ -25,7 +26,7 @@ def client(address: str) -> Iterator[httpx.Client]:
 
 
 def routes(opened: Opened) -> list[tuple[str, str]]:
-    app = create_app(opened, lambda token: None, LOOPBACK)
+    app = create_app(opened, lambda token: None, LOOPBACK, SharedModel(None))
     found = [(route.path, method) for route in app.routes if isinstance(route, APIRoute) for method in route.methods]
     return [(path, method) for path, method in found if path.startswith("/api/")]
 
@@ -90,7 +91,7 @@ def test_roles_are_ordered() -> None:
 
 def test_changing_routes_want_the_header_beside_the_cookie(opened: Opened) -> None:
     """Every route but the login, with a cookie and without the header."""
-    app = create_app(opened, lambda token: Account("ada", "admin"), LOOPBACK)
+    app = create_app(opened, lambda token: Account("ada", "admin"), LOOPBACK, SharedModel(None))
     changing = [(path, method) for path, method in routes(opened) if method not in SAFE and (path, method) not in OPEN]
     with serving(app) as where, httpx.Client(base_url=where, cookies={"saekit": TOKEN}) as client:
         for path, method in changing:
