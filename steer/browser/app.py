@@ -18,9 +18,11 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
 from activations.errors import MissingArtefactError, SaekitError, UnknownNameError
-from steer.browser.guard import COOKIE, AccountOf, Gatekeeper, Viewer
+from steer.browser import accounts
+from steer.browser.guard import COOKIE, AccountOf, Gatekeeper, Pace, Viewer
 from steer.browser.model import SharedModel
 from steer.browser.sources import Opened
+from steer.browser.team import Team
 
 STATIC = resources.files("steer.browser") / "static"
 NOT_FOUND = (MissingArtefactError, UnknownNameError)
@@ -36,6 +38,7 @@ class About(BaseModel):
     libraries: list[str]
     model: str | None
     model_state: str
+    is_team: bool
 
 
 class Login(BaseModel):
@@ -44,16 +47,19 @@ class Login(BaseModel):
     token: str
 
 
-def create_app(opened: Opened, account_of: AccountOf, hosts: Iterable[str], model: SharedModel) -> FastAPI:
+def create_app(
+    opened: Opened, account_of: AccountOf, hosts: Iterable[str], model: SharedModel, team: Team | None = None
+) -> FastAPI:
     """The application.
 
     Args:
       account_of: whose a token is.
       hosts: names that the Host header may have.
       model: what prompts are run through and what is steered.
+      team: whose accounts an admin may change; none: there is one account.
     """
     app = FastAPI(title="saekit browser", version=version("saekit"), docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.account_of = account_of
+    app.state.account_of, app.state.pace = account_of, Pace()
     app.add_middleware(GZipMiddleware, minimum_size=1024)
     app.add_middleware(Gatekeeper, hosts=hosts)
     app.add_exception_handler(SaekitError, _as_answer)
@@ -66,9 +72,11 @@ def create_app(opened: Opened, account_of: AccountOf, hosts: Iterable[str], mode
              "n_tokens": each.index.info["n_tokens"], "path": str(each.path), "can_run": each.sae is not None}
             for each in opened.sources.values()
         ]  # fmt: skip
-        libraries = [str(path) for path in opened.libraries]
-        return About(version=version("saekit"), account=account.name, role=account.role, sources=sources,
-                     libraries=libraries, model=model.spec, model_state=model.state)  # fmt: skip
+        return About(
+            version=version("saekit"), account=account.name, role=account.role, sources=sources,
+            libraries=[str(path) for path in opened.libraries], model=model.spec, model_state=model.state,
+            is_team=team is not None,
+        )  # fmt: skip
 
     @app.get("/api/openapi.json")
     def schema(account: Viewer) -> dict[str, Any]:
@@ -77,10 +85,13 @@ def create_app(opened: Opened, account_of: AccountOf, hosts: Iterable[str], mode
     @app.post("/api/login", status_code=204)
     def login(given: Login, request: Request) -> Response:
         if account_of(given.token) is None:
+            app.state.pace.be_wrong(request.client.host if request.client else "")
             raise HTTPException(401, {"where": "token", "expected": "a token that is known", "got": "another",
                                       "fix": "Copy it again from what saekit browse printed."})  # fmt: skip
         return _kept(Response(status_code=204), given.token, request)
 
+    if team is not None:
+        app.include_router(accounts.routes(team))
     app.mount("/static", StaticFiles(directory=str(STATIC)), name="static")
 
     @app.get("/{path:path}", include_in_schema=False)
@@ -94,7 +105,7 @@ def create_app(opened: Opened, account_of: AccountOf, hosts: Iterable[str], mode
 
 
 def _kept(response: Response, token: str, request: Request) -> Response:
-    is_secure = request.headers.get("x-forwarded-proto", request.url.scheme) == "https"
+    is_secure = request.url.scheme == "https"  # also behind a proxy on this machine that says so
     response.set_cookie(COOKIE, token, max_age=30 * 86400, httponly=True, samesite="strict", secure=is_secure)
     return response
 

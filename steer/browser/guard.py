@@ -5,9 +5,10 @@
    nothing and are anybody's.
 3. What changes something needs the header `X-Saekit`, which no other site's page can send along with the cookie (CSRF).
 4. A role is enough for what needs it or less: viewer, annotator, admin.
-5. Every answer forbids the page to load or run anything that is not the browser's own (Content-Security-Policy).
+5. Wrong tokens, and requests that change or compute something, are counted by the minute.
+6. Every answer forbids the page to load or run anything that is not the browser's own (Content-Security-Policy).
 
-Left out: where accounts are kept (`steer.browser.people`).
+Left out: where accounts are kept (`steer.browser.people`, `steer.browser.team`).
 """
 
 from collections.abc import Callable, Iterable
@@ -15,6 +16,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, HTTPException, Request
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -46,6 +50,28 @@ class Account:
     def may(self, role: Role) -> bool:
         """Whether this role is enough for what needs `role`."""
         return ROLES.index(self.role) >= ROLES.index(role)
+
+
+class Pace:
+    """How often somebody may ask: requests that change or compute something, and tokens that are wrong."""
+
+    def __init__(self, asked_a_minute: int = 240, wrong_a_minute: int = 20):
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._asked, self._wrong = RateLimitItemPerMinute(asked_a_minute), RateLimitItemPerMinute(wrong_a_minute)
+
+    def ask(self, account: str) -> None:
+        """Count a request. Raises: HTTPException 429."""
+        self._hit(self._limiter.hit(self._asked, "asked", account), self._asked)
+
+    def be_wrong(self, client: str) -> None:
+        """Count a wrong token. Raises: HTTPException 429."""
+        self._hit(self._limiter.hit(self._wrong, "wrong", client), self._wrong)
+
+    @staticmethod
+    def _hit(is_allowed: bool, limit: RateLimitItemPerMinute) -> None:
+        if not is_allowed:
+            detail = {"where": "request", "expected": f"at most {limit.amount} a minute", "got": "more", "fix": "Wait."}
+            raise HTTPException(429, detail, {"retry-after": "60"})
 
 
 AccountOf = Callable[[str], Account | None]
@@ -106,12 +132,14 @@ def token_of(request: Request) -> str | None:
 def needs(role: Role) -> Any:
     """What a route declares to be for a role and those above it; gives the account.
 
-    The application keeps an AccountOf as `app.state.account_of`.
+    The application keeps an AccountOf as `app.state.account_of` and a Pace as `app.state.pace`.
     """
 
     def check(request: Request) -> Account:
-        token = token_of(request)
+        token, pace = token_of(request), request.app.state.pace
         account = None if token is None else request.app.state.account_of(token)
+        if account is None and token is not None:
+            pace.be_wrong(request.client.host if request.client else "")
         if account is None:
             raise HTTPException(401, {"where": "request", "expected": "a token", "got": "none that is known",
                                       "fix": "Log in with the address that saekit browse printed."})  # fmt: skip
@@ -121,6 +149,8 @@ def needs(role: Role) -> Any:
         if not account.may(role):
             raise HTTPException(403, {"where": account.name, "expected": f"the role {role}", "got": account.role,
                                       "fix": "Ask an admin."})  # fmt: skip
+        if request.method not in SAFE:
+            pace.ask(account.name)
         return account
 
     return Depends(check)

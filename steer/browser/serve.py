@@ -9,13 +9,15 @@ import json
 import socket
 import sys
 import webbrowser
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 
 from activations.errors import ConfigError
 from steer.browser.config import BrowseConfig
+from steer.browser.guard import Account
 from steer.browser.model import SharedModel
-from steer.browser.people import own_name, own_token, single
+from steer.browser.people import opening_page, own_name, own_token, single, state_folder
 from steer.browser.sources import Opened, open_paths
+from steer.browser.team import Team, sqlite_url
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -36,22 +38,34 @@ def browse(config: BrowseConfig, *, as_json: bool = False) -> None:
         raise ConfigError("host", expected="a loopback address without team", got=config.host, fix=fix)
     opened = open_paths(config.paths)
     token = own_token()
-    with closing(opened), closing(_listen(config.host, config.port)) as listener:
+    own = Account(config.author or own_name(), "admin")
+    with ExitStack() as stack:
+        stack.enter_context(closing(opened))
+        listener = stack.enter_context(closing(_listen(config.host, config.port)))
+        team = None
+        if config.team:
+            url = config.database or sqlite_url(state_folder() / "accounts.sqlite")
+            team = stack.enter_context(closing(Team(url, own, token)))
         names = {*LOOPBACK, config.host, *config.hosts}
         model = SharedModel(config.model or _model_of(opened), config.device)
-        app = create_app(opened, single(config.author or own_name(), token), names, model)
-        port = listener.getsockname()[1]
+        app = create_app(opened, team.account_of if team else single(own, token), names, model, team)
         shown = f"[{config.host}]" if ":" in config.host else config.host
-        address = f"http://{shown}:{port}/#token={token}"
-        if as_json:
-            sys.stdout.write(json.dumps({"address": address}) + "\n")
-            sys.stdout.flush()
-        else:
-            sys.stderr.write(f"saekit browser on {address}\nCtrl-C stops it.\n")
-        if config.open:
-            webbrowser.open(address)
+        _say(f"http://{shown}:{listener.getsockname()[1]}/#token={token}", config, as_json)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
-        server.run(sockets=[listener])
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
+            server.run(sockets=[listener])
+
+
+def _say(address: str, config: BrowseConfig, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps({"address": address}) + "\n")
+        sys.stdout.flush()
+    else:
+        sys.stderr.write(f"saekit browser on {address}\nCtrl-C stops it.\n")
+    if not _is_loopback(config.host):
+        sys.stderr.write("Tokens and text cross the network as they are: put a proxy with TLS in front.\n")
+    if config.open:
+        webbrowser.open(opening_page(address))
 
 
 def _model_of(opened: Opened) -> str | None:

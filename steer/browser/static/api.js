@@ -20,13 +20,15 @@ async function request(method, path, body, signal) {
     throw new ApiError(0, { where: "server", expected: "an answer", got: "none", fix: "Is saekit browse still running?" });
   }
   const isJson = (response.headers.get("content-type") ?? "").startsWith("application/json");
-  const data = isJson ? await response.json() : null;
+  const text = await response.text();
+  const data = isJson && text ? JSON.parse(text) : null;
   if (!response.ok) throw new ApiError(response.status, data?.detail);
   return data;
 }
 
 export const get = (path, signal) => request("GET", path, undefined, signal);
 export const post = (path, body, signal) => request("POST", path, body ?? {}, signal);
+export const patch = (path, body) => request("PATCH", path, body);
 export const remove = (path) => request("DELETE", path);
 
 // Answers that do not change while the page is open, such as a feature's contexts, with the newest KEPT of them.

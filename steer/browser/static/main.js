@@ -7,8 +7,12 @@ import { go, useHere } from "./router.js";
 import { Empty, html, Problem, Waiting } from "./ui.js";
 
 // By the first part of the address: the module of a view, which exports View({ about, parts, query }).
-const VIEWS = {};
-const PAGES = [];
+const VIEWS = {
+  people: () => import("./people.js"),
+};
+const PAGES = [
+  { path: "/people", name: "People", isFor: (about) => about.is_team && about.role === "admin" },
+];
 const THEMES = ["auto", "light", "dark"];
 const look = (theme) => { document.documentElement.dataset.theme = theme; };
 look(localStorage.getItem("theme") ?? "auto");
@@ -49,7 +53,7 @@ function Shell({ about }) {
   const [first = ""] = parts;
   return html`<header class="bar">
       <a class="brand" href="/">saekit</a>
-      <nav aria-label="Views">${PAGES.map(({ path, name }) => html`<a href=${path} aria-current=${path === `/${first}` ? "page" : undefined}>${name}</a>`)}</nav>
+      <nav aria-label="Views">${PAGES.filter(({ isFor }) => !isFor || isFor(about)).map(({ path, name }) => html`<a href=${path} aria-current=${path === `/${first}` ? "page" : undefined}>${name}</a>`)}</nav>
       <span class="spacer"></span><span class="who" title=${about.role}>${about.account}</span><${Theme}/>
     </header>
     <main>${first in VIEWS ? html`<${Lazy} load=${VIEWS[first]} about=${about} parts=${parts.slice(1)} query=${query}/>`

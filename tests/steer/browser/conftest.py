@@ -17,6 +17,7 @@ from activations.store_schema import ModelRef
 from sae.contexts import Context
 from sae.index_db import LatentRow, write_index
 from steer.browser.app import create_app
+from steer.browser.guard import Account
 from steer.browser.model import SharedModel
 from steer.browser.people import single
 from steer.browser.serve import LOOPBACK, _listen
@@ -98,7 +99,7 @@ def opened(own_index: Path) -> Iterator[Opened]:
 @pytest.fixture
 def address(opened: Opened) -> Iterator[str]:
     """Where a browser over that copy answers."""
-    with serving(create_app(opened, single("ada", TOKEN), LOOPBACK, SharedModel(None))) as where:
+    with serving(create_app(opened, single(Account("ada", "admin"), TOKEN), LOOPBACK, SharedModel(None))) as where:
         yield where
 
 
