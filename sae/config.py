@@ -294,7 +294,10 @@ class IndexConfig(Config):
         ge=0,
         description="strongest contexts a latent whose loss is measured with and without it: two forward passes each",
     )
-    seed: int = Field(0, ge=0, description="seed of the samples")
+    map: Literal["pca", "umap"] = Field(
+        "pca", description="how latents are laid out in a picture of all; umap needs the extra `umap`"
+    )
+    seed: int = Field(0, ge=0, description="seed of the samples and the picture")
 
 
 class CompareConfig(Config):

@@ -3,7 +3,8 @@
 Flow:
 1. one pass over a store, or over a text that is run through the model (`sae.index_source`): counts, histograms,
    contexts, near misses and co-activations (`sae.index_pass`), with a checkpoint now and then (`sae.index_state`);
-2. from the weights alone: logits, their entropy (`sae.index_weights`), nearest latents (`sae.cosines`);
+2. from the weights alone: logits, their entropy (`sae.index_weights`), nearest latents (`sae.cosines`), and a picture
+   of all (`sae.index_map`);
 3. in the running model: what amplifying a latent does to the next token, and what the text costs without it
    (`sae.index_effects`);
 4. one transaction into the database (`sae.index_db`).
@@ -35,6 +36,7 @@ from sae.cosines import nearest
 from sae.histogram import trim
 from sae.index_db import FILE_NAME, FeatureIndex, LatentRow, write_index
 from sae.index_effects import LENS_TOKENS, measure_effects
+from sae.index_map import layout
 from sae.index_pass import PassSettings, Statistics
 from sae.index_source import Source, seed_key, store_source, text_source
 from sae.index_state import Progress, SourceState, load_state, save_state
@@ -69,10 +71,11 @@ def build_index(config: IndexConfig, loaded: LoadedModel | None = None) -> Path:
         source = text_source(config, reads, artefact.d_sae, loaded)
     state, statistics = load_state(config.out, artefact, pass_settings(config), loaded.device)
     state = _read_text(config, source, state, statistics, sae)
-    info = _info(artefact, loaded, state, statistics)
+    info = _info(config, artefact, loaded, state, statistics)
     if not _is_written(config, info):
         vocabulary = Vocabulary.of_tokenizer(loaded.tokenizer)
-        write_index(config.out, info, _rows(config, loaded, artefact, sae, statistics), vocabulary)
+        places = layout(artefact.W_dec, config.map, config.seed)
+        write_index(config.out, info, _rows(config, loaded, artefact, sae, statistics), vocabulary, places)
         config.save(config.out / CONFIG_NAME)
     return config.out
 
@@ -118,13 +121,16 @@ def _read_text(config: IndexConfig, source: Source, state: Progress, statistics:
     return state
 
 
-def _info(artefact: SaeArtefact, loaded: LoadedModel, state: Progress, statistics: Statistics) -> dict[str, Any]:
+def _info(
+    config: IndexConfig, artefact: SaeArtefact, loaded: LoadedModel, state: Progress, statistics: Statistics
+) -> dict[str, Any]:
     return {
         "d_sae": artefact.d_sae,
         "hook_point": artefact.hook_point,
         "sae_sha256": artefact.sha256,
         "model": loaded.ref.model_dump(mode="json"),
         "n_tokens": statistics.n_tokens,
+        "map": config.map,
         "sources": [
             {"name": each.name, "key": each.key, "sequences": each.cursor.sequence, "tokens": each.cursor.tokens}
             for each in state.sources

@@ -35,6 +35,7 @@ SCHEMA_VERSION = 3
 BLOBS = ("contexts", "sampled", "near_misses")
 _BATCH = 1000
 _VOCABULARY = ("token_ends", "<i4"), ("token_bytes", "|u1")
+_MAP = ("map_x", "map_y")
 _SEARCH = "CREATE VIRTUAL TABLE IF NOT EXISTS search USING fts5(body, kind UNINDEXED, latent UNINDEXED)"
 
 
@@ -237,6 +238,14 @@ class FeatureIndex:
         with self._session() as session:
             return {name: read_array(session, name, "<f4", self.info["d_sae"]) for name in COLUMNS}
 
+    def map(self) -> Float[np.ndarray, "d_sae 2"]:
+        """Where each latent lies in a picture of all, in -1..1 (`sae.index_map`); `info["map"]` says what made it.
+
+        Raises: CorruptArtefactError if the arrays are not what they say.
+        """
+        with self._session() as session:
+            return np.stack([read_array(session, name, "<f4", self.info["d_sae"]) for name in _MAP], axis=1)
+
     def token_texts(self, ids: Iterable[int | np.integer]) -> list[str]:
         """How a sequence of tokens is shown, one text a token (`sae.vocabulary`).
 
@@ -297,9 +306,17 @@ class FeatureIndex:
 
 
 def write_index(
-    path: Path, info: dict[str, Any], rows: Iterable[LatentRow], vocabulary: Vocabulary = NO_TOKENS
+    path: Path,
+    info: dict[str, Any],
+    rows: Iterable[LatentRow],
+    vocabulary: Vocabulary = NO_TOKENS,
+    places: Float[np.ndarray, "d_sae 2"] | None = None,
 ) -> None:
-    """Write a whole index into directory `path`, in one transaction: until it ends readers see what was there."""
+    """Write a whole index into directory `path`, in one transaction: until it ends readers see what was there.
+
+    Args:
+      places: where each latent lies in a picture of all; in one point, if not given.
+    """
     path.mkdir(parents=True, exist_ok=True)
     engine = open_for_writing(path)
     arrays = {name: np.full(info["d_sae"], np.nan, np.float32) for name in COLUMNS}
@@ -318,7 +335,8 @@ def write_index(
                 for name, figure in COLUMNS.items():
                     arrays[name][[row.latent for row in batch]] = [figure(row) for row in batch]
             tokens = zip((name for name, _ in _VOCABULARY), vocabulary, strict=True)
-            replace_arrays(connection, {**arrays, **dict(tokens)})
+            where = np.zeros((info["d_sae"], 2), np.float32) if places is None else places
+            replace_arrays(connection, {**arrays, **dict(tokens), **dict(zip(_MAP, where.T, strict=True))})
     finally:
         engine.dispose()
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from activations.errors import MissingArtefactError, SaekitError, UnknownNameError
 from steer.browser import accounts
 from steer.browser.guard import COOKIE, AccountOf, Gatekeeper, Pace, Viewer
+from steer.browser.maps import maps_router
 from steer.browser.model import SharedModel
 from steer.browser.sources import Opened
 from steer.browser.team import Team
@@ -90,6 +91,7 @@ def create_app(
                                       "fix": "Copy it again from what saekit browse printed."})  # fmt: skip
         return _kept(Response(status_code=204), given.token, request)
 
+    app.include_router(maps_router(opened))
     if team is not None:
         app.include_router(accounts.routes(team))
     app.mount("/static", StaticFiles(directory=str(STATIC)), name="static")

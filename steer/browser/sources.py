@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from activations.errors import MissingArtefactError
+from activations.errors import MissingArtefactError, UnknownNameError
 from sae.index_db import FILE_NAME, FeatureIndex
 
 MANIFEST = "manifest.json"
@@ -38,6 +38,13 @@ class Opened:
     sources: dict[str, Source]
     """by name"""
     libraries: tuple[Path, ...]
+
+    def source(self, name: str) -> Source:
+        """A source by name. Raises: UnknownNameError."""
+        if name not in self.sources:
+            known = ", ".join(self.sources) or "none"
+            raise UnknownNameError("source", expected=f"one of {known}", got=repr(name), fix="Choose one.")
+        return self.sources[name]
 
     def close(self) -> None:
         """Release the databases."""

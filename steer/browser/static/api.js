@@ -31,6 +31,13 @@ export const post = (path, body, signal) => request("POST", path, body ?? {}, si
 export const patch = (path, body) => request("PATCH", path, body);
 export const remove = (path) => request("DELETE", path);
 
+// Numbers as the server keeps them, with what a header says of them.
+export async function floats(path, header) {
+  const response = await fetch(path, { headers: headersOf() });
+  if (!response.ok) throw new ApiError(response.status, (await response.json().catch(() => null))?.detail);
+  return { values: new Float32Array(await response.arrayBuffer()), said: response.headers.get(header) };
+}
+
 // Answers that do not change while the page is open, such as a feature's contexts, with the newest KEPT of them.
 const KEPT = 200;
 const kept = new Map();

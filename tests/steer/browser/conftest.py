@@ -61,8 +61,9 @@ def index_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     model = ModelRef(id="tiny", fingerprint="0" * 64, n_layers=4, d_model=32).model_dump(mode="json")
     info = {"d_sae": N_LATENTS, "hook_point": "resid_post.1", "sae_sha256": "0" * 64, "model": model,
-            "n_tokens": 100_000, "sources": []}  # fmt: skip
-    write_index(folder, info, (latent_row(i, rng) for i in range(N_LATENTS)))
+            "n_tokens": 100_000, "map": "pca", "sources": []}  # fmt: skip
+    rows = [latent_row(i, rng) for i in range(N_LATENTS)]
+    write_index(folder, info, rows, places=rng.uniform(-1, 1, (N_LATENTS, 2)).astype(np.float32))
     return folder
 
 

@@ -1,0 +1,26 @@
+"""The picture of all latents over HTTP: places as bytes, since a million of them as text would take seconds."""
+
+from typing import Annotated
+
+import numpy as np
+from fastapi import APIRouter, Query, Response
+
+from steer.browser.guard import Viewer
+from steer.browser.sources import Opened
+
+SourceName = Annotated[str, Query(max_length=200, description="name of an index, as /api/about has it")]
+
+
+def maps_router(opened: Opened) -> APIRouter:
+    """The route of the map."""
+    router = APIRouter(prefix="/api")
+
+    @router.get("/map", response_class=Response)
+    def places(account: Viewer, source: SourceName) -> Response:
+        """x and y of each latent in order, in -1..1, as little-endian float32; then the density of each, likewise."""
+        index = opened.source(source).index
+        data = np.concatenate([index.map().ravel(), index.columns()["density"]]).astype("<f4").tobytes()
+        how = {"x-saekit-map": str(index.info.get("map", "")), "cache-control": "private, max-age=600"}
+        return Response(data, media_type="application/octet-stream", headers=how)
+
+    return router
