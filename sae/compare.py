@@ -28,7 +28,7 @@ from sae.config import CompareConfig, IndexConfig
 from sae.index import CONFIG_NAME
 from sae.index_db import FILE_NAME, FeatureIndex
 from sae.index_state import STATE_NAME
-from sae.matching import Latents, Side, by_chance, classify
+from sae.matching import Found, Latents, Side, by_chance, classify
 from sae.same_tokens import Activity, from_indices, from_store
 from sae.tables import check_table, write_table
 
@@ -44,6 +44,16 @@ class Opened(NamedTuple):
     database: FeatureIndex | None
 
 
+class Comparison(NamedTuple):
+    """What was found of two SAEs."""
+
+    summary: dict[str, Any]
+    """JSON-ready"""
+    found: Found
+    kept: Sequence[Latents]
+    """numbers in either SAE of the latents that were compared, to which those of `found` refer"""
+
+
 def compare(one: str | Path, other: str | Path, config: CompareConfig, out: Path | None = None) -> dict[str, Any]:
     """Compare the SAEs at two paths, each an SAE, the index of one, or the run that trained it.
 
@@ -54,31 +64,37 @@ def compare(one: str | Path, other: str | Path, config: CompareConfig, out: Path
     """
     if out is not None:
         check_table(out)
+    result = compare_whole(one, other, config)
+    if out is not None:
+        write_table(out, compare_summary.table(result.found, result.kept))
+    return result.summary
+
+
+def compare_whole(one: str | Path, other: str | Path, config: CompareConfig) -> Comparison:
+    """As `compare`, with all pairs that it rests on."""
     both = _open(Path(one)), _open(Path(other))
     try:
-        return _compared(both, config, out)
+        return _compared(both, config)
     finally:
         for sae in both:
             if sae.database:
                 sae.database.close()
 
 
-def _compared(both: tuple[Opened, Opened], config: CompareConfig, out: Path | None) -> dict[str, Any]:
+def _compared(both: tuple[Opened, Opened], config: CompareConfig) -> Comparison:
     _check(both)
     activities, origin = _activities(both, config)
     kept = [_not_silent(part, sae, config) for part, sae in zip(activities, both, strict=True)]
     sides = [_side(*parts) for parts in zip(both, kept, activities, strict=True)]
     is_one_place = both[0].artefact.hook_point == both[1].artefact.hook_point
     found = classify(sides[0], sides[1], config, is_one_place)
-    if out is not None:
-        write_table(out, compare_summary.table(found, kept))
     chance = classify(sides[0], by_chance(sides[1], config.seed), config, is_one_place)
 
     def words(side: int, latent: int) -> list[str]:
         index = both[side].database
         return [token for token, _ in index.latent(latent).top_logits[:N_WORDS]] if index else []
 
-    return {
+    summary = {
         "artefact": "comparison",
         "one": _described(both[0]),
         "other": _described(both[1]),
@@ -88,6 +104,7 @@ def _compared(both: tuple[Opened, Opened], config: CompareConfig, out: Path | No
         "nearest": compare_summary.nearest(found, chance),
         "examples": compare_summary.examples(found, kept, words, config.n_examples),
     }
+    return Comparison(summary, found, kept)
 
 
 def _open(path: Path) -> Opened:

@@ -23,13 +23,13 @@ Words = Callable[[int, int], list[str]]
 def counts(found: Found, chance: Found, widths: Sequence[int]) -> dict[str, dict[str, Any]]:
     """Latents of either SAE by class, as numbers and as shares of those that were compared."""
     rows: dict[str, dict[str, Any]] = {}
-    members, random = _members(found), _members(chance)
-    for name, latents in members.items():
+    own, random = members(found), members(chance)
+    for name, latents in own.items():
         rows[name] = {}
         for side, key in enumerate(SIDES):
             shares = [_share(part[side]) for part in (latents, random[name])]
             rows[name] |= {key: int(latents[side].sum()), f"{key}_share": shares[0], f"{key}_by_chance": shares[1]}
-    compared = [len(part) for part in members["alone"]]
+    compared = [len(part) for part in own["alone"]]
     silent = [width - n for width, n in zip(widths, compared, strict=True)]
     for name, numbers in (("compared", compared), ("silent", silent)):
         rows[name] = dict.fromkeys(rows["alone"]) | dict(zip(SIDES, numbers, strict=True))
@@ -93,7 +93,7 @@ def table(found: Found, kept: Sequence[Int[np.ndarray, " _"]]) -> Iterator[dict[
         yield part | {key: kept[side][part[key]] for side, key in enumerate(SIDES)}
 
 
-def _members(found: Found) -> dict[str, list[Bool[np.ndarray, " _"]]]:
+def members(found: Found) -> dict[str, list[Bool[np.ndarray, " _"]]]:
     """Which latents of the one and of the other are in a pair of each class, and which in none."""
     sizes = [len(values) for values in found.nearest["decoder_cosine"]]
     pairs = found.pairs.one, found.pairs.other
@@ -107,7 +107,7 @@ def _members(found: Found) -> dict[str, list[Bool[np.ndarray, " _"]]]:
 def _alone(found: Found, said: Callable[[int, Latents], Any], n: int) -> list[dict[str, Any]]:
     rows = []
     for side, key in enumerate(SIDES):
-        alone, cosines = np.flatnonzero(_members(found)["alone"][side]), found.nearest["decoder_cosine"][side]
+        alone, cosines = np.flatnonzero(members(found)["alone"][side]), found.nearest["decoder_cosine"][side]
         for latent in alone[np.argsort(cosines[alone], kind="stable")[:n]]:
             row = {"one": [], "other": [], "decoder_cosine": _rounded(cosines[[latent]]), "correlation": []}
             rows.append(row | {key: said(side, np.array([latent]))})

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from activations.errors import MissingArtefactError, SaekitError, UnknownNameError
 from steer.browser import accounts
+from steer.browser.comparisons import Comparisons, comparisons_router
 from steer.browser.guard import COOKIE, AccountOf, Gatekeeper, Pace, Viewer
 from steer.browser.maps import maps_router
 from steer.browser.model import SharedModel
@@ -92,6 +93,7 @@ def create_app(
         return _kept(Response(status_code=204), given.token, request)
 
     app.include_router(maps_router(opened))
+    app.include_router(comparisons_router(Comparisons(opened)))
     if team is not None:
         app.include_router(accounts.routes(team))
     app.mount("/static", StaticFiles(directory=str(STATIC)), name="static")

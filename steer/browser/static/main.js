@@ -8,10 +8,12 @@ import { Empty, html, Problem, Waiting } from "./ui.js";
 
 // By the first part of the address: the module of a view, which exports View({ about, parts, query }).
 const VIEWS = {
+  compare: () => import("./compare.js"),
   map: () => import("./map.js"),
   people: () => import("./people.js"),
 };
 const PAGES = [
+  { path: "/compare", name: "Compare", isFor: (about) => about.sources.length > 1 },
   { path: "/map", name: "Map", isFor: (about) => about.sources.length > 0 },
   { path: "/people", name: "People", isFor: (about) => about.is_team && about.role === "admin" },
 ];
