@@ -8,12 +8,13 @@
 p95 of the repeats, in ms: `sort` all latents by a column, in turn; `filter` them by two columns and sort; `rank` of a
 latent in an order; a `page` of 50 rows with their words and labels, anywhere in an order; `search` for 50 latents by a
 word that is rare, one that is common, the beginning of many, and the one that a label of every latent has; one `latent`
-whole, with its labels and the text of its contexts. `peak_mb` is the memory of the process. The file is in the page
-cache, as far as it fits. Prints one JSON line; `--record` keeps it.
+whole, with its labels and the text of its contexts. `peak_mb` is the memory of the process, `load` that of the
+machine in the last minute. The file is in the page cache, as far as it fits. Prints one JSON line; `--record` keeps it.
 """
 
 import argparse
 import json
+import os
 import resource
 import sys
 import time
@@ -81,6 +82,7 @@ def measure(path: Path, repeats: int) -> dict[str, Any]:
         "latents": n,
         "file_mb": round((path / FILE_NAME).stat().st_size / 1e6),
         "repeats": repeats,
+        "load": round(os.getloadavg()[0], 1),
         "import_s": round(imported, 2),
         "open_ms": open_ms,
         "columns_ms": columns_ms,
