@@ -16,6 +16,7 @@ from typing import Any
 import sqlalchemy as sql
 from sqlalchemy import orm
 
+_CLUSTERED = {"sqlite_with_rowid": False}  # rows lie in the order of the key, in which they are read
 _ID = sql.BigInteger().with_variant(sql.Integer, "sqlite")  # SQLite numbers rows by itself in INTEGER only
 
 
@@ -45,7 +46,7 @@ class QueueRow(AnnotationBase):
     session: orm.Mapped[int] = orm.mapped_column(_ID, sql.ForeignKey("annotation_sessions.id"), primary_key=True)
     position: orm.Mapped[int] = orm.mapped_column(primary_key=True, autoincrement=False)
     latent: orm.Mapped[int]
-    __table_args__ = (sql.UniqueConstraint("session", "latent"),)
+    __table_args__ = (sql.UniqueConstraint("session", "latent"), _CLUSTERED)
 
 
 class LeaseRow(AnnotationBase):
@@ -57,6 +58,7 @@ class LeaseRow(AnnotationBase):
     author: orm.Mapped[str] = orm.mapped_column(primary_key=True)
     expires: orm.Mapped[float] = orm.mapped_column(sql.Double)
     status: orm.Mapped[str]
+    __table_args__ = (sql.Index("leases_author", "session", "author", "status"), _CLUSTERED)
 
 
 class EventRow(AnnotationBase):
