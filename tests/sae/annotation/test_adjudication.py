@@ -9,7 +9,8 @@ def test_cases_are_where_annotators_differ_with_all_that_they_say(store: Annotat
     session = store.create_session("s", range(9), annotators_per_latent=2, blind=True).id
     for latent, one, other in (
         (1, ("accept", "Rivers"), ("accept", "rivers.")), (2, ("accept", "rivers"), ("accept", "brooks")),
-        (3, ("accept", "rivers"), ("reject", "")), (4, ("flag", ""), ("skip", "")), (5, ("reject", "a"), ("reject", "b")),
+        (3, ("accept", "rivers"), ("reject", "")), (4, ("flag", ""), ("skip", "")),
+        (5, ("reject", "a"), ("reject", "b")),
     ):  # fmt: skip
         do(latent, "ann", *one, session=session)
         do(latent, "bob", *other, session=session, note="hm")

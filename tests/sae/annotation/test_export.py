@@ -105,7 +105,7 @@ def test_explanations_for_neuronpedia_have_its_fields(filled: AnnotationStore, t
     again = tmp_path / "again.jsonl"
     export_neuronpedia(filled, again, **names)
     assert again.read_text() == out.read_text()
-    with pytest.raises(ConfigError, match="ends in .jsonl"):
+    with pytest.raises(ConfigError, match=r"ends in \.jsonl"):
         export_neuronpedia(filled, tmp_path / "x.csv", **names)
 
 
