@@ -4,6 +4,7 @@ A session's queue is written when it is made, so that it stays as it was when la
 transactions (`sae.annotation.store`) and orders (`sae.annotation.queues`).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -142,19 +143,17 @@ def count(connection: sql.Connection, session: LabellingSession, now: float) -> 
     leased = sum(each.get(PENDING, 0) for each in by_author.values())
     for author, typed in _typed(connection, session.id, here & is_live).items():
         by_author[author] |= {DRAFT: typed, PENDING: by_author[author][PENDING] - typed}
-    verdicts = sql.select(sql.func.count()).where(here, LeaseRow.status.in_(VERDICTS)).group_by(LeaseRow.latent)
-    given = list(connection.scalars(verdicts))
-    done = sum(number >= places for number in given)
-    return Progress(n, done, len(given) - done, leased, sum(given), n * places, by_author)
+    each = sql.select(sql.func.count().label("n")).where(here, LeaseRow.status.in_(VERDICTS))
+    given = each.group_by(LeaseRow.latent).subquery()
+    is_done = sql.case((given.c.n >= places, 1), else_=0)
+    sums = sql.select(sql.func.count(), sql.func.sum(is_done), sql.func.sum(given.c.n)).select_from(given)
+    judged, done, verdicts = (int(value or 0) for value in connection.execute(sums).one())
+    return Progress(n, done, judged - done, leased, verdicts, n * places, by_author)
 
 
 def _typed(connection: sql.Connection, session: int, is_held: sql.ColumnElement[bool]) -> dict[str, int]:
     """By author, latents that they hold and have an open draft of."""
-    same = (DraftRow.latent == LeaseRow.latent) & (DraftRow.author == LeaseRow.author)
-    query = (
-        sql.select(LeaseRow.author, sql.func.count(sql.distinct(LeaseRow.latent)))
-        .join(DraftRow, same)
-        .where(is_held, DraftRow.session == session, DraftRow.is_open)
-        .group_by(LeaseRow.author)
-    )
-    return {row[0]: row[1] for row in connection.execute(query)}
+    held = connection.execute(sql.select(LeaseRow.author, LeaseRow.latent).where(is_held))
+    open_drafts = sql.select(DraftRow.author, DraftRow.latent).where(DraftRow.session == session, DraftRow.is_open)
+    typed = {(row.author, row.latent) for row in connection.execute(open_drafts)}
+    return dict(Counter(row.author for row in held if (row.author, row.latent) in typed))

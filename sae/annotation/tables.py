@@ -102,3 +102,4 @@ class DraftRow(AnnotationBase):
     updated: orm.Mapped[str]
     closed_by: orm.Mapped[int | None] = orm.mapped_column(_ID, sql.ForeignKey("label_events.id"))
     is_open: orm.Mapped[bool]
+    __table_args__ = (sql.Index("drafts_open", "session", "is_open"),)
