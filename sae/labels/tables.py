@@ -125,7 +125,7 @@ class Label:
 
 
 def labels_of(session: orm.Session, latent: int, sae_sha256: str) -> list[Label]:
-    """The newest label of each kind and author, with its scores, oldest first; empty where nothing was labelled."""
+    """The newest label of each kind and author, with its scores, oldest first; without those that were taken back."""
     if not check_tables(session):
         return []
     rows = session.scalars(
@@ -135,6 +135,7 @@ def labels_of(session: orm.Session, latent: int, sae_sha256: str) -> list[Label]
     return [
         Label(row.id, latent, row.kind, row.text, row.author, row.created, scores_of(session, [row.id])[row.id])
         for row in sorted(newest.values(), key=lambda row: row.id)
+        if row.text  # a person who takes a label back leaves an empty one
     ]
 
 
@@ -167,11 +168,11 @@ def scores_of(session: orm.Session, labels: Iterable[int]) -> dict[int, list[Sco
     return {label: list(scores.values()) for label, scores in found.items()}
 
 
-def check_tables(session: orm.Session) -> bool:
-    """Whether the tables of labels are there. Raises: CorruptArtefactError if one of them lacks a column."""
+def check_tables(session: orm.Session, base: type[orm.DeclarativeBase] = LabelBase) -> bool:
+    """Whether the tables, of labels unless said, are there. Raises: CorruptArtefactError if one lacks a column."""
     inspector = sql.inspect(session.connection())
     there = set(inspector.get_table_names())
-    for table in LabelBase.metadata.sorted_tables:
+    for table in base.metadata.sorted_tables:
         if table.name in there:
             missing = {column.name for column in table.columns} - {
                 column["name"] for column in inspector.get_columns(table.name)
@@ -181,6 +182,6 @@ def check_tables(session: orm.Session) -> bool:
                     f"{session.get_bind().engine.url.database}: table {table.name}",
                     expected=f"the columns {', '.join(column.name for column in table.columns)}",
                     got=f"none named {', '.join(sorted(missing))}",
-                    fix="It was made by something else or by another version: rename the table, then run saekit label.",
+                    fix="It was made by something else or by another version: rename the table, and a new one is made.",
                 )
-    return all(table.name in there for table in LabelBase.metadata.sorted_tables)
+    return all(table.name in there for table in base.metadata.sorted_tables)
