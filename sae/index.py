@@ -42,6 +42,7 @@ from sae.index_weights import logit_lens
 from sae.priorities import LARGEST
 from sae.reservoir import MAX_SOURCES, NO_TOKEN, split_key
 from sae.torch_view import TorchSae
+from sae.vocabulary import Vocabulary
 from sae.wiring import Wiring
 
 CHECKPOINT_S = 60.0
@@ -70,7 +71,8 @@ def build_index(config: IndexConfig, loaded: LoadedModel | None = None) -> Path:
     state = _read_text(config, source, state, statistics, sae)
     info = _info(artefact, loaded, state, statistics)
     if not _is_written(config, info):
-        write_index(config.out, info, _rows(config, loaded, artefact, sae, statistics))
+        vocabulary = Vocabulary.of_tokenizer(loaded.tokenizer)
+        write_index(config.out, info, _rows(config, loaded, artefact, sae, statistics), vocabulary)
         config.save(config.out / CONFIG_NAME)
     return config.out
 

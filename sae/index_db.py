@@ -1,32 +1,40 @@
 """The feature index on disk: one SQLite file (or any SQLAlchemy URL) with a row a latent.
 
-Small values are columns, so that a list can be sorted and filtered in the database; contexts are one blob a latent and
-kind (`sae.contexts`). The words that a latent says or stands on are full-text indexed (FTS5). Writing replaces the
-tables below in one transaction and leaves others alone, so that labels may live in the same file. Left out: building
-an index (`sae.index`) and writing labels (`sae.labels.store`).
+Small values are columns; contexts are one blob a latent and kind (`sae.contexts`). What a list of all latents is
+sorted and filtered by is there a second time, as one array a figure (`sae.index_arrays`, `sae.latent_query`), and so
+are the bytes of the model's tokens (`sae.vocabulary`). The words that a latent says or stands on are full-text indexed
+(FTS5). Writing replaces the tables below in one transaction and leaves others alone, so that labels may live in the
+same file. Left out: building an index (`sae.index`) and writing labels (`sae.labels.store`).
 """
 
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sqlalchemy as sql
+from jaxtyping import Float
 from sqlalchemy import Engine, event, orm
 from sqlalchemy.exc import DatabaseError
 
 from activations.errors import CorruptArtefactError, MissingArtefactError, SaekitError, UnknownNameError
 from sae.contexts import Context, pack_contexts, unpack_contexts
 from sae.histogram import quantile, share_below
-from sae.labels.tables import Label, labels_of
+from sae.index_arrays import read_array, replace_arrays
+from sae.labels.tables import Label, labels_of, listed, newest_labels
+from sae.vocabulary import NO_TOKENS, Vocabulary
 
 FILE_NAME = "index.sqlite"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BLOBS = ("contexts", "sampled", "near_misses")
 _BATCH = 1000
+_VOCABULARY = ("token_ends", "<i4"), ("token_bytes", "|u1")
 _SEARCH = "CREATE VIRTUAL TABLE IF NOT EXISTS search USING fts5(body, kind UNINDEXED, latent UNINDEXED)"
 
 
@@ -117,6 +125,30 @@ class LatentRow:
         return bins
 
 
+def _effects(row: LatentRow) -> list[float]:
+    return [context.effect for context in row.contexts if not math.isnan(context.effect)] or [math.nan]
+
+
+COLUMNS: dict[str, Callable[[LatentRow], float | None]] = {
+    "density": lambda row: row.density,
+    "max_activation": lambda row: row.max_activation,
+    "mean_activation": lambda row: row.mean_activation,
+    "logit_entropy": lambda row: row.logit_entropy,
+    "top_logit": lambda row: max((rise for _, rise in row.top_logits), default=None),
+    "output_score": lambda row: row.output_score,
+    "confidence_change": lambda row: row.confidence_change,
+    "max_ablation_effect": lambda row: max(_effects(row)),
+    "mean_ablation_effect": lambda row: sum(_effects(row)) / len(_effects(row)),
+    "nearest_cosine": lambda row: max((cosine for _, cosine in row.neighbours), default=None),
+    "nearest_jaccard": lambda row: max((jaccard for _, jaccard, _ in row.coactivations), default=None),
+}
+"""what a list of latents can be sorted by, and how it follows from a row; None or NaN where it was not measured"""
+
+
+FIELDS = (*(name for name in LatentRow.__dataclass_fields__ if name not in BLOBS), "label")
+"""what a page of a list can show"""
+
+
 class FeatureIndex:
     """Read access to a feature index."""
 
@@ -143,6 +175,8 @@ class FeatureIndex:
             raise _not_an_index(path, "a damaged file") from error
         if info.get("schema_version") != SCHEMA_VERSION:
             raise _not_an_index(path, f"schema version {info.get('schema_version')}")
+        if not isinstance(info.get("d_sae"), int):
+            raise _not_an_index(path, f"d_sae {info.get('d_sae')}")
         return cls(engine, info)
 
     def close(self) -> None:
@@ -164,11 +198,12 @@ class FeatureIndex:
         with self._session() as session:
             row = session.get(_Latent, latent)
             if row is None:
-                n = self.info["d_sae"]
-                raise UnknownNameError(
-                    f"latent {latent}", expected=f"0 to {n - 1}", got=latent, fix="Choose a latent of this SAE."
-                )
+                raise self._unknown(latent)
             return _read(row)
+
+    def _unknown(self, latent: int) -> UnknownNameError:
+        expected, fix = f"0 to {self.info['d_sae'] - 1}", "Choose a latent of this SAE."
+        return UnknownNameError(f"latent {latent}", expected=expected, got=latent, fix=fix)
 
     def rows(self, *, min_density: float = 0.0, max_density: float = 1.0, limit: int | None = None) -> list[LatentRow]:
         """Latents within a density range, strongest first; dead latents only if min_density is 0."""
@@ -194,6 +229,58 @@ class FeatureIndex:
         with self._session() as session:
             return list(session.scalars(query.order_by(_Latent.latent)))
 
+    def columns(self) -> dict[str, Float[np.ndarray, " d_sae"]]:
+        """What a list can be sorted by, each of all latents in order, float32, NaN where not measured; read only.
+
+        They are read anew by each call. Raises: CorruptArtefactError if one is not what it says.
+        """
+        with self._session() as session:
+            return {name: read_array(session, name, "<f4", self.info["d_sae"]) for name in COLUMNS}
+
+    def token_texts(self, ids: Iterable[int | np.integer]) -> list[str]:
+        """How a sequence of tokens is shown, one text a token (`sae.vocabulary`).
+
+        Raises: CorruptArtefactError if the vocabulary is damaged.
+        """
+        return self.vocabulary.texts(ids)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens of the model."""
+        with self._session() as session:
+            ends, data = (read_array(session, *of, None) for of in _VOCABULARY)
+        bounds = np.concatenate([[0], ends, [len(data)]])
+        if (bounds[1:] < bounds[:-1]).any() or bounds[-2] != len(data):
+            raise _not_an_index(str(self._engine.url.database), "a vocabulary that cannot be")
+        return Vocabulary(ends, data)
+
+    def rows_of(
+        self, latents: Iterable[int | np.integer], fields: Sequence[str] = ("top_logits",)
+    ) -> list[dict[str, Any]]:
+        """Some fields of some latents, in the order of `latents`, with `latent` first; JSON-ready.
+
+        Args:
+          fields: of LatentRow, but for the contexts; and `label`, what `top_labels` has of it or None.
+        Raises: UnknownNameError for another field, or a latent that the SAE does not have.
+        """
+        latents = [int(latent) for latent in latents]
+        if unknown := [name for name in fields if name not in FIELDS]:
+            raise UnknownNameError("fields", expected=f"some of {', '.join(FIELDS)}", got=unknown[0], fix="Choose one.")
+        columns = [getattr(_Latent, name) for name in fields if name not in ("latent", "label")]
+        query = sql.select(_Latent.latent, *columns)
+        with self._session() as session:
+            rows = session.execute(query.where(_Latent.latent.in_(listed(latents))))
+            found = {row.latent: dict(row._mapping) for row in rows}
+            if missing := [latent for latent in latents if latent not in found]:
+                raise self._unknown(missing[0])
+            labels = newest_labels(session, self.info["sae_sha256"], latents) if "label" in fields else {}
+        return [found[latent] | ({"label": labels.get(latent)} if "label" in fields else {}) for latent in latents]
+
+    def top_labels(self, latents: Iterable[int | np.integer] | None = None) -> dict[int, str]:
+        """Text of the newest label of each of some latents, or of all, that has one; an explanation before others."""
+        with self._session() as session:
+            return newest_labels(session, self.info["sae_sha256"], latents)
+
     def labels(self, latent: int) -> list[Label]:
         """What a latent was labelled as: the newest of each kind and author, with its scores."""
         with self._session() as session:
@@ -209,10 +296,13 @@ class FeatureIndex:
             return [int(row[0]) for row in session.execute(query, {"words": words}).fetchmany(limit)]
 
 
-def write_index(path: Path, info: dict[str, Any], rows: Iterable[LatentRow]) -> None:
+def write_index(
+    path: Path, info: dict[str, Any], rows: Iterable[LatentRow], vocabulary: Vocabulary = NO_TOKENS
+) -> None:
     """Write a whole index into directory `path`, in one transaction: until it ends readers see what was there."""
     path.mkdir(parents=True, exist_ok=True)
     engine = open_for_writing(path)
+    arrays = {name: np.full(info["d_sae"], np.nan, np.float32) for name in COLUMNS}
     try:
         with engine.begin() as connection:
             Base.metadata.create_all(connection)
@@ -224,11 +314,19 @@ def write_index(path: Path, info: dict[str, Any], rows: Iterable[LatentRow]) -> 
             connection.execute(sql.insert(_Info), [{"key": key, "value": value} for key, value in whole.items()])
             remaining = iter(rows)
             while batch := list(islice(remaining, _BATCH)):
-                connection.execute(sql.insert(_Latent), [_columns(row) for row in batch])
-                words = [{"latent": row.latent, "body": _words(row)} for row in batch]
-                connection.execute(sql.text("INSERT INTO search VALUES (:body, 'words', :latent)"), words)
+                _write_rows(connection, batch)
+                for name, figure in COLUMNS.items():
+                    arrays[name][[row.latent for row in batch]] = [figure(row) for row in batch]
+            tokens = zip((name for name, _ in _VOCABULARY), vocabulary, strict=True)
+            replace_arrays(connection, {**arrays, **dict(tokens)})
     finally:
         engine.dispose()
+
+
+def _write_rows(connection: sql.Connection, rows: Sequence[LatentRow]) -> None:
+    connection.execute(sql.insert(_Latent), [_columns(row) for row in rows])
+    words = [{"latent": row.latent, "body": _words(row)} for row in rows]
+    connection.execute(sql.text("INSERT INTO search VALUES (:body, 'words', :latent)"), words)
 
 
 def open_for_writing(path: Path) -> Engine:

@@ -8,10 +8,12 @@ They have a metadata of their own, so that an index that is built anew leaves th
 whose hash it carries; those of another SAE are not read. Left out: writing (`sae.labels.store`).
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import sqlalchemy as sql
 from sqlalchemy import orm
 
@@ -19,6 +21,8 @@ from activations.errors import CorruptArtefactError
 
 TOKENS, LOGITS, EXPLANATION = "tokens", "logits", "explanation"
 """kinds of labels: what it is active on, what it raises, and what a model says of it"""
+KINDS = (EXPLANATION, TOKENS, LOGITS)
+"""the same, by how much each says; others come last"""
 
 
 class LabelBase(orm.DeclarativeBase):
@@ -132,6 +136,25 @@ def labels_of(session: orm.Session, latent: int, sae_sha256: str) -> list[Label]
         Label(row.id, latent, row.kind, row.text, row.author, row.created, scores_of(session, [row.id])[row.id])
         for row in sorted(newest.values(), key=lambda row: row.id)
     ]
+
+
+def newest_labels(
+    session: orm.Session, sae_sha256: str, latents: Iterable[int | np.integer] | None = None
+) -> dict[int, str]:
+    """By latent, the text of its newest label of the first of KINDS that it has one of; of some latents, or of all."""
+    if not check_tables(session):
+        return {}
+    place = sql.case({kind: place for place, kind in enumerate(KINDS)}, value=LabelRow.kind, else_=len(KINDS))
+    query = sql.select(LabelRow.latent, LabelRow.text).where(LabelRow.sae_sha256 == sae_sha256)
+    if latents is not None:
+        query = query.where(LabelRow.latent.in_(listed(latents)))
+    rows = session.execute(query.order_by(place.desc(), LabelRow.id))
+    return {latent: text for latent, text in rows}  # the last of a latent stays
+
+
+def listed(numbers: Iterable[int | np.integer]) -> sql.Select[Any]:
+    """Numbers as a query, since a statement takes only so many parameters."""
+    return sql.select(sql.func.json_each(json.dumps([int(number) for number in numbers])).table_valued("value").c.value)
 
 
 def scores_of(session: orm.Session, labels: Iterable[int]) -> dict[int, list[Score]]:

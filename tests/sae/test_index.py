@@ -434,3 +434,28 @@ def test_a_damaged_row_is_corrupt(tmp_path: Path, statement: str) -> None:
         index.latent(0)
     with pytest.raises(CorruptArtefactError):
         index.rows()
+
+
+def test_columns_are_what_the_rows_say(made: Made) -> None:
+    columns, rows = made.index.columns(), {row.latent: row for row in made.index.rows()}
+    for name in ("density", "max_activation", "mean_activation", "logit_entropy", "output_score", "confidence_change"):
+        expected = np.array([getattr(rows[i], name) for i in range(D_SAE)], np.float32)
+        np.testing.assert_array_equal(columns[name], expected, err_msg=name)
+    for i, row in rows.items():
+        effects = [context.effect for context in row.contexts if not np.isnan(context.effect)]
+        figures = [max(effects), np.mean(effects)] if effects else [np.nan, np.nan]
+        found = [columns["max_ablation_effect"][i], columns["mean_ablation_effect"][i]]
+        np.testing.assert_allclose(found, figures, rtol=1e-6)
+        assert columns["nearest_cosine"][i] == np.float32(row.neighbours[0][1])
+        assert columns["top_logit"][i] == np.float32(row.top_logits[0][1])
+        jaccard = row.coactivations[0][1] if row.coactivations else np.nan
+        np.testing.assert_array_equal(columns["nearest_jaccard"][i], np.float32(jaccard))
+    assert not np.isnan(columns["max_ablation_effect"]).all()
+
+
+def test_contexts_are_read_from_the_index_as_the_tokenizer_reads_them(made: Made) -> None:
+    tokenizer = made.loaded.tokenizer
+    for row in made.index.rows():
+        for context in row.contexts:
+            expected = [tokenizer.decode([token]) for token in context.tokens.tolist()]
+            assert made.index.token_texts(context.tokens) == expected
