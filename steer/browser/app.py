@@ -18,8 +18,11 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
 from activations.errors import MissingArtefactError, SaekitError, UnknownNameError
+from steer.browser.features import features_router
 from steer.browser.guard import COOKIE, AccountOf, Gatekeeper, Viewer
+from steer.browser.lists import Listings, lists_router
 from steer.browser.model import SharedModel
+from steer.browser.prompts import prompts_router
 from steer.browser.sources import Opened
 
 STATIC = resources.files("steer.browser") / "static"
@@ -81,6 +84,9 @@ def create_app(opened: Opened, account_of: AccountOf, hosts: Iterable[str], mode
                                       "fix": "Copy it again from what saekit browse printed."})  # fmt: skip
         return _kept(Response(status_code=204), given.token, request)
 
+    listings = Listings(opened)
+    for router in (lists_router(listings), features_router(listings), prompts_router(listings, model)):
+        app.include_router(router)
     app.mount("/static", StaticFiles(directory=str(STATIC)), name="static")
 
     @app.get("/{path:path}", include_in_schema=False)

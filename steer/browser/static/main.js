@@ -7,8 +7,13 @@ import { go, useHere } from "./router.js";
 import { Empty, html, Problem, Waiting } from "./ui.js";
 
 // By the first part of the address: the module of a view, which exports View({ about, parts, query }).
-const VIEWS = {};
-const PAGES = [];
+const VIEWS = {
+  "": () => import("./features.js"),
+  features: () => import("./features.js"),
+  feature: () => import("./feature.js"),
+  prompt: () => import("./prompt.js"),
+};
+const PAGES = [{ path: "/features", name: "Features", also: ["", "feature"] }, { path: "/prompt", name: "Prompt" }];
 const THEMES = ["auto", "light", "dark"];
 const look = (theme) => { document.documentElement.dataset.theme = theme; };
 look(localStorage.getItem("theme") ?? "auto");
@@ -49,7 +54,7 @@ function Shell({ about }) {
   const [first = ""] = parts;
   return html`<header class="bar">
       <a class="brand" href="/">saekit</a>
-      <nav aria-label="Views">${PAGES.map(({ path, name }) => html`<a href=${path} aria-current=${path === `/${first}` ? "page" : undefined}>${name}</a>`)}</nav>
+      <nav aria-label="Views">${PAGES.map(({ path, name, also = [] }) => html`<a href=${path} aria-current=${path === `/${first}` || also.includes(first) ? "page" : undefined}>${name}</a>`)}</nav>
       <span class="spacer"></span><span class="who" title=${about.role}>${about.account}</span><${Theme}/>
     </header>
     <main>${first in VIEWS ? html`<${Lazy} load=${VIEWS[first]} about=${about} parts=${parts.slice(1)} query=${query}/>`
