@@ -45,7 +45,7 @@ function Search({ text, onChange }) {
 }
 
 const Choice = ({ label, value, options, onChange }) => html`<label class="choice"><span>${label}</span>
-  <select value=${value} onChange=${(event) => onChange(event.target.value)}>${Object.entries(options).map(([key, name]) => html`<option value=${key}>${name}</option>`)}</select></label>`;
+  <select aria-label=${label} value=${value} onChange=${(event) => onChange(event.target.value)}>${Object.entries(options).map(([key, name]) => html`<option value=${key}>${name}</option>`)}</select></label>`;
 
 function Order({ query, onChange }) {
   const given = query.q ? { "": "best match", latent: "number" } : { "": "number" };

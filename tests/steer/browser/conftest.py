@@ -156,6 +156,7 @@ def page(chromium: Browser, address: str, request: pytest.FixtureRequest) -> Ite
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.goto(f"/#token={TOKEN}")
+    page.locator(".who").wait_for()
     yield page
     if getattr(request.node, "report_call", None) is None or request.node.report_call.failed:
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
