@@ -27,7 +27,7 @@ from activations.errors import CorruptArtefactError, MissingArtefactError, Saeki
 from sae.contexts import Context, pack_contexts, unpack_contexts
 from sae.histogram import quantile, share_below
 from sae.index_arrays import read_array, replace_arrays
-from sae.labels.tables import Label, labels_of, listed, newest_labels
+from sae.labels.tables import Label, explained, labels_of, listed, newest_labels, revision
 from sae.vocabulary import NO_TOKENS, Vocabulary
 
 FILE_NAME = "index.sqlite"
@@ -271,6 +271,16 @@ class FeatureIndex:
         """Text of the newest label of each of some latents, or of all, that has one; an explanation before others."""
         with self._session() as session:
             return newest_labels(session, self.info["sae_sha256"], latents)
+
+    def explained(self) -> dict[int, float | None]:
+        """By latent that has an explanation, how good its best one is (`sae.labels.tables`)."""
+        with self._session() as session:
+            return explained(session, self.info["sae_sha256"])
+
+    def labels_revision(self) -> tuple[int, int]:
+        """What grows whenever a label or a score is written."""
+        with self._session() as session:
+            return revision(session)
 
     def labels(self, latent: int) -> list[Label]:
         """What a latent was labelled as: the newest of each kind and author, with its scores."""

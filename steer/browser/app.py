@@ -18,9 +18,12 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
 from activations.errors import MissingArtefactError, SaekitError, UnknownNameError
-from steer.browser import accounts
+from steer.browser.accounts import accounts_router
+from steer.browser.features import features_router
 from steer.browser.guard import COOKIE, AccountOf, Gatekeeper, Pace, Viewer
+from steer.browser.lists import Listings, lists_router
 from steer.browser.model import SharedModel
+from steer.browser.prompts import prompts_router
 from steer.browser.sources import Opened
 from steer.browser.team import Team
 
@@ -90,8 +93,11 @@ def create_app(
                                       "fix": "Copy it again from what saekit browse printed."})  # fmt: skip
         return _kept(Response(status_code=204), given.token, request)
 
+    listings = Listings(opened)
+    for router in (lists_router(listings), features_router(listings), prompts_router(listings, model)):
+        app.include_router(router)
     if team is not None:
-        app.include_router(accounts.routes(team))
+        app.include_router(accounts_router(team))
     app.mount("/static", StaticFiles(directory=str(STATIC)), name="static")
 
     @app.get("/{path:path}", include_in_schema=False)
