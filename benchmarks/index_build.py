@@ -34,7 +34,7 @@ from sae import index as index_module
 from sae.artefact import SaeArtefact
 from sae.config import IndexConfig
 from sae.index import build_index
-from sae.index_db import FILE_NAME
+from sae.index_db import FILE_NAME, FeatureIndex
 from sae.index_state import STATE_NAME
 
 HOOK, GROUP = "resid_post.12", 256
@@ -110,7 +110,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             config = IndexConfig(store=store, sae=sae, out=out, output_scores=arguments.output_scores, device="cpu")
             runs.append(timed(config, loaded))
         sizes = {key: (out / file).stat().st_size for key, file in (("database", FILE_NAME), ("state", STATE_NAME))}
-        info = index_module.FeatureIndex.open(out).info
+        info = FeatureIndex.open(out).info
     return {
         "device": device_name("cpu"),
         "threads": torch.get_num_threads(),

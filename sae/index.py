@@ -34,7 +34,7 @@ from sae.config import IndexConfig
 from sae.contexts import Context
 from sae.cosines import nearest
 from sae.histogram import trim
-from sae.index_db import FILE_NAME, FeatureIndex, LatentRow, write_index
+from sae.index_db import FILE_NAME, SCHEMA_VERSION, LatentRow, read_info, write_index
 from sae.index_effects import LENS_TOKENS, measure_effects
 from sae.index_map import layout
 from sae.index_pass import PassSettings, Statistics
@@ -75,7 +75,8 @@ def build_index(config: IndexConfig, loaded: LoadedModel | None = None) -> Path:
     if not _is_written(config, info):
         vocabulary = Vocabulary.of_tokenizer(loaded.tokenizer)
         places = layout(artefact.W_dec, config.map, config.seed)
-        write_index(config.out, info, _rows(config, loaded, artefact, sae, statistics), vocabulary, places)
+        words = _Words(loaded.tokenizer, vocabulary)
+        write_index(config.out, info, _rows(config, loaded, artefact, sae, statistics, words), vocabulary, places)
         config.save(config.out / CONFIG_NAME)
     return config.out
 
@@ -142,13 +143,17 @@ def _is_written(config: IndexConfig, info: dict[str, Any]) -> bool:
     """Whether the database holds this very index already."""
     if not (config.out / FILE_NAME).exists() or not (config.out / CONFIG_NAME).exists():
         return False
-    index = FeatureIndex.open(config.out)
-    index.close()
-    return IndexConfig.load(config.out / CONFIG_NAME) == config and info.items() <= index.info.items()
+    whole = {**info, "schema_version": SCHEMA_VERSION}
+    return IndexConfig.load(config.out / CONFIG_NAME) == config and whole.items() <= read_info(config.out).items()
 
 
 def _rows(
-    config: IndexConfig, loaded: LoadedModel, artefact: SaeArtefact, sae: TorchSae, found: Statistics
+    config: IndexConfig,
+    loaded: LoadedModel,
+    artefact: SaeArtefact,
+    sae: TorchSae,
+    found: Statistics,
+    words: "_Words",
 ) -> Iterator[LatentRow]:
     arrays = {name: value.cpu().numpy() for name, value in found.tensors().items()}
     lens = logit_lens(loaded, sae.W_dec, max(config.n_logits, LENS_TOKENS))
@@ -157,7 +162,6 @@ def _rows(
     sample = coactivation.first(found.sample, config.coactivation_tokens)
     partners = _listed(*coactivation.partners(sample, artefact.d_sae, config.n_coactivations))
     effects = measure_effects(config, loaded, sae, Wiring.parse(artefact.hook_point), lens, found)
-    words = _Words(loaded.tokenizer)
     contexts = [_contexts(arrays, kind, config.window_before) for kind in ("top", "sampled", "near")]
     top_logits, bottom_logits = (
         words.listed(tokens[:, : config.n_logits], values[:, : config.n_logits])
@@ -223,10 +227,15 @@ def _measured(value: Tensor) -> float | None:
 
 
 class _Words:
-    """Token texts, each decoded once."""
+    """Token texts, each decoded once; of a part of a character, its bytes."""
 
-    def __init__(self, tokenizer: Any):
-        self._text = functools.cache(lambda token: tokenizer.decode([token]))
+    def __init__(self, tokenizer: Any, vocabulary: Vocabulary):
+        @functools.cache
+        def text(token: int) -> str:
+            decoded = str(tokenizer.decode([token]))
+            return vocabulary.texts([token])[0] if "\ufffd" in decoded else decoded
+
+        self._text = text
 
     def listed(
         self, tokens: Int[Tensor, "d_sae n"], values: Float[Tensor, "d_sae n"]

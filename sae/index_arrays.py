@@ -31,8 +31,8 @@ class ArrayRow(ArrayBase):
 
 def replace_arrays(connection: sql.Connection, arrays: Mapping[str, np.ndarray]) -> None:
     """Make these all that the table holds, in the transaction of the connection."""
+    ArrayBase.metadata.drop_all(connection)
     ArrayBase.metadata.create_all(connection)
-    connection.execute(sql.delete(ArrayRow))
     for name, array in arrays.items():
         whole = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
         row = {"name": name, "dtype": whole.dtype.str, "shape": list(whole.shape), "data": whole.tobytes()}

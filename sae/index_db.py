@@ -27,7 +27,7 @@ from activations.errors import CorruptArtefactError, MissingArtefactError, Saeki
 from sae.contexts import Context, pack_contexts, unpack_contexts
 from sae.histogram import quantile, share_below
 from sae.index_arrays import read_array, replace_arrays
-from sae.labels.tables import Label, labels_of, listed, newest_labels
+from sae.labels.tables import Label, explained, labels_of, listed, newest_labels, revision
 from sae.vocabulary import NO_TOKENS, Vocabulary
 
 FILE_NAME = "index.sqlite"
@@ -36,7 +36,9 @@ BLOBS = ("contexts", "sampled", "near_misses")
 _BATCH = 1000
 _VOCABULARY = ("token_ends", "<i4"), ("token_bytes", "|u1")
 _MAP = ("map_x", "map_y")
-_SEARCH = "CREATE VIRTUAL TABLE IF NOT EXISTS search USING fts5(body, kind UNINDEXED, latent UNINDEXED)"
+RANKED = 20_000
+"""texts that a search finds at most for them to be ranked, which takes a look at each"""
+_SEARCH = "CREATE VIRTUAL TABLE search USING fts5(body, kind UNINDEXED, latent UNINDEXED, prefix='1 2 3')"
 
 
 class Base(orm.DeclarativeBase):
@@ -162,18 +164,7 @@ class FeatureIndex:
 
         Raises: MissingArtefactError if there is none, CorruptArtefactError if it is not one.
         """
-        file = Path(path) / FILE_NAME
-        if not file.is_file():
-            raise MissingArtefactError(path, expected="a feature index", got="none", fix="Make one with: saekit index")
-        query = {"mode": "ro", "uri": "true"}
-        if not os.access(file.parent, os.W_OK):
-            query["immutable"] = "1"  # a WAL database otherwise needs a file beside it, even to be read
-        engine = sql.create_engine(sql.URL.create("sqlite", database=file.absolute().as_uri(), query=query))
-        try:
-            with orm.Session(engine) as session:
-                info = {row.key: row.value for row in session.scalars(sql.select(_Info))}
-        except (DatabaseError, ValueError) as error:
-            raise _not_an_index(path, "a damaged file") from error
+        engine, info = _opened(path)
         if info.get("schema_version") != SCHEMA_VERSION:
             raise _not_an_index(path, f"schema version {info.get('schema_version')}")
         if not isinstance(info.get("d_sae"), int):
@@ -290,19 +281,62 @@ class FeatureIndex:
         with self._session() as session:
             return newest_labels(session, self.info["sae_sha256"], latents)
 
+    def explained(self) -> dict[int, float | None]:
+        """By latent that has an explanation, how good its best one is (`sae.labels.tables`)."""
+        with self._session() as session:
+            return explained(session, self.info["sae_sha256"])
+
+    def labels_revision(self) -> tuple[int, int]:
+        """What grows whenever a label or a score is written."""
+        with self._session() as session:
+            return revision(session)
+
     def labels(self, latent: int) -> list[Label]:
         """What a latent was labelled as: the newest of each kind and author, with its scores."""
         with self._session() as session:
             return labels_of(session, latent, self.info["sae_sha256"])
 
     def search(self, text: str, limit: int = 50) -> list[int]:
-        """Latents whose words, or one of whose labels, hold all words of `text`, by bm25; a word may be cut short."""
-        words = " ".join('"' + word.replace('"', '""') + '"*' for word in text.split())
-        query = sql.text("SELECT latent FROM search WHERE search MATCH :words GROUP BY latent ORDER BY min(rank)")
-        if not words:
+        """Latents whose words, or one of whose labels, hold all words of `text`; a word may be cut short.
+
+        The first `limit` of them by bm25; where more than RANKED texts match, which such words hardly tell apart, in
+        the order in which the texts were written.
+        """
+        words = {"words": " ".join('"' + word.replace('"', '""') + '"*' for word in text.split())}
+        if not words["words"]:
             return []
+        matching = "FROM search WHERE search MATCH :words"
+        many = sql.text(f"SELECT count(*) FROM (SELECT rowid {matching} LIMIT {RANKED + 1})")
+        found: dict[int, None] = {}
         with self._session() as session:
-            return [int(row[0]) for row in session.execute(query, {"words": words}).fetchmany(limit)]
+            order = "ORDER BY rank" if session.execute(many, words).scalar_one() <= RANKED else ""
+            for (latent,) in session.execute(sql.text(f"SELECT latent {matching} {order}"), words):
+                if len(found) == limit:
+                    break
+                found[int(latent)] = None
+        return list(found)
+
+
+def read_info(path: str | Path) -> dict[str, Any]:
+    """What the index in directory `path` is of, whatever its schema. Raises: as `FeatureIndex.open`."""
+    engine, info = _opened(path)
+    engine.dispose()
+    return info
+
+
+def _opened(path: str | Path) -> tuple[Engine, dict[str, Any]]:
+    file = Path(path) / FILE_NAME
+    if not file.is_file():
+        raise MissingArtefactError(path, expected="a feature index", got="none", fix="Make one with: saekit index")
+    query = {"mode": "ro", "uri": "true"}
+    if not os.access(file.parent, os.W_OK):
+        query["immutable"] = "1"  # a WAL database otherwise needs a file beside it, even to be read
+    engine = sql.create_engine(sql.URL.create("sqlite", database=file.absolute().as_uri(), query=query))
+    try:
+        with orm.Session(engine) as session:
+            return engine, {row.key: row.value for row in session.scalars(sql.select(_Info))}
+    except (DatabaseError, ValueError) as error:
+        raise _not_an_index(path, "a damaged file") from error
 
 
 def write_index(
@@ -322,11 +356,9 @@ def write_index(
     arrays = {name: np.full(info["d_sae"], np.nan, np.float32) for name in COLUMNS}
     try:
         with engine.begin() as connection:
+            Base.metadata.drop_all(connection)  # one of another schema may have other columns
             Base.metadata.create_all(connection)
-            connection.execute(sql.text(_SEARCH))
-            connection.execute(sql.text("DELETE FROM search WHERE kind = 'words'"))
-            for table in (_Info, _Latent):
-                connection.execute(sql.delete(table))
+            _renew_search(connection)
             whole = {**info, "schema_version": SCHEMA_VERSION}
             connection.execute(sql.insert(_Info), [{"key": key, "value": value} for key, value in whole.items()])
             remaining = iter(rows)
@@ -339,6 +371,20 @@ def write_index(
             replace_arrays(connection, {**arrays, **dict(tokens), **dict(zip(_MAP, where.T, strict=True))})
     finally:
         engine.dispose()
+
+
+def _renew_search(connection: sql.Connection) -> None:
+    """A new table of texts with the labels of the old one; much faster than to delete the words from that."""
+    if is_there := sql.inspect(connection).has_table("search"):
+        for statement in (
+            "CREATE TEMP TABLE kept AS SELECT body, kind, latent FROM search WHERE kind != 'words'",
+            "DROP TABLE search",
+        ):
+            connection.execute(sql.text(statement))
+    connection.execute(sql.text(_SEARCH))
+    if is_there:
+        connection.execute(sql.text("INSERT INTO search SELECT body, kind, latent FROM kept"))
+        connection.execute(sql.text("DROP TABLE kept"))
 
 
 def _write_rows(connection: sql.Connection, rows: Sequence[LatentRow]) -> None:

@@ -23,6 +23,8 @@ TOKENS, LOGITS, EXPLANATION = "tokens", "logits", "explanation"
 """kinds of labels: what it is active on, what it raises, and what a model says of it"""
 KINDS = (EXPLANATION, TOKENS, LOGITS)
 """the same, by how much each says; others come last"""
+DETECTING = ("detection", "fuzzing")
+"""methods that ask whether texts fit an explanation, 0.5 by chance; their mean stands for it in lists"""
 
 
 class LabelBase(orm.DeclarativeBase):
@@ -125,7 +127,7 @@ class Label:
 
 
 def labels_of(session: orm.Session, latent: int, sae_sha256: str) -> list[Label]:
-    """The newest label of each kind and author, with its scores, oldest first; empty where nothing was labelled."""
+    """The newest label of each kind and author, with its scores, oldest first; without those that were taken back."""
     if not check_tables(session):
         return []
     rows = session.scalars(
@@ -135,6 +137,7 @@ def labels_of(session: orm.Session, latent: int, sae_sha256: str) -> list[Label]
     return [
         Label(row.id, latent, row.kind, row.text, row.author, row.created, scores_of(session, [row.id])[row.id])
         for row in sorted(newest.values(), key=lambda row: row.id)
+        if row.text  # a person who takes a label back leaves an empty one
     ]
 
 
@@ -152,6 +155,38 @@ def newest_labels(
     return {latent: text for latent, text in rows}  # the last of a latent stays
 
 
+def explained(session: orm.Session, sae_sha256: str) -> dict[int, float | None]:
+    """By latent that has an explanation, its best one's score: the mean balanced accuracy over DETECTING methods.
+
+    Only the newest explanation of each author and the newest score of each method and judge count; None without scores.
+    """
+    if not check_tables(session):
+        return {}
+    query = sql.select(LabelRow.latent, LabelRow.author, LabelRow.id).order_by(LabelRow.id)
+    rows = session.execute(query.where(LabelRow.sae_sha256 == sae_sha256, LabelRow.kind == EXPLANATION))
+    newest = {(latent, author): label for latent, author, label in rows}
+    best: dict[int, float | None] = {latent: None for latent, _ in newest}
+    of = {label: latent for (latent, _), label in newest.items()}
+    scored = sql.select(ScoreRow.label, ScoreRow.method, ScoreRow.judge, ScoreRow.value)
+    which = ScoreRow.control == EXPLANATION, ScoreRow.method.in_(DETECTING)
+    values: dict[int, dict[tuple[str, str], float]] = {}
+    for label, method, judge, value in session.execute(scored.where(*which).order_by(ScoreRow.id)):
+        if label in of:
+            values.setdefault(label, {})[method, judge] = value
+    for label, each in values.items():
+        mean, known = sum(each.values()) / len(each), best[of[label]]
+        best[of[label]] = mean if known is None else max(mean, known)
+    return best
+
+
+def revision(session: orm.Session) -> tuple[int, int]:
+    """Numbers of the newest label and score, which grow with each; (0, 0) without any."""
+    if not check_tables(session):
+        return 0, 0
+    newest = (session.scalar(sql.select(sql.func.max(row.id))) or 0 for row in (LabelRow, ScoreRow))
+    return next(newest), next(newest)
+
+
 def listed(numbers: Iterable[int | np.integer]) -> sql.Select[Any]:
     """Numbers as a query, since a statement takes only so many parameters."""
     return sql.select(sql.func.json_each(json.dumps([int(number) for number in numbers])).table_valued("value").c.value)
@@ -167,11 +202,11 @@ def scores_of(session: orm.Session, labels: Iterable[int]) -> dict[int, list[Sco
     return {label: list(scores.values()) for label, scores in found.items()}
 
 
-def check_tables(session: orm.Session) -> bool:
-    """Whether the tables of labels are there. Raises: CorruptArtefactError if one of them lacks a column."""
+def check_tables(session: orm.Session, base: type[orm.DeclarativeBase] = LabelBase) -> bool:
+    """Whether the tables, of labels unless said, are there. Raises: CorruptArtefactError if one lacks a column."""
     inspector = sql.inspect(session.connection())
     there = set(inspector.get_table_names())
-    for table in LabelBase.metadata.sorted_tables:
+    for table in base.metadata.sorted_tables:
         if table.name in there:
             missing = {column.name for column in table.columns} - {
                 column["name"] for column in inspector.get_columns(table.name)
@@ -181,6 +216,6 @@ def check_tables(session: orm.Session) -> bool:
                     f"{session.get_bind().engine.url.database}: table {table.name}",
                     expected=f"the columns {', '.join(column.name for column in table.columns)}",
                     got=f"none named {', '.join(sorted(missing))}",
-                    fix="It was made by something else or by another version: rename the table, then run saekit label.",
+                    fix="It was made by something else or by another version: rename the table, and a new one is made.",
                 )
-    return all(table.name in there for table in LabelBase.metadata.sorted_tables)
+    return all(table.name in there for table in base.metadata.sorted_tables)

@@ -41,7 +41,7 @@ class PersonOut(BaseModel):
     is_active: bool
 
 
-def routes(team: Team) -> APIRouter:
+def accounts_router(team: Team) -> APIRouter:
     """The routes of /api/people."""
     router = APIRouter(prefix="/api/people")
 

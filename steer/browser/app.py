@@ -18,11 +18,14 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
 from activations.errors import MissingArtefactError, SaekitError, UnknownNameError
-from steer.browser import accounts
+from steer.browser.accounts import accounts_router
 from steer.browser.comparisons import Comparisons, comparisons_router
+from steer.browser.features import features_router
 from steer.browser.guard import COOKIE, AccountOf, Gatekeeper, Pace, Viewer
+from steer.browser.lists import Listings, lists_router
 from steer.browser.maps import maps_router
 from steer.browser.model import SharedModel
+from steer.browser.prompts import prompts_router
 from steer.browser.sources import Opened
 from steer.browser.team import Team
 
@@ -92,10 +95,14 @@ def create_app(
                                       "fix": "Copy it again from what saekit browse printed."})  # fmt: skip
         return _kept(Response(status_code=204), given.token, request)
 
-    app.include_router(maps_router(opened))
-    app.include_router(comparisons_router(Comparisons(opened)))
+    listings = Listings(opened)
+    for router in (
+        lists_router(listings), features_router(listings), prompts_router(listings, model), maps_router(opened),
+        comparisons_router(Comparisons(opened)),
+    ):  # fmt: skip
+        app.include_router(router)
     if team is not None:
-        app.include_router(accounts.routes(team))
+        app.include_router(accounts_router(team))
     app.mount("/static", StaticFiles(directory=str(STATIC)), name="static")
 
     @app.get("/{path:path}", include_in_schema=False)

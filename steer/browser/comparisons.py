@@ -59,7 +59,7 @@ class Pair(BaseModel):
 
     one: Member | None
     other: Member | None
-    decoder_cosine: float
+    decoder_cosine: float | None
     encoder_cosine: float | None
     correlation: float | None
 
@@ -76,7 +76,7 @@ class Comparisons:
     """Comparisons that were asked for."""
 
     def __init__(self, opened: Opened, config: CompareConfig | None = None):
-        self._opened, self._config = opened, config or CompareConfig()
+        self._opened, self._config = opened, config or CompareConfig.parse({}, "CompareConfig")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="compare")
         self._known: OrderedDict[tuple[str, str], Future[Comparison]] = OrderedDict()
         self._lock = threading.Lock()
@@ -163,11 +163,10 @@ def _page(result: Comparison, sources: tuple[Source, Source], kind: str, offset:
     numbers = [result.kept[side][part[shown]] for side, part in enumerate((found.pairs.one, found.pairs.other))]
     members = [_members(source, latents) for source, latents in zip(sources, numbers, strict=True)]
     figures = (found.pairs.decoder_cosine, found.pairs.encoder_cosine, found.pairs.correlation)
+    columns = [[_figure(value) for value in part[shown].tolist()] for part in figures]
     pairs = [
-        Pair(
-            one=one, other=other, **dict(zip(("decoder_cosine", "encoder_cosine", "correlation"), values, strict=True))
-        )
-        for one, other, *values in zip(*members, *([_figure(part[i]) for i in shown] for part in figures), strict=True)
+        Pair(one=one, other=other, decoder_cosine=decoder, encoder_cosine=encoder, correlation=correlation)
+        for one, other, decoder, encoder, correlation in zip(*members, *columns, strict=True)
     ]
     return Pairs(total=len(chosen), offset=offset, pairs=pairs)
 

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from activations.errors import ConfigError, TextError
+from activations.hook_points import HookPoint
 from activations.hooks import capture, run_until
 from activations.models import LoadedModel, chat_prompt, load_model
 from activations.store import ActivationStore
@@ -53,6 +54,16 @@ class Read(NamedTuple):
 
     tokens: list[str]
     latents: Float[Tensor, "token d_sae"]
+
+
+class Placed(NamedTuple):
+    """A text at a hook point."""
+
+    ids: list[int]
+    counts: Bool[Tensor, " token"]
+    """which of them count"""
+    x: Float[Tensor, "counting d_model"]
+    """activations at those"""
 
 
 class Found(NamedTuple):
@@ -99,6 +110,18 @@ def find_latents(config: FindConfig, loaded: LoadedModel | None = None) -> list[
 
 def read_text(loaded: LoadedModel, artefact: SaeArtefact, text: str, chat: bool = False) -> Read:
     """Latents on the tokens of a text that count."""
+    placed = place_text(loaded, places_of(artefact).reads, text, chat)
+    ids = [token for token, counts in zip(placed.ids, placed.counts.tolist(), strict=True) if counts]
+    return Read([str(loaded.tokenizer.decode([token])) for token in ids], TorchSae(artefact).encode(placed.x))
+
+
+def place_text(loaded: LoadedModel, point: HookPoint, text: str, chat: bool = False, most: int | None = None) -> Placed:
+    """A text at a hook point.
+
+    Args:
+      most: tokens that it may have.
+    Raises: TextError if it has more, or none that count.
+    """
     prompt, span = text, (0, len(text))
     if chat:
         prompt = chat_prompt(loaded, text)
@@ -108,16 +131,16 @@ def read_text(loaded: LoadedModel, artefact: SaeArtefact, text: str, chat: bool 
             raise TextError("chat template", expected="one that keeps the text", got=got, fix=fix)
         span = (start, start + len(text.strip()))
     encoded = loaded.tokenizer(prompt, add_special_tokens=not chat, return_offsets_mapping=True)
-    counts = torch.tensor(_counts(loaded, encoded["input_ids"], encoded["offset_mapping"], span))
+    ids = encoded["input_ids"]
+    if most is not None and len(ids) > most:
+        raise TextError("text", expected=f"at most {most} tokens", got=len(ids), fix="Take a part of it.")
+    counts = torch.tensor(_counts(loaded, ids, encoded["offset_mapping"], span), dtype=torch.bool)
     if not bool(counts.any()):
         fix = "Write more: the first token of a text does not count."
         raise TextError("text", expected="a token beyond the first", got="none", fix=fix)
-    point = places_of(artefact).reads
     with capture(loaded.model, loaded.family, [point], stop_after_last=True) as captured:
-        run_until(loaded.model, {"input_ids": torch.tensor([encoded["input_ids"]], device=loaded.device)})
-    x = captured[point][0].float().cpu()[counts]
-    ids = torch.tensor(encoded["input_ids"])[counts].tolist()
-    return Read([str(loaded.tokenizer.decode([token])) for token in ids], TorchSae(artefact).encode(x))
+        run_until(loaded.model, {"input_ids": torch.tensor([ids], device=loaded.device)})
+    return Placed(ids, counts, captured[point][0].float().cpu()[counts])
 
 
 def _counts(

@@ -237,3 +237,51 @@ def test_the_label_of_a_list_is_the_newest_explanation_before_tokens_before_logi
         store.add_label(NewLabel(4, "note", "alone", "somebody"))
     assert index.top_labels() == expected | {2: "water mills", 4: "alone"}
     assert [each["label"] for each in index.rows_of([4, 2, 0], ["label"])] == ["alone", "water mills", "on mill"]
+
+
+def test_a_search_ranks_what_it_finds_and_names_a_latent_once(tmp_path: Path) -> None:
+    long = [("mill", 1.0), *((word, 0.5) for word in ["one", "two", "three", "four", "five"])]
+    write_index(tmp_path, INFO, [row(0, top_logits=long), row(1, top_logits=[("mill", 1.0)]), row(2, top_logits=[])])
+    with LabelStore.open(tmp_path, "beef") as store:
+        store.add_label(NewLabel(0, "explanation", "wind mill", "a model"))
+        store.add_label(NewLabel(2, "explanation", "a mill which stands far away by the river", "a model"))
+    index = FeatureIndex.open(tmp_path)
+    assert index.search("mill") == index.search("mi") == [1, 0, 2]
+    assert [index.search("m", limit) for limit in (0, 1, 2)] == [[], [1], [1, 0]]
+    assert index.search("wind") == index.search("mill w WIND") == [0]
+    with sqlite3.connect(tmp_path / FILE_NAME) as connection:
+        query = "SELECT latent FROM search WHERE search MATCH 'mill*' GROUP BY latent ORDER BY min(rank)"
+        assert [latent for (latent,) in connection.execute(query)] == [1, 0, 2]
+    connection.close()
+
+
+def test_words_in_very_many_texts_are_found_unranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row(i, top_logits=[("mill", 1.0), *[("sea", 1.0)] * (N - i)]) for i in range(N)]
+    write_index(tmp_path, INFO, rows)
+    index = FeatureIndex.open(tmp_path)
+    assert index.search("mill") == [4, 3, 2, 1, 0], "the shortest first"
+    monkeypatch.setattr("sae.index_db.RANKED", N)
+    assert index.search("mill") == [4, 3, 2, 1, 0]
+    monkeypatch.setattr("sae.index_db.RANKED", N - 1)
+    assert index.search("mill") == [0, 1, 2, 3, 4]
+    assert index.search("mill", 2) == [0, 1]
+
+
+def test_labels_are_still_found_in_an_index_that_is_built_anew(tmp_path: Path) -> None:
+    write_index(tmp_path, INFO, ROWS)
+    with sqlite3.connect(tmp_path / FILE_NAME) as connection:  # as schema 2 had it
+        connection.execute("DROP TABLE search")
+        connection.execute("CREATE VIRTUAL TABLE search USING fts5(body, kind UNINDEXED, latent UNINDEXED)")
+        connection.execute("INSERT INTO search VALUES ('mill', 'words', 3), ('river', 'explanation', 4)")
+    connection.close()
+    write_index(tmp_path, INFO, ROWS)
+    index = FeatureIndex.open(tmp_path)
+    assert index.search("river") == [4]
+    assert sorted(index.search("mill")) == [0, 2, 4]
+    with sqlite3.connect(tmp_path / FILE_NAME) as connection:
+        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE name LIKE '%kept%'")]
+        assert not tables
+        assert (
+            "prefix='1 2 3'" in connection.execute("SELECT sql FROM sqlite_master WHERE name = 'search'").fetchone()[0]
+        )
+    connection.close()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -155,6 +156,28 @@ def test_other_logits_are_written_without_reading_the_text_again(
     build_index(config.model_copy(update={"n_logits": 3, "output_scores": True}), made.loaded)
     assert {len(row.top_logits) for row in rows_of(config)} == {3}
     assert any(row.output_score is not None for row in rows_of(config))
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_an_index_of_an_older_schema_is_built_again_without_reading_the_text(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schema: int
+) -> None:
+    config = made.config.model_copy(update={"out": tmp_path / "index"})
+    build_index(config, made.loaded)
+    rows, columns = rows_of(config), FeatureIndex.open(config.out).columns()
+    with sqlite3.connect(config.out / FILE_NAME) as connection:
+        connection.execute("UPDATE info SET value = ? WHERE key = 'schema_version'", [schema])
+        connection.execute("DROP TABLE arrays")
+        if schema == 1:
+            connection.execute("ALTER TABLE latents DROP COLUMN near_misses")
+    connection.close()
+    with pytest.raises(CorruptArtefactError, match=f"got schema version {schema}"):
+        FeatureIndex.open(config.out)
+    monkeypatch.setattr(index_module.Statistics, "add", None)
+    build_index(config, made.loaded)
+    check_same(rows_of(config), rows)
+    for name, column in FeatureIndex.open(config.out).columns().items():
+        np.testing.assert_array_equal(column, columns[name])
 
 
 def slow_build(config: IndexConfig) -> None:

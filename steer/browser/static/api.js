@@ -52,8 +52,13 @@ export function cached(path) {
   return kept.get(path);
 }
 
+// The same, for what is likely to be wanted next.
+export const prefetch = (path) => { cached(path).catch(() => {}); };
+
 export const known = (path) => kept.get(path)?.data;
-export const forget = (path) => kept.delete(path);
+
+// Forgets answers to all paths that begin so, because something has been written since.
+export const forget = (start) => { for (const path of [...kept.keys()]) if (path.startsWith(start)) kept.delete(path); };
 
 // A stream of server-sent events that a POST answers with: calls `on(event, data)` for each; stops when `signal` says so.
 export async function stream(path, body, on, signal) {

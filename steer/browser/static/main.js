@@ -8,13 +8,20 @@ import { Empty, html, Problem, Waiting } from "./ui.js";
 
 // By the first part of the address: the module of a view, which exports View({ about, parts, query }).
 const VIEWS = {
+  "": () => import("./features.js"),
+  features: () => import("./features.js"),
+  feature: () => import("./feature.js"),
+  prompt: () => import("./prompt.js"),
   compare: () => import("./compare.js"),
   map: () => import("./map.js"),
   people: () => import("./people.js"),
 };
+const hasIndex = (about) => about.sources.length > 0;
 const PAGES = [
+  { path: "/features", name: "Features", also: ["", "feature"], isFor: hasIndex },
+  { path: "/prompt", name: "Prompt", isFor: hasIndex },
+  { path: "/map", name: "Map", isFor: hasIndex },
   { path: "/compare", name: "Compare", isFor: (about) => about.sources.length > 1 },
-  { path: "/map", name: "Map", isFor: (about) => about.sources.length > 0 },
   { path: "/people", name: "People", isFor: (about) => about.is_team && about.role === "admin" },
 ];
 const THEMES = ["auto", "light", "dark"];
@@ -57,7 +64,7 @@ function Shell({ about }) {
   const [first = ""] = parts;
   return html`<header class="bar">
       <a class="brand" href="/">saekit</a>
-      <nav aria-label="Views">${PAGES.filter(({ isFor }) => !isFor || isFor(about)).map(({ path, name }) => html`<a href=${path} aria-current=${path === `/${first}` ? "page" : undefined}>${name}</a>`)}</nav>
+      <nav aria-label="Views">${PAGES.filter(({ isFor }) => isFor(about)).map(({ path, name, also = [] }) => html`<a href=${path} aria-current=${path === `/${first}` || also.includes(first) ? "page" : undefined}>${name}</a>`)}</nav>
       <span class="spacer"></span><span class="who" title=${about.role}>${about.account}</span><${Theme}/>
     </header>
     <main>${first in VIEWS ? html`<${Lazy} load=${VIEWS[first]} about=${about} parts=${parts.slice(1)} query=${query}/>`

@@ -18,6 +18,11 @@ export function go(address, { replace = false } = {}) {
   tell();
 }
 
+// Says in the address what is shown, without anything being shown anew: such as how far somebody has scrolled.
+export function note(address) {
+  if (address !== location.pathname + location.search) history.replaceState(null, "", address);
+}
+
 export function useHere() {
   const [, again] = useState(0);
   useEffect(() => {

@@ -16,6 +16,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from activations.store_schema import ModelRef
 from sae.contexts import Context
 from sae.index_db import LatentRow, write_index
+from sae.labels.store import LabelStore, NewLabel
+from sae.labels.tables import Score
+from sae.vocabulary import Vocabulary
 from steer.browser.app import create_app
 from steer.browser.guard import Account
 from steer.browser.model import SharedModel
@@ -25,6 +28,11 @@ from steer.browser.sources import Opened, open_paths
 
 TOKEN = "t" * 32
 N_LATENTS = 300
+TEXTS = (b" river", b" cat", b"<script>", b" 12", b"\n", b"&amp;", b" mill", b" dog", b"\xe2\x80\xae", b"\x1b[31m",
+         "\u05e9\u05dc".encode(), b"\xc3", b"\xa9", b"<img src=x onerror=alert(1)>", b"\x00", b" of")  # fmt: skip
+"""of tokens, hostile ones among them"""
+VOCABULARY = Vocabulary.of(TEXTS[i % len(TEXTS)] for i in range(200))
+HOSTILE = "</script><img src=x onerror=alert(1)>\u202e&lt;"
 WORDS = (" river", " cat", "<script>", " 12", "\n", "&amp;", " mill", " dog")
 SCREENSHOTS = Path(".pytest_cache") / "screenshots"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -63,8 +71,24 @@ def index_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = {"d_sae": N_LATENTS, "hook_point": "resid_post.1", "sae_sha256": "0" * 64, "model": model,
             "n_tokens": 100_000, "map": "pca", "sources": []}  # fmt: skip
     rows = [latent_row(i, rng) for i in range(N_LATENTS)]
-    write_index(folder, info, rows, places=rng.uniform(-1, 1, (N_LATENTS, 2)).astype(np.float32))
+    write_index(folder, info, rows, VOCABULARY, rng.uniform(-1, 1, (N_LATENTS, 2)).astype(np.float32))
+    with LabelStore.open(folder, "0" * 64, write=True) as store:
+        store.add_labels(NewLabel(i, "tokens", f"tokens river, {i}", "saekit") for i in range(0, N_LATENTS, 2))
+        for latent in range(0, N_LATENTS, 5):
+            text = HOSTILE if latent == 10 else f"rivers and mills, number {latent}"
+            label = store.add_label(NewLabel(latent, "explanation", text, "some-model"))
+            store.add_scores(label, latent, scores_of(latent))
     return folder
+
+
+def scores_of(latent: int) -> list[Score]:
+    """Made-up scores, better for larger numbers."""
+    value = 0.5 + latent / N_LATENTS / 2
+    own = [Score(method, "explanation", "balanced_accuracy", value, value - 0.1, min(value + 0.1, 1.0), 20, latent % 3,
+                 "judge") for method in ("detection", "fuzzing")]  # fmt: skip
+    beside = [Score("detection", control, "balanced_accuracy", 0.5, None, None, 20, 0, "judge")
+              for control in ("shuffled", "tokens")]  # fmt: skip
+    return [*own, *beside, Score("intruder", "contexts", "accuracy", 0.6, 0.4, 0.8, 20, 0, "tf-idf")]
 
 
 @pytest.fixture
@@ -134,6 +158,7 @@ def page(chromium: Browser, address: str, request: pytest.FixtureRequest) -> Ite
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.goto(f"/#token={TOKEN}")
+    page.locator(".who").wait_for()
     yield page
     if getattr(request.node, "report_call", None) is None or request.node.report_call.failed:
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)

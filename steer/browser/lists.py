@@ -1,0 +1,305 @@
+"""Lists of latents: which of them a list shows and in which order, a page of it, and where a latent is in it.
+
+Flow: 1. figures of all latents are read once a source, those of labels again when labels change; 2. what is asked for
+becomes an order of all latents that match (`sae.latent_query`), of which the newest few are kept; 3. rows of a page are
+read from the database. Left out: one latent (`steer.browser.features`).
+
+A list by what people wrote of a latent, such as its status, is one more column in `Listing._figures`.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Query
+from jaxtyping import Float, Int, Int32
+from pydantic import BaseModel
+
+from activations.errors import ConfigError
+from sae.histogram import STEPS
+from sae.index_db import FeatureIndex
+from sae.latent_query import GIVEN, NUMBER, LatentQuery, Range, order_of, rank_of
+from sae.vocabulary import visible
+from steer.browser.guard import Viewer
+from steer.browser.sources import Opened, Source
+
+DENSE = 0.1
+"""share of tokens from which on a latent is called dense"""
+SCORE, EXPLAINED = "score", "explained"
+"""columns that come from labels: of the best explanation, and whether there is one"""
+FOUND = 2000
+"""latents that a search may find"""
+KEPT_ORDERS = 8
+MAX_LATENT = 2**31 - 1
+WORDS, FEW_WORDS = 6, 3
+Show = Literal["all", "live", "dead", "dense"]
+SHOWN: dict[Show, tuple[Range, ...]] = {
+    "all": (), "live": (), "dead": (Range("density", 0, 0),), "dense": (Range("density", DENSE),)
+}  # fmt: skip
+
+SourceName = Annotated[str, Query(max_length=200, description="name of an index, as /api/about has it")]
+Latent = Annotated[int, Query(ge=0, le=MAX_LATENT)]
+Offset = Annotated[int, Query(ge=0, le=MAX_LATENT)]
+
+
+class ListQuery(BaseModel):
+    """What a list shows."""
+
+    source: str = Query(max_length=200)
+    q: str = Query("", max_length=200, description="words of labels and logits, all of which must be there")
+    sort: str = Query("", max_length=40, description="a column, latent, or given: as a search found them")
+    descending: bool = False
+    show: Show = "all"
+    explained: bool | None = None
+    where: str = Query("", max_length=400, description="bounds of columns, such as density:0.001:0.1,score:0.8:")
+
+    def latent_query(self) -> LatentQuery:
+        """The same for `order_of`. Raises: ConfigError for bounds that cannot be read."""
+        ranges = [*SHOWN[self.show], *(_range(part) for part in self.where.split(",") if part)]
+        if self.explained is not None:
+            ranges.append(Range(EXPLAINED, float(self.explained), float(self.explained)))
+        sort = self.sort or (GIVEN if self.q.strip() else NUMBER)
+        return LatentQuery(sort, self.descending, tuple(ranges), live_only=self.show == "live")
+
+
+class Named(BaseModel):
+    """A latent, and what it is called."""
+
+    latent: int
+    label: str | None
+    words: list[str]
+    """what its decoder row raises most"""
+
+
+class Row(Named):
+    """A latent in a list."""
+
+    explained: bool
+    density: float | None
+    max_activation: float | None
+    logit_entropy: float | None
+    output_score: float | None
+    confidence_change: float | None
+    score: float | None
+    spark: list[int]
+    """active tokens by octave of activation"""
+
+
+class Page(BaseModel):
+    """A part of a list."""
+
+    total: int
+    offset: int
+    rows: list[Row]
+
+
+class Around(BaseModel):
+    """Latents of a list before and behind one."""
+
+    total: int
+    place: int | None
+    """from 0; none if the list does not show it"""
+    offset: int
+    latents: list[int]
+
+
+class Density(BaseModel):
+    """How often latents are active: a histogram of the decimal logarithm."""
+
+    low: float
+    high: float
+    counts: list[int]
+
+
+class About(BaseModel):
+    """A source as a whole."""
+
+    source: str
+    d_sae: int
+    n_tokens: int
+    n_dead: int
+    n_dense: int
+    n_explained: int
+    density: Density | None
+    columns: dict[str, tuple[float, float] | None]
+    """smallest and largest figure; none where nothing was measured"""
+
+
+class Listing:
+    """Lists of one source."""
+
+    def __init__(self, index: FeatureIndex):
+        self.index = index
+        self._lock = threading.Lock()
+        self._columns: dict[str, Float[np.ndarray, " d_sae"]] = {}
+        self._revision: tuple[int, int] | None = None
+        self._orders: OrderedDict[tuple[Any, ...], Int32[np.ndarray, " n"]] = OrderedDict()
+
+    def columns(self) -> dict[str, Float[np.ndarray, " d_sae"]]:
+        """Figures of all latents by name."""
+        with self._lock:
+            revision = self.index.labels_revision()
+            if revision != self._revision:
+                self._columns, self._revision = self._figures(), revision
+                self._orders.clear()
+            return self._columns
+
+    def order(self, asked: ListQuery) -> Int32[np.ndarray, " n"]:
+        """All latents of a list. Raises: as `order_of` and `latent_query` do."""
+        query, columns = asked.latent_query(), self.columns()
+        key = query, asked.q
+        with self._lock:
+            if key in self._orders:
+                self._orders.move_to_end(key)
+                return self._orders[key]
+        order = order_of(columns, query, self._found(asked.q))
+        with self._lock:
+            if columns is self._columns:
+                self._orders[key] = order
+            if len(self._orders) > KEPT_ORDERS:
+                self._orders.popitem(last=False)
+        return order
+
+    def rows(self, latents: Int[np.ndarray, " n"]) -> list[Row]:
+        """What a list shows of some latents."""
+        columns = self.columns()
+        names = [name for name in Row.model_fields if name in columns and name != EXPLAINED]
+
+        def figures(latent: int) -> dict[str, Any]:
+            return {name: number(columns[name][latent]) for name in names}
+
+        stored = self.index.rows_of(latents, ("label", "top_logits", "histogram", "histogram_start"))
+        return [
+            Row(
+                **_called(row, WORDS),
+                explained=bool(columns[EXPLAINED][row["latent"]]),
+                spark=octaves(row["histogram"], row["histogram_start"]),
+                **figures(row["latent"]),
+            )
+            for row in stored
+        ]
+
+    def _figures(self) -> dict[str, Float[np.ndarray, " d_sae"]]:
+        d_sae, of_labels = self.index.info["d_sae"], (SCORE, EXPLAINED)
+        stored = {name: column for name, column in self._columns.items() if name not in of_labels}
+        score, explained = np.full(d_sae, np.nan, np.float32), np.zeros(d_sae, np.float32)
+        for latent, value in self.index.explained().items():
+            if 0 <= latent < d_sae:
+                explained[latent], score[latent] = 1, np.nan if value is None else value
+        return {**(stored or self.index.columns()), SCORE: score, EXPLAINED: explained}
+
+    def _found(self, text: str) -> Int[np.ndarray, " n"] | None:
+        words = "".join(letter if letter.isprintable() else " " for letter in text).strip()
+        if not words:
+            return None
+        d_sae = self.index.info["d_sae"]
+        return np.array([i for i in self.index.search(words, FOUND) if 0 <= i < d_sae], dtype=np.int64)
+
+
+class Listings:
+    """Lists of every source that is open."""
+
+    def __init__(self, opened: Opened):
+        self._opened = opened
+        self._listings = {name: Listing(source.index) for name, source in opened.sources.items()}
+
+    def source(self, name: str) -> Source:
+        """A source by name. Raises: UnknownNameError."""
+        return self._opened.source(name)
+
+    def of(self, name: str) -> Listing:
+        """Lists of a source. Raises: UnknownNameError."""
+        return self._listings[self.source(name).name]
+
+
+def lists_router(listings: Listings) -> APIRouter:
+    """Routes of lists."""
+    router = APIRouter(prefix="/api")
+
+    @router.get("/latents")
+    def page(
+        account: Viewer, asked: Annotated[ListQuery, Query()], offset: Offset = 0,
+        limit: Annotated[int, Query(ge=1, le=200)] = 100,
+    ) -> Page:  # fmt: skip
+        listing = listings.of(asked.source)
+        order = listing.order(asked)
+        return Page(total=len(order), offset=offset, rows=listing.rows(order[offset : offset + limit]))
+
+    @router.get("/latents/around")
+    def around(
+        account: Viewer, asked: Annotated[ListQuery, Query()], latent: Latent,
+        reach: Annotated[int, Query(ge=1, le=200)] = 50,
+    ) -> Around:  # fmt: skip
+        order = listings.of(asked.source).order(asked)
+        place = rank_of(order, latent)
+        first = max((place or 0) - reach, 0)
+        latents = order[first : (place or 0) + reach + 1].tolist()
+        return Around(total=len(order), place=place, offset=first, latents=latents)
+
+    @router.get("/source")
+    def about(account: Viewer, source: SourceName) -> About:
+        listing = listings.of(source)
+        columns, info = listing.columns(), listing.index.info
+        density = columns["density"]
+        return About(
+            source=source, d_sae=info["d_sae"], n_tokens=info.get("n_tokens") or 0, n_dead=int((density == 0).sum()),
+            n_dense=int((density >= DENSE).sum()), n_explained=int(columns[EXPLAINED].sum()),
+            density=density_histogram(density), columns={name: _bounds(values) for name, values in columns.items()},
+        )  # fmt: skip
+
+    return router
+
+
+def named(index: FeatureIndex, latents: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """What latents are called, as parts of a Named; those that the SAE does not have are left out."""
+    inside = [latent for latent in dict.fromkeys(latents) if 0 <= latent < index.info["d_sae"]]
+    return {row["latent"]: _called(row, FEW_WORDS) for row in index.rows_of(inside, ("label", "top_logits"))}
+
+
+def _called(row: Mapping[str, Any], n_words: int) -> dict[str, Any]:
+    label, words = row["label"], [visible(text) for text, _ in row["top_logits"][:n_words]]
+    return {"latent": row["latent"], "label": None if label is None else visible(label), "words": words}
+
+
+def octaves(counts: list[int], start: int) -> list[int]:
+    """A histogram of `sae.histogram` with all bins of an octave as one.
+
+    >>> octaves([1, 2, 3], 3)
+    [1, 5]
+    """
+    found = [0] * (-(-(start % STEPS + len(counts)) // STEPS))
+    for i, n in enumerate(counts):
+        found[(start % STEPS + i) // STEPS] += n
+    return found
+
+
+def density_histogram(density: Float[np.ndarray, " d_sae"], a_decade: int = 8) -> Density | None:
+    """Of the latents that are active at all; none if there are none."""
+    logs = np.log10(density[density > 0])
+    if not len(logs):
+        return None
+    low, high = float(np.floor(logs.min())), float(max(np.ceil(logs.max()), np.floor(logs.min()) + 1))
+    counts, _ = np.histogram(logs, bins=round(a_decade * (high - low)), range=(low, high))
+    return Density(low=low, high=high, counts=counts.tolist())
+
+
+def number(value: Any) -> float | None:
+    """A figure as JSON has it: None for what is not finite; float32 without its spurious digits."""
+    return float(f"{value:.7g}") if value is not None and np.isfinite(value) else None
+
+
+def _bounds(values: Float[np.ndarray, " d_sae"]) -> tuple[float, float] | None:
+    finite = values[np.isfinite(values)]
+    return (float(f"{finite.min():.7g}"), float(f"{finite.max():.7g}")) if len(finite) else None
+
+
+def _range(part: str) -> Range:
+    """Bounds such as `density:0.001:0.1`, either of which may be left out."""
+    try:
+        column, low, high = part.split(":")
+        return Range(column, float(low or "-inf"), float(high or "inf"))
+    except ValueError as error:
+        expected = "bounds such as density:0.001:0.1"
+        raise ConfigError("where", expected=expected, got=repr(part[:60]), fix="Correct it.") from error

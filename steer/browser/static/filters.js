@@ -1,0 +1,68 @@
+// What is above a list: search, source, filters and order. Everything it changes, it changes in the address.
+
+import { useEffect, useRef, useState } from "./vendor/hooks.js";
+import { bounds, COLUMNS, whereOf } from "./latent_lists.js";
+import { count, figure, html, useKeys } from "./ui.js";
+
+const TYPING_MS = 150;
+const SHOWN = { "": "all", live: "ever active", dead: "dead", dense: "dense (10%)" };
+const EXPLAINED = { "": "any", true: "explained", false: "not explained" };
+
+export function Toolbar({ names, source, query, about, total, onChange }) {
+  const where = bounds(query.where);
+  const n = Object.keys(where).length;
+  return html`<div class="toolbar row" role="search">
+      <${Search} text=${query.q ?? ""} onChange=${(q) => onChange({ q, sort: q && !query.q ? "" : query.sort }, true)}/>
+      ${names.length > 1 && html`<${Choice} label="Source" value=${source} options=${Object.fromEntries(names.map((name) => [name, name]))} onChange=${(value) => onChange({ source: value })}/>`}
+      <${Choice} label="Show" value=${query.show ?? ""} options=${SHOWN} onChange=${(show) => onChange({ show })}/>
+      <${Choice} label="Label" value=${query.explained ?? ""} options=${EXPLAINED} onChange=${(explained) => onChange({ explained })}/>
+      <${Order} query=${query} onChange=${onChange}/>
+      <details class="filters"><summary>Bounds${n > 0 ? ` (${n})` : ""}</summary>
+        <${Bounds} where=${where} columns=${about?.columns ?? {}} onChange=${(table) => onChange({ where: whereOf(table) })}/></details>
+      ${(n > 0 || query.q || query.show || query.explained) && html`<button class="quiet" onClick=${() => onChange({ q: "", show: "", explained: "", where: "" })}>Clear</button>`}
+      <span class="spacer"></span>
+      <span class="faint total" role="status">${total === undefined ? "" : total === about?.d_sae || !about ? `${count(total)} latents` : `${count(total)} of ${count(about.d_sae)}`}</span>
+    </div>
+    ${n > 0 && html`<div class="row chips">${Object.entries(where).map(([column, [low, high]]) => html`<button class="tag" title="Take this away"
+      onClick=${() => onChange({ where: whereOf({ ...where, [column]: ["", ""] }) })}>${COLUMNS[column]?.name ?? column} ${low === "" ? `≤ ${high}` : high === "" ? `≥ ${low}` : `${low} – ${high}`} ×</button>`)}</div>`}`;
+}
+
+// Searches as somebody types, a moment after the last letter.
+function Search({ text, onChange }) {
+  const field = useRef(null);
+  const [typed, setTyped] = useState(text);
+  const sent = useRef(text);
+  useEffect(() => { if (text !== sent.current) { sent.current = text; setTyped(text); } }, [text]);
+  useEffect(() => {
+    if (typed === sent.current) return undefined;
+    const later = setTimeout(() => { sent.current = typed; onChange(typed); }, TYPING_MS);
+    return () => clearTimeout(later);
+  }, [typed]);
+  useKeys({ "/": () => { field.current.focus(); field.current.select(); }, Escape: () => document.activeElement === field.current && field.current.blur() });
+  const leave = (event) => { if (event.key === "Enter") field.current.blur(); };
+  return html`<input ref=${field} class="search" type="search" maxlength="200" placeholder="Search labels and words" aria-label="Search labels and words" aria-keyshortcuts="/"
+    value=${typed} onInput=${(event) => setTyped(event.target.value)} onKeyDown=${leave}/>`;
+}
+
+const Choice = ({ label, value, options, onChange }) => html`<label class="choice"><span>${label}</span>
+  <select aria-label=${label} value=${value} onChange=${(event) => onChange(event.target.value)}>${Object.entries(options).map(([key, name]) => html`<option value=${key}>${name}</option>`)}</select></label>`;
+
+function Order({ query, onChange }) {
+  const given = query.q ? { "": "best match", latent: "number" } : { "": "number" };
+  const options = { ...given, ...Object.fromEntries(Object.entries(COLUMNS).map(([key, { name }]) => [key, name])) };
+  const isDown = Boolean(query.desc);
+  return html`<span class="row"><${Choice} label="Sort" value=${query.sort ?? ""} options=${options} onChange=${(sort) => onChange({ sort, desc: sort && sort !== "latent" ? "1" : "" })}/>
+    <button class="quiet" aria-label=${isDown ? "Largest first" : "Smallest first"} title=${isDown ? "Largest first" : "Smallest first"} onClick=${() => onChange({ desc: isDown ? "" : "1" })}>${isDown ? "↓" : "↑"}</button></span>`;
+}
+
+// A line a column; a bound counts once its field is left or Enter is pressed.
+function Bounds({ where, columns, onChange }) {
+  const set = (column, side, text) => {
+    const pair = [...(where[column] ?? ["", ""])];
+    pair[side] = text.trim();
+    onChange({ ...where, [column]: pair });
+  };
+  return html`<div class="bounds panel">${Object.entries(COLUMNS).filter(([column]) => columns[column]).map(([column, { name, says }]) => html`<span title=${says}>${name}</span>
+    ${["at least", "at most"].map((word, side) => html`<input type="number" step="any" aria-label=${`${name} ${word}`} placeholder=${figure(columns[column][side])}
+      value=${where[column]?.[side] ?? ""} onChange=${(event) => set(column, side, event.target.value)}/>`)}`)}</div>`;
+}
