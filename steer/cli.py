@@ -146,6 +146,11 @@ def browse(
     settings = BrowseConfig.load(config, [*(set_ or []), *given])
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
+    if settings.export is not None:
+        from steer.browser.export import export_site
+        from steer.browser.sources import open_paths
+
+        return show(export_site(open_paths(settings.paths), settings.export, settings.latents), json_)
     from steer.browser.serve import browse as run
 
     run(settings, as_json=json_)

@@ -32,3 +32,10 @@ class BrowseConfig(Config):
     )
     model: str | None = Field(default=None, description="model spec for prompts and steering; none: the index's own")
     device: str = Field(default="auto", description="torch device of the model")
+    export: Path | None = Field(
+        default=None, description="write a folder of pages that need no server, and stop; none: serve"
+    )
+    latents: tuple[int, ...] = Field(
+        default=(),
+        description="export: which; none: those that are explained, else those that steer best, 200 of each index",
+    )

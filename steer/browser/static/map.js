@@ -65,7 +65,7 @@ function Canvas({ source, places, density, found }) {
   const [size, setSize] = useState({ width: 0, height: 0 });
   const [near, setNear] = useState(null);
   const drag = useRef(null);
-  const colours = useMemo(() => density.map((value) => (value > 0 ? Math.min(Math.max((Math.log10(value) + 5) / 4, 0), 1) : -1)), [density]);
+  const colours = useMemo(() => ranked(density), [density]);
 
   useEffect(() => {
     const watch = new ResizeObserver(([{ contentRect: { width, height } }]) => setSize({ width: Math.round(width), height: Math.round(height) }));
@@ -185,9 +185,20 @@ function draw(canvas, { width, height }, places, colours, found, near, { scale, 
   if (near) ring(near.latent, 6);
 }
 
-// From rare (blue) to frequent (amber); what is never active is grey. As the canvas stores it: alpha, blue, green, red.
+// From rare (blue) over pink to frequent (amber); what is never active is grey. As the canvas stores it: alpha, blue,
+// green, red.
 function colour(part, isDark, alpha) {
-  const ends = isDark ? [[96, 140, 255], [255, 190, 90]] : [[42, 91, 215], [190, 90, 0]];
-  const [red, green, blue] = part < 0 ? [140, 140, 140] : ends[0].map((from, i) => Math.round(from + (ends[1][i] - from) * part));
+  const stops = isDark ? [[96, 140, 255], [225, 110, 190], [255, 190, 80]] : [[42, 91, 215], [190, 50, 130], [215, 120, 0]];
+  const at = Math.min(Math.max(part, 0) * 2, 1.999), low = Math.floor(at);
+  const mixed = stops[low].map((from, i) => Math.round(from + (stops[low + 1][i] - from) * (at - low)));
+  const [red, green, blue] = part < 0 ? [140, 140, 140] : mixed;
   return ((Math.round(alpha * 255) << 24) | (blue << 16) | (green << 8) | red) >>> 0;
+}
+
+// Each live latent's place among all by how often it is active, in 0..1; -1 for the dead.
+function ranked(density) {
+  const order = [...density.keys()].filter((i) => density[i] > 0).sort((a, b) => density[a] - density[b]);
+  const places = new Float32Array(density.length).fill(-1);
+  order.forEach((latent, place) => { places[latent] = place / Math.max(order.length - 1, 1); });
+  return places;
 }
