@@ -7,7 +7,6 @@ The server is `saekit browse` in a process of its own, over an index such as ben
 page is headless Chromium's. Times are from an event inside the page until what it asks for is painted, in ms, to the
 frame of 16.7 ms: the document is looked at in each animation frame, and the first task behind the right one counts.
 
-
     open     navigation to the first rows, without a cache of the browser's, after one that is not counted
     frame    from frame to frame while the list is scrolled by a wheel; drag: by its scrollbar, to random places
     rows     a jump to a random place until its rows are there

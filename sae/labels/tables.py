@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import sqlalchemy as sql
@@ -25,6 +26,9 @@ KINDS = (EXPLANATION, TOKENS, LOGITS)
 """the same, by how much each says; others come last"""
 DETECTING = ("detection", "fuzzing")
 """methods that ask whether texts fit an explanation, 0.5 by chance; their mean stands for it in lists"""
+
+
+_CHECKED: WeakSet[sql.Engine] = WeakSet()
 
 
 class LabelBase(orm.DeclarativeBase):
@@ -202,7 +206,13 @@ def scores_of(session: orm.Session, labels: Iterable[int]) -> dict[int, list[Sco
 
 
 def check_tables(session: orm.Session) -> bool:
-    """Whether the tables of labels are there. Raises: CorruptArtefactError if one of them lacks a column."""
+    """Whether the tables of labels are there. Raises: CorruptArtefactError if one of them lacks a column.
+
+    Tables do not go away again, so a database that has them is looked at once: it takes longer than reading a label.
+    """
+    engine = session.get_bind().engine
+    if engine in _CHECKED:
+        return True
     inspector = sql.inspect(session.connection())
     there = set(inspector.get_table_names())
     for table in LabelBase.metadata.sorted_tables:
@@ -217,4 +227,7 @@ def check_tables(session: orm.Session) -> bool:
                     got=f"none named {', '.join(sorted(missing))}",
                     fix="It was made by something else or by another version: rename the table, then run saekit label.",
                 )
-    return all(table.name in there for table in LabelBase.metadata.sorted_tables)
+    if not all(table.name in there for table in LabelBase.metadata.sorted_tables):
+        return False
+    _CHECKED.add(engine)
+    return True

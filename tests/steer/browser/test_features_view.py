@@ -44,6 +44,7 @@ def test_a_number_is_gone_to(page: Page) -> None:
     expect_at(page, "250")
     page.keyboard.press("Enter")
     expect(page).to_have_url(re.compile(r"/feature/resid_post\.1/250$"))
+    expect(page.locator(".place")).to_have_text("251 of 300")
     page.keyboard.type("g7\n")
     expect(page).to_have_url(re.compile(r"/feature/resid_post\.1/7$"))
 
