@@ -1,6 +1,6 @@
 // One latent: where it is active, what it says and does, who is like it, and what was said of it.
 
-import { useEffect, useRef, useState } from "./vendor/hooks.js";
+import { useEffect, useMemo, useRef, useState } from "./vendor/hooks.js";
 import { prefetch } from "./api.js";
 import { Explanations } from "./explanations.js";
 import { Activations, Density, Facts, Logits, Others } from "./feature_panels.js";
@@ -63,23 +63,37 @@ function Shown({ source, latent, d_sae, query }) {
   </article>`;
 }
 
+// What one looks at first is painted at once; what is below and beside it stays as it was for one more frame.
 function Body({ feature, query, isWrapped, onWrap }) {
+  const late = useLate(feature);
   const isDead = feature.density === 0;
+  const below = useMemo(() => html`<${Below} feature=${late} isWrapped=${isWrapped}/>`, [late, isWrapped]);
+  const beside = useMemo(() => html`<${Beside} feature=${late} query=${query}/>`, [late]);
   return html`<${Heading} feature=${feature}/><${Facts} feature=${feature}/>
     <div class="columns">
       <div>
         ${isDead ? html`<section class="panel"><h2>Never active</h2><p>Not on one of the ${count(feature.n_tokens)} tokens that were indexed: it has no contexts, no histogram and nothing it is active with. What its decoder row says is still there.</p></section>`
-    : html`<${Contexts} feature=${feature} isWrapped=${isWrapped} onWrap=${onWrap}/>`}
+    : html`<section class="panel contexts">
+          <div class="row"><h2>Strongest contexts</h2><span class="spacer"></span><label class="row faint"><input type="checkbox" checked=${isWrapped} onChange=${onWrap}/> Wrap lines</label></div>
+          ${feature.contexts.length ? html`<${Lines} windows=${feature.contexts} name="Strongest contexts" most=${feature.max_activation} isWrapped=${isWrapped}/>` : html`<p class="faint">None were kept.</p>`}
+          ${below}</section>`}
       </div>
-      <aside>
-        <${Explanations} said=${feature.said}/>
-        ${!isDead && html`<${Activations} feature=${feature}/>`}
-        <${Density} feature=${feature}/>
-        <${Logits} feature=${feature}/>
-        <${Others} title="Most similar decoder rows" none="None is known." others=${feature.neighbours} source=${feature.source} query=${query} figures=${[["cosine", "cosine"]]}/>
-        <${Others} title="Active together" none=${isDead ? "It is never active." : "It is too rare for the sample on which pairs were counted."} others=${feature.coactive} source=${feature.source} query=${query} figures=${[["jaccard", "Jaccard"], ["lift", "lift"]]}/>
-      </aside>
+      <aside><${Explanations} said=${feature.said}/>${!isDead && html`<${Activations} feature=${feature}/>`}${beside}</aside>
     </div>`;
+}
+
+function useLate(value) {
+  const [late, setLate] = useState(value);
+  useEffect(() => setLate(value), [value]);
+  return late;
+}
+
+function Beside({ feature, query }) {
+  const given = { source: feature.source, query };
+  const none = feature.density === 0 ? "It is never active." : "It is too rare for the sample on which pairs were counted.";
+  return html`<${Density} feature=${feature}/><${Logits} feature=${feature}/>
+    <${Others} title="Most similar decoder rows" none="None is known." others=${feature.neighbours} figures=${[["cosine", "cosine"]]} ...${given}/>
+    <${Others} title="Active together" none=${none} others=${feature.coactive} figures=${[["jaccard", "Jaccard"], ["lift", "lift"]]} ...${given}/>`;
 }
 
 function Heading({ feature }) {
@@ -91,17 +105,14 @@ function Heading({ feature }) {
 
 // --- contexts ---
 
-function Contexts({ feature, isWrapped, onWrap }) {
-  const most = feature.max_activation;
-  const lines = (windows, name) => html`<div class="lines" role="list" aria-label=${name}>${windows.map((window) => html`<${Line} window=${window} most=${most} isWrapped=${isWrapped}/>`)}</div>`;
-  return html`<section class="panel contexts">
-    <div class="row"><h2>Strongest contexts</h2><span class="spacer"></span><label class="row faint"><input type="checkbox" checked=${isWrapped} onChange=${onWrap}/> Wrap lines</label></div>
-    ${feature.contexts.length ? lines(feature.contexts, "Strongest contexts") : html`<p class="faint">None were kept.</p>`}
-    ${feature.bins.length > 0 && html`<h2>Contexts by quantile of activation</h2>
+function Below({ feature, isWrapped }) {
+  const lines = (windows, name) => html`<${Lines} windows=${windows} name=${name} most=${feature.max_activation} isWrapped=${isWrapped}/>`;
+  return html`${feature.bins.length > 0 && html`<h2>Contexts by quantile of activation</h2>
       ${[...feature.bins].reverse().map((bin) => html`<h3>${Math.round(100 * bin.share_low)} to ${Math.round(100 * bin.share_high)}% <span class="faint">of its active tokens, ${figure(bin.low)} to ${figure(bin.high)}</span></h3>${lines(bin.contexts, `Contexts from ${figure(bin.low)} to ${figure(bin.high)}`)}`)}`}
-    ${feature.near_misses.length > 0 && html`<h2>Near misses</h2><h3>Texts where it is never active, by how close it comes</h3>${lines(feature.near_misses, "Near misses")}`}
-  </section>`;
+    ${feature.near_misses.length > 0 && html`<h2>Near misses</h2><h3>Texts where it is never active, by how close it comes</h3>${lines(feature.near_misses, "Near misses")}`}`;
 }
+
+const Lines = ({ windows, name, most, isWrapped }) => html`<div class="lines" role="list" aria-label=${name}>${windows.map((window) => html`<${Line} window=${window} most=${most} isWrapped=${isWrapped}/>`)}</div>`;
 
 // A context: around its peak in one line, or whole.
 function Line({ window, most, isWrapped }) {
