@@ -56,7 +56,7 @@ function Shown({ source, latent, d_sae, query }) {
       <span class="faint place">${order.place === undefined ? (order.isOutside ? "not in the list" : "") : `${count(order.place + 1)} of ${count(order.total)}`}</span>
       <span class="spacer"></span>
       <a class="button" href=${list}>List</a><a class="button" href=${bench}>Try in the bench</a>
-      <button onClick=${share}><span role="status">${isCopied ? "Copied" : "Copy link"}</span></button>
+      <button class="fixed" onClick=${share}>${isCopied ? "Copied" : "Copy link"}</button><span class="unseen" role="status">${isCopied ? "Copied" : ""}</span>
     </div>
     ${error ? html`<${Problem} error=${error}/>` : !feature ? html`<${Waiting}/>` : html`<div class=${data ? "" : "stale"}><${Body} feature=${feature} query=${query} isWrapped=${Boolean(query.wrap)} onWrap=${wrap}/></div>`}
     <${KeyHints} keys=${HINTS}/>
