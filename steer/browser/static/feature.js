@@ -6,7 +6,7 @@ import { Explanations } from "./explanations.js";
 import { Activations, Density, Facts, Logits, Others } from "./feature_panels.js";
 import { featureAddress, featurePath, listAddress, listOf, useOrder } from "./latent_lists.js";
 import { go } from "./router.js";
-import { copy, count, Empty, figure, GoTo, html, KeyHints, Problem, Tokens, useCached, useKeys, Waiting } from "./ui.js";
+import { copy, count, Empty, figure, fixed, GoTo, html, KeyHints, Problem, Tokens, useCached, useKeys, Waiting } from "./ui.js";
 
 const AHEAD = 3;
 const HINTS = [[["j", "k"], "next, previous"], [["u"], "list"], [["g"], "go to a number"], [["w"], "wrap lines"], [["c"], "copy link"], [["b"], "bench"]];
@@ -74,7 +74,7 @@ function Body({ feature, query, isWrapped, onWrap }) {
       <div>
         ${isDead ? html`<section class="panel"><h2>Never active</h2><p>Not on one of the ${count(feature.n_tokens)} tokens that were indexed: it has no contexts, no histogram and nothing it is active with. What its decoder row says is still there.</p></section>`
     : html`<section class="panel contexts">
-          <div class="row"><h2>Strongest contexts</h2><span class="spacer"></span><label class="row faint"><input type="checkbox" checked=${isWrapped} onChange=${onWrap}/> Wrap lines</label></div>
+          <div class="row"><h2>Strongest contexts</h2><span class="spacer"></span>${feature.contexts.some(({ effect }) => effect !== null) && html`<span class="faint by">right: nats a token that the text costs more without it</span>`}<label class="row faint"><input type="checkbox" checked=${isWrapped} onChange=${onWrap}/> Wrap lines</label></div>
           ${feature.contexts.length ? html`<${Lines} windows=${feature.contexts} name="Strongest contexts" most=${feature.max_activation} isWrapped=${isWrapped}/>` : html`<p class="faint">None were kept.</p>`}
           ${below}</section>`}
       </div>
@@ -119,8 +119,8 @@ function Line({ window, most, isWrapped }) {
   const { tokens, values, peak, score, effect } = window;
   const part = (from, to, dir) => html`<${Tokens} dir=${dir} texts=${tokens} values=${values} most=${most} peak=${peak} from=${from} to=${to}/>`;
   return html`<div class="line" role="listitem">
-    <span class="number" title="pre-activation at the peak">${figure(score)}</span>
+    <span class="number" title="pre-activation at the peak">${fixed(2)(score)}</span>
     ${isWrapped ? html`<span class="whole">${part(0, tokens.length)}</span>` : html`<span class="kwic" dir="ltr"><span class="before">${part(0, peak, "ltr")}</span><span class="after">${part(peak, tokens.length, "ltr")}</span></span>`}
-    <span class="number effect" title=${effect === null ? undefined : `without the latent the text behind the peak costs ${figure(effect)} nats a token more`}>${effect === null ? "" : `${effect > 0 ? "+" : ""}${figure(effect, 2)}`}</span>
+    <span class="number effect" title=${effect === null ? undefined : `without the latent the text behind the peak costs ${figure(effect)} nats a token more`}>${effect === null ? "" : fixed(3, true)(effect)}</span>
   </div>`;
 }
