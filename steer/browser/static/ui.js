@@ -31,7 +31,7 @@ export function useCached(path) {
 export function useKeys(table) {
   const current = useRef(table);
   current.current = table;
-  useEffect(() => {
+  useLayoutEffect(() => {
     const listener = (event) => {
       const isTyping = event.target.closest?.("input:not([type=range]):not([type=checkbox]), textarea, select, [contenteditable]");
       if (event.ctrlKey || event.metaKey || event.altKey || (isTyping && event.key !== "Escape")) return;
