@@ -7,11 +7,11 @@ The server is `saekit browse` in a process of its own, over an index such as ben
 page is headless Chromium's. Times are from an event inside the page until what it asks for is painted, in ms, to the
 frame of 16.7 ms: the document is looked at in each animation frame, and the first task behind the right one counts.
 
-
     open     navigation to the first rows, without a cache of the browser's, after one that is not counted
     frame    from frame to frame while the list is scrolled by a wheel; drag: by its scrollbar, to random places
     rows     a jump to a random place until its rows are there
-    feature  key j on a feature's page to the next feature, with pauses in which the next three are prefetched
+    feature  key j on a feature's page to the next feature's heading, labels and strongest contexts, with pauses in
+             which the next three are prefetched; what is below and beside them follows a frame later
     search   the last letter of a word until the rows that match, less the pause that the page makes on purpose
     sort     a click on a column that was not sorted by before
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import sqlalchemy as sql
@@ -25,6 +26,9 @@ KINDS = (EXPLANATION, TOKENS, LOGITS)
 """the same, by how much each says; others come last"""
 DETECTING = ("detection", "fuzzing")
 """methods that ask whether texts fit an explanation, 0.5 by chance; their mean stands for it in lists"""
+
+
+_CHECKED: WeakKeyDictionary[sql.Engine, set[type[orm.DeclarativeBase]]] = WeakKeyDictionary()
 
 
 class LabelBase(orm.DeclarativeBase):
@@ -203,7 +207,13 @@ def scores_of(session: orm.Session, labels: Iterable[int]) -> dict[int, list[Sco
 
 
 def check_tables(session: orm.Session, base: type[orm.DeclarativeBase] = LabelBase) -> bool:
-    """Whether the tables, of labels unless said, are there. Raises: CorruptArtefactError if one lacks a column."""
+    """Whether the tables, of labels unless said, are there. Raises: CorruptArtefactError if one lacks a column.
+
+    Tables do not go away again, so a database that has them is looked at once: it takes longer than reading a label.
+    """
+    checked = _CHECKED.setdefault(session.get_bind().engine, set())
+    if base in checked:
+        return True
     inspector = sql.inspect(session.connection())
     there = set(inspector.get_table_names())
     for table in base.metadata.sorted_tables:
@@ -218,4 +228,7 @@ def check_tables(session: orm.Session, base: type[orm.DeclarativeBase] = LabelBa
                     got=f"none named {', '.join(sorted(missing))}",
                     fix="It was made by something else or by another version: rename the table, and a new one is made.",
                 )
-    return all(table.name in there for table in base.metadata.sorted_tables)
+    if not all(table.name in there for table in base.metadata.sorted_tables):
+        return False
+    checked.add(base)
+    return True

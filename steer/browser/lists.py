@@ -31,6 +31,8 @@ SCORE, EXPLAINED = "score", "explained"
 """columns that come from labels: of the best explanation, and whether there is one"""
 FOUND = 2000
 """latents that a search may find"""
+CUT_FROM = 3
+"""bytes of a word from which on it may be cut short"""
 KEPT_ORDERS = 8
 MAX_LATENT = 2**31 - 1
 WORDS, FEW_WORDS = 6, 3
@@ -195,7 +197,7 @@ class Listing:
         if not words:
             return None
         d_sae = self.index.info["d_sae"]
-        return np.array([i for i in self.index.search(words, FOUND) if 0 <= i < d_sae], dtype=np.int64)
+        return np.array([i for i in self.index.search(words, FOUND, CUT_FROM) if 0 <= i < d_sae], dtype=np.int64)
 
 
 class Listings:

@@ -249,6 +249,7 @@ def test_a_search_ranks_what_it_finds_and_names_a_latent_once(tmp_path: Path) ->
     assert index.search("mill") == index.search("mi") == [1, 0, 2]
     assert [index.search("m", limit) for limit in (0, 1, 2)] == [[], [1], [1, 0]]
     assert index.search("wind") == index.search("mill w WIND") == [0]
+    assert (index.search("mi", cut_from=3), index.search("mil a", cut_from=3)) == ([], [2])
     with sqlite3.connect(tmp_path / FILE_NAME) as connection:
         query = "SELECT latent FROM search WHERE search MATCH 'mill*' GROUP BY latent ORDER BY min(rank)"
         assert [latent for (latent,) in connection.execute(query)] == [1, 0, 2]

@@ -1,12 +1,12 @@
 // One latent: where it is active, what it says and does, who is like it, and what was said of it.
 
-import { useEffect, useRef, useState } from "./vendor/hooks.js";
+import { useEffect, useMemo, useRef, useState } from "./vendor/hooks.js";
 import { prefetch } from "./api.js";
 import { Explanations } from "./explanations.js";
 import { Activations, Density, Facts, Logits, Others } from "./feature_panels.js";
 import { featureAddress, featurePath, listAddress, listOf, useOrder } from "./latent_lists.js";
 import { go } from "./router.js";
-import { copy, count, Empty, figure, GoTo, html, KeyHints, Problem, Tokens, useCached, useKeys, Waiting } from "./ui.js";
+import { copy, count, Empty, figure, fixed, GoTo, html, KeyHints, Problem, Tokens, useCached, useKeys, Waiting } from "./ui.js";
 
 const AHEAD = 3;
 const HINTS = [[["j", "k"], "next, previous"], [["u"], "list"], [["g"], "go to a number"], [["w"], "wrap lines"], [["c"], "copy link"], [["b"], "bench"]];
@@ -56,30 +56,44 @@ function Shown({ source, latent, d_sae, query }) {
       <span class="faint place">${order.place === undefined ? (order.isOutside ? "not in the list" : "") : `${count(order.place + 1)} of ${count(order.total)}`}</span>
       <span class="spacer"></span>
       <a class="button" href=${list}>List</a><a class="button" href=${bench}>Try in the bench</a>
-      <button onClick=${share}><span role="status">${isCopied ? "Copied" : "Copy link"}</span></button>
+      <button class="fixed" onClick=${share}>${isCopied ? "Copied" : "Copy link"}</button><span class="unseen" role="status">${isCopied ? "Copied" : ""}</span>
     </div>
     ${error ? html`<${Problem} error=${error}/>` : !feature ? html`<${Waiting}/>` : html`<div class=${data ? "" : "stale"}><${Body} feature=${feature} query=${query} isWrapped=${Boolean(query.wrap)} onWrap=${wrap}/></div>`}
     <${KeyHints} keys=${HINTS}/>
   </article>`;
 }
 
+// What one looks at first is painted at once; what is below and beside it stays as it was for one more frame.
 function Body({ feature, query, isWrapped, onWrap }) {
+  const late = useLate(feature);
   const isDead = feature.density === 0;
+  const below = useMemo(() => html`<${Below} feature=${late} isWrapped=${isWrapped}/>`, [late, isWrapped]);
+  const beside = useMemo(() => html`<${Beside} feature=${late} query=${query}/>`, [late]);
   return html`<${Heading} feature=${feature}/><${Facts} feature=${feature}/>
     <div class="columns">
       <div>
         ${isDead ? html`<section class="panel"><h2>Never active</h2><p>Not on one of the ${count(feature.n_tokens)} tokens that were indexed: it has no contexts, no histogram and nothing it is active with. What its decoder row says is still there.</p></section>`
-    : html`<${Contexts} feature=${feature} isWrapped=${isWrapped} onWrap=${onWrap}/>`}
+    : html`<section class="panel contexts">
+          <div class="row"><h2>Strongest contexts</h2><span class="spacer"></span>${feature.contexts.some(({ effect }) => effect !== null) && html`<span class="faint by">right: nats a token that the text costs more without it</span>`}<label class="row faint"><input type="checkbox" checked=${isWrapped} onChange=${onWrap}/> Wrap lines</label></div>
+          ${feature.contexts.length ? html`<${Lines} windows=${feature.contexts} name="Strongest contexts" most=${feature.max_activation} isWrapped=${isWrapped}/>` : html`<p class="faint">None were kept.</p>`}
+          ${below}</section>`}
       </div>
-      <aside>
-        <${Explanations} said=${feature.said}/>
-        ${!isDead && html`<${Activations} feature=${feature}/>`}
-        <${Density} feature=${feature}/>
-        <${Logits} feature=${feature}/>
-        <${Others} title="Most similar decoder rows" none="None is known." others=${feature.neighbours} source=${feature.source} query=${query} figures=${[["cosine", "cosine"]]}/>
-        <${Others} title="Active together" none=${isDead ? "It is never active." : "It is too rare for the sample on which pairs were counted."} others=${feature.coactive} source=${feature.source} query=${query} figures=${[["jaccard", "Jaccard"], ["lift", "lift"]]}/>
-      </aside>
+      <aside><${Explanations} said=${feature.said}/>${!isDead && html`<${Activations} feature=${feature}/>`}${beside}</aside>
     </div>`;
+}
+
+function useLate(value) {
+  const [late, setLate] = useState(value);
+  useEffect(() => setLate(value), [value]);
+  return late;
+}
+
+function Beside({ feature, query }) {
+  const given = { source: feature.source, query };
+  const none = feature.density === 0 ? "It is never active." : "It is too rare for the sample on which pairs were counted.";
+  return html`<${Density} feature=${feature}/><${Logits} feature=${feature}/>
+    <${Others} title="Most similar decoder rows" none="None is known." others=${feature.neighbours} figures=${[["cosine", "cosine"]]} ...${given}/>
+    <${Others} title="Active together" none=${none} others=${feature.coactive} figures=${[["jaccard", "Jaccard"], ["lift", "lift"]]} ...${given}/>`;
 }
 
 function Heading({ feature }) {
@@ -91,25 +105,22 @@ function Heading({ feature }) {
 
 // --- contexts ---
 
-function Contexts({ feature, isWrapped, onWrap }) {
-  const most = feature.max_activation;
-  const lines = (windows, name) => html`<div class="lines" role="list" aria-label=${name}>${windows.map((window) => html`<${Line} window=${window} most=${most} isWrapped=${isWrapped}/>`)}</div>`;
-  return html`<section class="panel contexts">
-    <div class="row"><h2>Strongest contexts</h2><span class="spacer"></span><label class="row faint"><input type="checkbox" checked=${isWrapped} onChange=${onWrap}/> Wrap lines</label></div>
-    ${feature.contexts.length ? lines(feature.contexts, "Strongest contexts") : html`<p class="faint">None were kept.</p>`}
-    ${feature.bins.length > 0 && html`<h2>Contexts by quantile of activation</h2>
+function Below({ feature, isWrapped }) {
+  const lines = (windows, name) => html`<${Lines} windows=${windows} name=${name} most=${feature.max_activation} isWrapped=${isWrapped}/>`;
+  return html`${feature.bins.length > 0 && html`<h2>Contexts by quantile of activation</h2>
       ${[...feature.bins].reverse().map((bin) => html`<h3>${Math.round(100 * bin.share_low)} to ${Math.round(100 * bin.share_high)}% <span class="faint">of its active tokens, ${figure(bin.low)} to ${figure(bin.high)}</span></h3>${lines(bin.contexts, `Contexts from ${figure(bin.low)} to ${figure(bin.high)}`)}`)}`}
-    ${feature.near_misses.length > 0 && html`<h2>Near misses</h2><h3>Texts where it is never active, by how close it comes</h3>${lines(feature.near_misses, "Near misses")}`}
-  </section>`;
+    ${feature.near_misses.length > 0 && html`<h2>Near misses</h2><h3>Texts where it is never active, by how close it comes</h3>${lines(feature.near_misses, "Near misses")}`}`;
 }
+
+const Lines = ({ windows, name, most, isWrapped }) => html`<div class="lines" role="list" aria-label=${name}>${windows.map((window) => html`<${Line} window=${window} most=${most} isWrapped=${isWrapped}/>`)}</div>`;
 
 // A context: around its peak in one line, or whole.
 function Line({ window, most, isWrapped }) {
   const { tokens, values, peak, score, effect } = window;
   const part = (from, to, dir) => html`<${Tokens} dir=${dir} texts=${tokens} values=${values} most=${most} peak=${peak} from=${from} to=${to}/>`;
   return html`<div class="line" role="listitem">
-    <span class="number" title="pre-activation at the peak">${figure(score)}</span>
+    <span class="number" title="pre-activation at the peak">${fixed(2)(score)}</span>
     ${isWrapped ? html`<span class="whole">${part(0, tokens.length)}</span>` : html`<span class="kwic" dir="ltr"><span class="before">${part(0, peak, "ltr")}</span><span class="after">${part(peak, tokens.length, "ltr")}</span></span>`}
-    <span class="number effect" title=${effect === null ? undefined : `without the latent the text behind the peak costs ${figure(effect)} nats a token more`}>${effect === null ? "" : `${effect > 0 ? "+" : ""}${figure(effect, 2)}`}</span>
+    <span class="number effect" title=${effect === null ? undefined : `without the latent the text behind the peak costs ${figure(effect)} nats a token more`}>${effect === null ? "" : fixed(3, true)(effect)}</span>
   </div>`;
 }

@@ -2,7 +2,7 @@
 
 import { h } from "./vendor/preact.js";
 import htm from "./vendor/htm.js";
-import { useEffect, useRef, useState } from "./vendor/hooks.js";
+import { useEffect, useLayoutEffect, useRef, useState } from "./vendor/hooks.js";
 import { cached, known } from "./api.js";
 
 export const html = htm.bind(h);
@@ -31,7 +31,7 @@ export function useCached(path) {
 export function useKeys(table) {
   const current = useRef(table);
   current.current = table;
-  useEffect(() => {
+  useLayoutEffect(() => {
     const listener = (event) => {
       const isTyping = event.target.closest?.("input:not([type=range]):not([type=checkbox]), textarea, select, [contenteditable]");
       if (event.ctrlKey || event.metaKey || event.altKey || (isTyping && event.key !== "Escape")) return;
@@ -135,7 +135,7 @@ export async function copy(text) {
 // A line that asks for a latent's number.
 export function GoTo({ most, onGo, onClose }) {
   const field = useRef(null);
-  useEffect(() => field.current.focus(), []);
+  useLayoutEffect(() => field.current.focus(), []);  // before the next key
   const submit = (event) => {
     event.preventDefault();
     if (field.current.value !== "") onGo(Number(field.current.value));

@@ -44,6 +44,7 @@ def test_a_number_is_gone_to(page: Page) -> None:
     expect_at(page, "250")
     page.keyboard.press("Enter")
     expect(page).to_have_url(re.compile(r"/feature/resid_post\.1/250$"))
+    expect(page.locator(".place")).to_have_text("251 of 300")
     page.keyboard.type("g7\n")
     expect(page).to_have_url(re.compile(r"/feature/resid_post\.1/7$"))
 
@@ -72,13 +73,13 @@ def test_what_a_list_shows_is_in_its_address(page: Page) -> None:
     page.get_by_text("Bounds").click()
     page.get_by_label("Score at least").fill("0.9")
     page.keyboard.press("Enter")
-    expect(page.locator(".total")).to_have_text(re.compile(r"^\d+ of 300$"))
-    before, shown = page.locator(".entry:not(.head)").all_inner_texts(), page.locator(".total").inner_text()
-    assert 1 < len(before) < 30
+    shown = "12 of 300"  # every fifth from 240 on
+    expect(page.locator(".total")).to_have_text(shown)
+    expect(page.locator(".entry:not(.head)")).to_have_count(12)
+    before = page.locator(".entry:not(.head)").all_text_contents()
     page.reload()
     expect(page.locator(".total")).to_have_text(shown)
-    expect(page.locator(".entry:not(.head)").last).to_be_visible()
-    assert page.locator(".entry:not(.head)").all_inner_texts() == before
+    expect(page.locator(".entry:not(.head)")).to_have_text(before)
     page.get_by_title("Take this away").click()
     expect(page.locator(".total")).not_to_have_text(shown)
 
@@ -132,13 +133,11 @@ def test_hostile_texts_are_shown_as_they_are(page: Page) -> None:
 def test_a_token_tells_its_activation(page: Page) -> None:
     page.goto(f"{FIRST}/3")
     peak = page.locator(".line .token.peak").first
-    score = page.locator(".line .number").first.inner_text()
-    assert peak.get_attribute("title").endswith(f"  {score}")
-    first = page.locator(".line").first.bounding_box()
+    score = float(page.locator(".line .number").first.inner_text())
+    assert float((peak.get_attribute("title") or "").rsplit("  ")[-1]) == pytest.approx(score, abs=0.06)
     page.keyboard.press("w")
     expect(page).to_have_url(re.compile("wrap=1"))
     expect(page.locator(".whole").first).to_be_visible()
-    assert first is not None
 
 
 def test_a_latent_says_all_that_is_known(page: Page) -> None:
@@ -158,12 +157,12 @@ def test_a_latent_says_all_that_is_known(page: Page) -> None:
 
 
 def test_the_link_is_copied(page: Page) -> None:
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.goto(f"{FIRST}/15?sort=density")
     expect(page.locator(".place")).to_have_text(re.compile("of 300"))
+    page.evaluate("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
     page.keyboard.press("c")
     expect(page.get_by_role("button", name="Copied")).to_be_visible()
-    assert page.evaluate("navigator.clipboard.readText()") == page.url
+    assert page.evaluate("window.copied") == page.url
 
 
 @pytest.mark.parametrize(
