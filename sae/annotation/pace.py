@@ -48,7 +48,7 @@ def pace(events: Sequence[Event]) -> Pace:
             pauses += 1
         else:
             spent[event.latent] = spent.get(event.latent, 0.0) + gap
-    total = sum(spent.values())
+    total = sum(spent.values(), 0.0)
     return Pace(
         latents=len(spent),
         seconds=total,

@@ -5,7 +5,8 @@ becomes an answer with where, expected, got and fix. Every other path is the pag
 names. Left out: listening on a port (`steer.browser.serve`).
 """
 
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from importlib import resources
 from importlib.metadata import version
 from typing import Any
@@ -17,11 +18,12 @@ from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
-from activations.errors import MissingArtefactError, SaekitError, UnknownNameError
+from activations.errors import MismatchError, MissingArtefactError, SaekitError, StorageError, UnknownNameError
 from steer.browser.accounts import accounts_router
 from steer.browser.comparisons import Comparisons, comparisons_router
 from steer.browser.features import features_router
 from steer.browser.guard import COOKIE, AccountOf, Gatekeeper, Pace, Viewer
+from steer.browser.labelling import Labelling, labelling_router
 from steer.browser.lists import Listings, lists_router
 from steer.browser.maps import maps_router
 from steer.browser.model import SharedModel
@@ -30,7 +32,10 @@ from steer.browser.sources import Opened
 from steer.browser.team import Team
 
 STATIC = resources.files("steer.browser") / "static"
-NOT_FOUND = (MissingArtefactError, UnknownNameError)
+STATUSES: dict[type[SaekitError], int] = {
+    UnknownNameError: 404, MissingArtefactError: 404, MismatchError: 409, StorageError: 503,
+}  # fmt: skip
+"""what an error is over HTTP, by the first that it is one of; 400 otherwise"""
 
 
 class About(BaseModel):
@@ -53,7 +58,12 @@ class Login(BaseModel):
 
 
 def create_app(
-    opened: Opened, account_of: AccountOf, hosts: Iterable[str], model: SharedModel, team: Team | None = None
+    opened: Opened,
+    account_of: AccountOf,
+    hosts: Iterable[str],
+    model: SharedModel,
+    team: Team | None = None,
+    database: str | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -62,8 +72,20 @@ def create_app(
       hosts: names that the Host header may have.
       model: what prompts are run through and what is steered.
       team: whose accounts an admin may change; none: there is one account.
+      database: URL of the database that keeps what people write of latents; none: each index its own.
     """
-    app = FastAPI(title="saekit browser", version=version("saekit"), docs_url=None, redoc_url=None, openapi_url=None)
+    labelling, comparisons = Labelling(opened, database), Comparisons(opened)
+
+    @asynccontextmanager
+    async def closing(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        labelling.close()
+        comparisons.close()
+
+    app = FastAPI(
+        title="saekit browser", version=version("saekit"), docs_url=None, redoc_url=None, openapi_url=None,
+        lifespan=closing,
+    )  # fmt: skip
     app.state.account_of, app.state.pace = account_of, Pace()
     app.add_middleware(GZipMiddleware, minimum_size=1024)
     app.add_middleware(Gatekeeper, hosts=hosts)
@@ -98,7 +120,7 @@ def create_app(
     listings = Listings(opened)
     for router in (
         lists_router(listings), features_router(listings), prompts_router(listings, model), maps_router(opened),
-        comparisons_router(Comparisons(opened)),
+        comparisons_router(comparisons), labelling_router(labelling),
     ):  # fmt: skip
         app.include_router(router)
     if team is not None:
@@ -124,7 +146,8 @@ def _kept(response: Response, token: str, request: Request) -> Response:
 async def _as_answer(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, SaekitError):
         detail = {"where": error.where, "expected": error.expected, "got": error.got, "fix": error.fix}
-        return JSONResponse({"detail": detail}, 404 if isinstance(error, NOT_FOUND) else 400)
+        status = next((code for kind, code in STATUSES.items() if isinstance(error, kind)), 400)
+        return JSONResponse({"detail": detail}, status)
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])

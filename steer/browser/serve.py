@@ -48,7 +48,7 @@ def browse(config: BrowseConfig, *, as_json: bool = False) -> None:
             team = stack.enter_context(closing(Team(url, own, token)))
         names = {*LOOPBACK, config.host, *config.hosts}
         model = SharedModel(config.model or _model_of(opened), config.device)
-        app = create_app(opened, team.account_of if team else single(own, token), names, model, team)
+        app = create_app(opened, team.account_of if team else single(own, token), names, model, team, config.database)
         shown = f"[{config.host}]" if ":" in config.host else config.host
         _say(f"http://{shown}:{listener.getsockname()[1]}/#token={token}", config, as_json)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))

@@ -112,7 +112,7 @@ function Below({ feature, isWrapped }) {
     ${feature.near_misses.length > 0 && html`<h2>Near misses</h2><h3>Texts where it is never active, by how close it comes</h3>${lines(feature.near_misses, "Near misses")}`}`;
 }
 
-const Lines = ({ windows, name, most, isWrapped }) => html`<div class="lines" role="list" aria-label=${name}>${windows.map((window) => html`<${Line} window=${window} most=${most} isWrapped=${isWrapped}/>`)}</div>`;
+export const Lines = ({ windows, name, most, isWrapped }) => html`<div class="lines" role="list" aria-label=${name}>${windows.map((window) => html`<${Line} window=${window} most=${most} isWrapped=${isWrapped}/>`)}</div>`;
 
 // A context: around its peak in one line, or whole.
 function Line({ window, most, isWrapped }) {

@@ -11,6 +11,7 @@ const VIEWS = {
   "": () => import("./features.js"),
   features: () => import("./features.js"),
   feature: () => import("./feature.js"),
+  label: () => import("./label.js"),
   prompt: () => import("./prompt.js"),
   compare: () => import("./compare.js"),
   map: () => import("./map.js"),
@@ -19,6 +20,7 @@ const VIEWS = {
 const hasIndex = (about) => about.sources.length > 0;
 const PAGES = [
   { path: "/features", name: "Features", also: ["", "feature"], isFor: hasIndex },
+  { path: "/label", name: "Label", isFor: hasIndex },
   { path: "/prompt", name: "Prompt", isFor: hasIndex },
   { path: "/map", name: "Map", isFor: hasIndex },
   { path: "/compare", name: "Compare", isFor: (about) => about.sources.length > 1 },

@@ -6,6 +6,8 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -19,12 +21,19 @@ ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = "from steer.cli import main; main()"
 
 
-def start(state: Path, *arguments: object) -> subprocess.Popen[str]:
+@contextmanager
+def started(state: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """`saekit browse` as a process, which does not outlive the test."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(state)}
-    command = [sys.executable, "-c", PROGRAM, "browse", *map(str, arguments), "--set", "open=false", "--set", "port=0"]
-    return subprocess.Popen(
+    command = [sys.executable, "-c", PROGRAM, "browse", "--set", "open=false", "--set", "port=0", *map(str, arguments)]
+    process = subprocess.Popen(
         [*command, "--json"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def address_of(process: subprocess.Popen[str]) -> tuple[str, str]:
@@ -42,18 +51,16 @@ def stop(process: subprocess.Popen[str]) -> int:
 
 
 def test_it_answers_and_a_page_that_was_open_goes_on_after_a_restart(own_index: Path, tmp_path: Path) -> None:
-    process = start(tmp_path, own_index.parent)
-    where, token = address_of(process)
-    headers = {"authorization": f"Bearer {token}"}
-    assert httpx.get(f"{where}/api/about", headers=headers).json()["sources"][0]["name"] == "resid_post.1"
-    assert stat.S_IMODE((tmp_path / "saekit" / "browser-token").stat().st_mode) == 0o600
-    assert stop(process) == 0
-    process = start(tmp_path, own_index)
-    where, again = address_of(process)
-    assert again == token
-    assert httpx.get(f"{where}/api/about", headers=headers).status_code == 200
-    process.kill()
-    process.communicate()
+    with started(tmp_path, own_index.parent) as process:
+        where, token = address_of(process)
+        headers = {"authorization": f"Bearer {token}"}
+        assert httpx.get(f"{where}/api/about", headers=headers).json()["sources"][0]["name"] == "resid_post.1"
+        assert stat.S_IMODE((tmp_path / "saekit" / "browser-token").stat().st_mode) == 0o600
+        assert stop(process) == 0
+    with started(tmp_path, own_index) as process:
+        where, again = address_of(process)
+        assert again == token
+        assert httpx.get(f"{where}/api/about", headers=headers).status_code == 200
 
 
 def test_opening_loads_neither_torch_nor_jax(own_index: Path, tmp_path: Path) -> None:
@@ -81,9 +88,8 @@ def test_what_is_refused(own_index: Path, tmp_path: Path) -> None:
 
 
 def test_a_port_that_is_taken_is_named(own_index: Path, tmp_path: Path) -> None:
-    process = start(tmp_path, own_index)
-    where, _ = address_of(process)
-    port = int(where.rsplit(":", 1)[1])
-    with pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
-        browse(BrowseConfig(paths=(own_index,), port=port, open=False))
-    assert stop(process) == 0
+    with started(tmp_path, own_index) as process:
+        port = int(address_of(process)[0].rsplit(":", 1)[1])
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
+            browse(BrowseConfig(paths=(own_index,), port=port, open=False))
+        assert stop(process) == 0
