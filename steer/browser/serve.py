@@ -69,9 +69,8 @@ def _say(address: str, config: BrowseConfig, as_json: bool) -> None:
 
 
 def _model_of(opened: Opened) -> str | None:
-    """The model that the first index was made with."""
-    first = next(iter(opened.sources.values()), None)
-    return None if first is None else first.index.info["model"]["id"]
+    """The model that an index was made with."""
+    return next((source.model for source in opened.sources.values() if source.model), None)
 
 
 def _is_loopback(host: str) -> bool:

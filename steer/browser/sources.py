@@ -29,6 +29,8 @@ class Source:
     index: FeatureIndex
     sae: Path | None
     """the SAE it was built from, if it is still where it was"""
+    model: str | None = None
+    """how the model is named that it was built with, for `load_model`"""
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,15 @@ def _named(indexes: dict[Path, FeatureIndex]) -> dict[str, Source]:
         name = points[folder] if times[points[folder]] == 1 else f"{points[folder]}@{folder.name}"
         while name in sources:
             name += "'"
-        sources[name] = Source(name, folder, index, _sae_of(folder))
+        sources[name] = Source(name, folder, index, *_made_from(folder))
     return sources
 
 
-def _sae_of(folder: Path) -> Path | None:
-    """The path that the index's own config names."""
+def _made_from(folder: Path) -> tuple[Path | None, str | None]:
+    """SAE and model that the index's own config names."""
     try:
         config = yaml.safe_load((folder / "index.yaml").read_text())
-        sae = Path(config["sae"])
+        sae, model = Path(config["sae"]), str(config["model"])
     except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError):
-        return None
-    return sae if (sae / "cfg.json").is_file() else None
+        return None, None
+    return sae if (sae / "cfg.json").is_file() else None, model

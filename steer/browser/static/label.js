@@ -126,9 +126,9 @@ function Desk({ about, source, session }) {
       <div>${shown === null ? html`<${Empty} title=${isViewer ? "You may look on" : "Nothing is left for you"}>${progress.done < progress.latents ? "Others hold the rest, or have to." : "Every latent of this session has its labels."}<//>`
     : html`<${Latent} key=${shown} source=${source} session=${session} latent=${shown} onDecide=${decide}/>`}</div>
       <aside><section class="panel"><h2>Last ten</h2>${last.length === 0 ? html`<p class="faint">Nothing yet.</p>` : html`<ol class="last">${last.map((each) => html`<li key=${each.key} class=${each.counts ? "" : "faint"}>
-        <button class="quiet" title="Decide again" onClick=${() => revisit(each.latent)}>${MARKS[each.action] ?? each.action} <span class="mono">${each.latent}</span> ${each.text}</button></li>`)}</ol>`}</section></aside>
+        <button class="quiet" title="Decide again" onClick=${() => revisit(each.latent)}>${MARKS[each.action] ?? each.action} <span class="mono">${each.latent}</span> ${each.text}</button></li>`)}</ol>`}</section>
+        <section class="panel"><h2>Keys</h2><${KeyHints} keys=${HINTS}/></section></aside>
     </div>
-    <${KeyHints} keys=${HINTS}/>
   </div>`;
 }
 

