@@ -130,9 +130,12 @@ def address(opened: Opened) -> Iterator[str]:
         yield where
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    """Chromium without a window: the one in SAEKIT_CHROMIUM, or the machine's own."""
+    """Chromium without a window: the one in SAEKIT_CHROMIUM, or the machine's own.
+
+    Not for longer than a module: Playwright keeps an event loop running in this thread, in which other tests start theirs.
+    """
     program = os.environ.get("SAEKIT_CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM)), None)
     if program is None:
         pytest.fail("these tests need Chromium: apt-get install chromium, or set SAEKIT_CHROMIUM to a program")
