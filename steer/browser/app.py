@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from activations.errors import MissingArtefactError, SaekitError, UnknownNameError
 from steer.browser.accounts import accounts_router
+from steer.browser.bench import bench_router
 from steer.browser.features import features_router
 from steer.browser.guard import COOKIE, AccountOf, Gatekeeper, Pace, Viewer
 from steer.browser.lists import Listings, lists_router
@@ -96,6 +97,7 @@ def create_app(
     listings = Listings(opened)
     for router in (lists_router(listings), features_router(listings), prompts_router(listings, model)):
         app.include_router(router)
+    app.include_router(bench_router(opened, model))
     if team is not None:
         app.include_router(accounts_router(team))
     app.mount("/static", StaticFiles(directory=str(STATIC)), name="static")

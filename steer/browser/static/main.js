@@ -12,12 +12,14 @@ const VIEWS = {
   features: () => import("./features.js"),
   feature: () => import("./feature.js"),
   prompt: () => import("./prompt.js"),
+  bench: () => import("./bench.js"),
   people: () => import("./people.js"),
 };
 const hasIndex = (about) => about.sources.length > 0;
 const PAGES = [
   { path: "/features", name: "Features", also: ["", "feature"], isFor: hasIndex },
   { path: "/prompt", name: "Prompt", isFor: hasIndex },
+  { path: "/bench", name: "Bench", isFor: (about) => hasIndex(about) || about.libraries.length > 0 },
   { path: "/people", name: "People", isFor: (about) => about.is_team && about.role === "admin" },
 ];
 const THEMES = ["auto", "light", "dark"];
