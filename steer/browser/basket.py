@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from steer.vectors import SteeringVector
 
 MOST_ITEMS = 8
+Ref = Annotated[str, Field(max_length=300)]
 Dose = Annotated[float, Field(ge=-16, le=16, allow_inf_nan=False)]
 Level = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
@@ -40,11 +41,14 @@ class Levels(BaseModel):
 class Item(BaseModel):
     """One thing that steers."""
 
-    vector: str | None = Field(None, max_length=300, description="NUMBER/NAME of the catalogue")
-    latent: str | None = Field(None, max_length=300, description="SOURCE:N")
-    dose: Dose | None = Field(None, description="none: the vector's own; of an ablation, its share")
+    vector: Ref | None = None
+    """NUMBER/NAME of the catalogue"""
+    latent: Ref | None = None
+    """SOURCE:N"""
+    dose: Dose | None = None
+    """none: the vector's own; of an ablation, its share"""
     operation: Literal["add", "rotate", "ablate"] | None = None
-    scope: str | None = Field(None, max_length=200)
+    scope: Annotated[str, Field(max_length=200)] | None = None
     gate: Levels | None = None
 
 
@@ -149,7 +153,8 @@ def _number(text: str) -> int:
 
 def entry_of(ref: str, vector: SteeringVector) -> Entry:
     """A vector for the page."""
-    window = None if vector.window is None else tuple(c / vector.mean_norm for c in vector.window)
+    low, high = vector.window or (0.0, 0.0)
+    window = None if vector.window is None else (low / vector.mean_norm, high / vector.mean_norm)
     receipts = len(vector.receipts)
     return Entry(
         ref=ref, name=vector.name, hook_point=vector.hook_point, coefficient=vector.coefficient,

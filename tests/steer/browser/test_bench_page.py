@@ -53,7 +53,7 @@ def test_a_basket_is_written_changed_shared_and_saved(page: Page, library: Path)
     page.goto("/features")
     page.goto(link)
     assert written(page) == first
-    page.get_by_label("Tokens").fill("900")
+    page.get_by_label("Tokens").fill("400")
     page.get_by_label("Tokens").blur()
     page.get_by_role("button", name="Run").click()
     page.locator("[data-row=steered]").wait_for()
