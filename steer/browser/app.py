@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from activations.errors import MismatchError, MissingArtefactError, SaekitError, StorageError, UnknownNameError
 from steer.browser.accounts import accounts_router
+from steer.browser.bench import bench_router
 from steer.browser.comparisons import Comparisons, comparisons_router
 from steer.browser.features import features_router
 from steer.browser.guard import COOKIE, AccountOf, Gatekeeper, Pace, Viewer
@@ -120,7 +121,7 @@ def create_app(
     listings = Listings(opened)
     for router in (
         lists_router(listings), features_router(listings), prompts_router(listings, model), maps_router(opened),
-        comparisons_router(comparisons), labelling_router(labelling),
+        comparisons_router(comparisons), labelling_router(labelling), bench_router(opened, model),
     ):  # fmt: skip
         app.include_router(router)
     if team is not None:

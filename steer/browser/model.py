@@ -36,6 +36,11 @@ class SharedModel:
             return "none"
         return "loading" if self._loading.locked() else "not loaded"
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody who uses it now has to wait."""
+        return self._loaded is None or self._used.locked()
+
     @contextmanager
     def using(self) -> Iterator[LoadedModel]:
         """The model, for whoever asked, alone until the context ends; blocks while it is loaded or used.

@@ -15,6 +15,7 @@ const VIEWS = {
   prompt: () => import("./prompt.js"),
   compare: () => import("./compare.js"),
   map: () => import("./map.js"),
+  bench: () => import("./bench.js"),
   people: () => import("./people.js"),
 };
 const hasIndex = (about) => about.sources.length > 0;
@@ -22,6 +23,7 @@ const PAGES = [
   { path: "/features", name: "Features", also: ["", "feature"], isFor: hasIndex },
   { path: "/label", name: "Label", isFor: hasIndex },
   { path: "/prompt", name: "Prompt", isFor: hasIndex },
+  { path: "/bench", name: "Bench", isFor: (about) => hasIndex(about) || about.libraries.length > 0 },
   { path: "/map", name: "Map", isFor: hasIndex },
   { path: "/compare", name: "Compare", isFor: (about) => about.sources.length > 1 },
   { path: "/people", name: "People", isFor: (about) => about.is_team && about.role === "admin" },

@@ -134,7 +134,8 @@ def address(opened: Opened) -> Iterator[str]:
 def chromium() -> Iterator[Browser]:
     """Chromium without a window: the one in SAEKIT_CHROMIUM, or the machine's own.
 
-    Not for longer than a module: Playwright keeps an event loop running in this thread, in which other tests start theirs.
+    Not for longer than a module: Playwright keeps an event loop running in this thread, in which other tests start
+    theirs.
     """
     program = os.environ.get("SAEKIT_CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM)), None)
     if program is None:

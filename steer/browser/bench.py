@@ -1,0 +1,102 @@
+"""The steering bench: a basket of vectors and latents, texts that are written under it, and saving what was found.
+
+Left out: finding vectors (`steer.browser.basket`); writing texts (`steer.browser.bench_runs`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import replace
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, Field
+
+from activations.errors import ConfigError
+from steer.browser.basket import Basket, Entry, Item, Shelf, as_used, entry_of, interventions
+from steer.browser.bench_runs import Asked, Doses, Run, Runs
+from steer.browser.guard import Annotator, Viewer
+from steer.browser.model import SharedModel
+from steer.browser.sources import Opened
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+class Weighed(BaseModel):
+    """A basket whose parts are compared."""
+
+    basket: Basket
+
+
+class Kept(BaseModel):
+    """What is saved, and where."""
+
+    library: int = Field(ge=0, le=10_000, description="number in the catalogue")
+    basket: Basket
+    names: list[Name] = Field(max_length=8, description="one for each item")
+
+
+def bench_router(opened: Opened, model: SharedModel) -> APIRouter:
+    """Routes of the bench."""
+    router, shelf, runs, saving = APIRouter(prefix="/api/bench"), Shelf(opened), Runs(model), threading.Lock()
+
+    @router.get("/catalogue")
+    def catalogue(account: Viewer) -> list[Entry]:
+        return shelf.catalogue()
+
+    @router.get("/latent")
+    def latent(account: Viewer, ref: str) -> Entry:
+        return entry_of(ref, shelf.find(Item(latent=ref[:300])))
+
+    @router.post("/stream")
+    async def stream(account: Viewer, asked: Asked) -> StreamingResponse:
+        steers = await asyncio.to_thread(shelf.steers, asked.basket)
+        await asyncio.to_thread(interventions, steers)  # refuses before anything is streamed
+        run = Run(asked, steers, account.name, asyncio.get_running_loop())
+        return StreamingResponse(runs.start(run), media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+    @router.post("/interference")
+    def interference(account: Viewer, weighed: Weighed) -> dict[str, Any]:
+        from steer.composition import composition
+
+        used = [each for steer in shelf.steers(weighed.basket) for each in as_used(steer)]
+        return composition(used).as_json()
+
+    @router.post("/save")
+    def save(account: Annotator, kept: Kept) -> list[Entry]:
+        with saving:
+            return _save(shelf, kept, account.name)
+
+    @router.post("/{run}/doses", status_code=204)
+    def doses(account: Viewer, run: str, given: Doses) -> None:
+        runs.dose(run, account.name, given)
+
+    return router
+
+
+def _save(shelf: Shelf, kept: Kept, author: str) -> list[Entry]:
+    """Add to a library. Raises: ConfigError for a name that is taken, or a library that cannot be written."""
+    from steer.library import load_library
+    from steer.making.make import add_to_library
+
+    path = shelf.library(kept.library)
+    if len(kept.names) != len(kept.basket) or len(set(kept.names)) != len(kept.names):
+        raise ConfigError("names", expected="one for each item, all different", got=kept.names, fix="Correct them.")
+    taken = set(load_library(path)) & set(kept.names)
+    if taken:
+        fix = "Choose another; nothing is overwritten."
+        raise ConfigError("names", expected="names that are free", got=", ".join(sorted(taken)), fix=fix)
+    vectors = []
+    for name, steer in zip(kept.names, shelf.steers(kept.basket), strict=True):
+        steer.interventions()  # refuses a scope or gate that is none before it is written
+        vector, used = steer.vectors[0], as_used(steer)[0]
+        source = {**vector.source, "bench": {"of": steer.name, "name": vector.name, "by": author}}
+        vectors.append(replace(used, name=name, source=source))
+    try:
+        add_to_library(path, *vectors)
+    except OSError as error:
+        got = error.strerror
+        raise ConfigError("library", expected="one that can be written", got=got, fix="Open another.") from error
+    return [entry_of(f"{kept.library}/{vector.name}", vector) for vector in vectors]

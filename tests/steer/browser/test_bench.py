@@ -1,0 +1,177 @@
+"""The steering bench's API on a tiny model."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from activations.models import LoadedModel
+from steer.browser.app import create_app
+from steer.browser.guard import Account
+from steer.browser.model import SharedModel
+from steer.browser.people import single
+from steer.browser.serve import LOOPBACK
+from steer.browser.sources import Opened
+from steer.generate import generate, streaming
+from steer.library import load_library, save_library
+from steer.operations import Intervention
+from steer.vectors import SteeringVector
+from tests.steer.browser.conftest import TOKEN, serving
+
+
+@pytest.fixture
+def library(tmp_path: Path, pushing: SteeringVector, vector: SteeringVector) -> Path:
+    save_library(tmp_path / "library", [pushing, vector])
+    return tmp_path / "library"
+
+
+@pytest.fixture
+def shared(tiny: LoadedModel) -> SharedModel:
+    return SharedModel(tiny.id, "cpu", tiny)
+
+
+@pytest.fixture
+def client(library: Path, shared: SharedModel) -> Iterator[httpx.Client]:
+    app = create_app(Opened({}, (library,)), single(Account("ada", "admin"), TOKEN), LOOPBACK, shared)
+    with serving(app) as where, _client(where) as found:
+        yield found
+
+
+def _client(where: Any) -> httpx.Client:
+    return httpx.Client(base_url=where, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60)
+
+
+def asked(**changes: Any) -> dict[str, Any]:
+    item = {"vector": "0/push", "dose": 0.5}
+    return {"basket": [item], "prompt": "the river", "chat": False, "max_new_tokens": 12, "temperature": 0} | changes
+
+
+def events(response: httpx.Response) -> Iterator[tuple[str, Any]]:
+    name = ""
+    for line in response.iter_lines():
+        if line.startswith("event:"):
+            name = line[6:].strip()
+        elif line.startswith("data:"):
+            yield name, json.loads(line[5:])
+
+
+def run(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
+    with client.stream("POST", "/api/bench/stream", json=body) as response:
+        assert response.status_code == 200
+        return dict(events(response))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_stream_is_what_generate_writes(
+    client: httpx.Client, tiny: LoadedModel, pushing: SteeringVector, temperature: float
+) -> None:
+    got = run(client, asked(temperature=temperature, seed=3, control=True))["end"]["texts"]
+    rows = [[Intervention.of(pushing, 4.0)], []]
+    wanted = generate(tiny, ["the river"] * 2, max_new_tokens=12, temperature=temperature, seed=[3, 3], rows=rows)
+    assert got[:2] == wanted
+    assert len(got) == 3
+    assert got[0] != got[1]
+
+
+def test_two_at_once_get_what_each_gets_alone(client: httpx.Client) -> None:
+    bodies = [asked(), asked(basket=[{"vector": "0/up", "dose": 1.0}], temperature=1, seed=5)]
+    alone, both = [run(client, body)["end"] for body in bodies], {}
+    threads = [threading.Thread(target=lambda i=i: both.update({i: run(client, bodies[i])["end"]})) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [both[0], both[1]] == alone
+
+
+@pytest.mark.parametrize("start", [0.0, 0.1])
+def test_a_dose_changes_from_the_next_token(
+    client: httpx.Client, tiny: LoadedModel, pushing: SteeringVector, start: float
+) -> None:
+    body = asked(basket=[{"vector": "0/push", "dose": start}], max_new_tokens=300)
+    at, end = 0, {}
+    with client.stream("POST", "/api/bench/stream", json=body) as response:
+        for name, data in events(response):
+            if name == "begin":
+                assert client.post(f"/api/bench/{data['id']}/doses", json={"doses": [1.0]}).status_code == 204
+            at = data["at"] if name == "doses" else at
+            end = data if name == "end" else end
+    assert at > 0
+    rows, later, texts = [[Intervention.of(pushing, start * 8)], []], [[Intervention.of(pushing, 8.0)], []], ["", ""]
+    with streaming(tiny, ["the river"] * 2, max_new_tokens=300, temperature=0.0, rows=rows, reserve=later[0]) as stream:
+        for n, pieces in enumerate(stream.pieces, 1):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+            if n == at:
+                stream.steered.set(rows=later, prompt_lengths=stream.prompt_lengths)
+    assert end["texts"] == texts
+
+
+def test_who_goes_away_frees_the_model_and_who_waits_is_told(client: httpx.Client, shared: SharedModel) -> None:
+    with client.stream("POST", "/api/bench/stream", json=asked(max_new_tokens=400)) as response:
+        next(events(response))
+    freed = threading.Event()
+    threading.Thread(target=lambda: _use(shared, freed), daemon=True).start()
+    assert freed.wait(1)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(shared.using())
+        response = stack.enter_context(client.stream("POST", "/api/bench/stream", json=asked()))
+        assert next(events(response))[0] == "waiting"
+
+
+def _use(shared: SharedModel, freed: threading.Event) -> None:
+    with shared.using():
+        freed.set()
+
+
+HOSTILE = [
+    asked(prompt=""), asked(prompt="x" * 9000), asked(max_new_tokens=10**9), asked(temperature=-1), asked(seed=-1),
+    asked(basket=[{"vector": "0/push"}] * 9), asked(basket=[{}]), asked(basket=[{"vector": "7/push"}]),
+    asked(basket=[{"vector": "../push"}]), asked(basket=[{"vector": "0/../push"}]), asked(basket=[{"latent": "x:1"}]),
+    asked(basket=[{"vector": "0/push", "dose": 1e9}]), asked(basket=[{"vector": "0/push", "operation": "eval"}]),
+    {"basket": "all"}, asked(basket=[{"vector": "0/push", "latent": "a:1"}]), asked(basket=[{"latent": "a:-1"}]),
+    asked(basket=[{"vector": "0/push", "scope": "nowhere("}]), asked(prompt="\ud800"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", HOSTILE)
+def test_what_is_hostile_is_refused(client: httpx.Client, body: dict[str, Any]) -> None:
+    content = json.dumps(body)
+    response = client.post("/api/bench/stream", content=content, headers={"content-type": "application/json"})
+    assert 400 <= response.status_code < 500, response.text
+
+
+def test_interference_tells_the_joint_dose(client: httpx.Client) -> None:
+    basket = [{"vector": "0/push", "dose": 0.5}, {"vector": "0/up", "dose": 1.0}]
+    found = client.post("/api/bench/interference", json={"basket": basket}).json()
+    assert found["points"]["resid_post.3"]["joint_dose"] == pytest.approx(0.5)
+
+
+def test_saving_adds_and_never_overwrites(client: httpx.Client, library: Path) -> None:
+    body = {"library": 0, "basket": [{"vector": "0/push", "dose": 0.25}], "names": ["mild"]}
+    assert client.post("/api/bench/save", json=body).status_code == 200
+    saved = load_library(library)["mild"]
+    assert (saved.coefficient, saved.source["bench"]["by"]) == (2.0, "ada")
+    before = (library / "manifest.json").read_bytes()
+    for names in (["mild"], ["../x"], ["a/b"], [".."], [], ["a\\b"]):
+        assert 400 <= client.post("/api/bench/save", json=body | {"names": names}).status_code < 500
+    assert client.post("/api/bench/save", json=body | {"library": 9, "names": ["z"]}).status_code == 404
+    assert (library / "manifest.json").read_bytes() == before
+
+
+def test_gates_open_and_shut_each_for_itself(client: httpx.Client) -> None:
+    """An open one changes nothing, a shut one leaves the unsteered text, and two of one vector are two."""
+    free = run(client, asked())["end"]["texts"]
+    item = {"vector": "0/push", "dose": 0.5}
+    opened, shut = ({**item, "gate": {"on": on}} for on in (-1.0, 1e6))
+    with_open = run(client, asked(basket=[opened], control=True))["end"]
+    assert with_open["texts"][:2] == free
+    assert any(any(tokens) for tokens in with_open["fired"].values())
+    assert run(client, asked(basket=[shut]))["end"]["texts"] == [free[1], free[1]]
+    both = run(client, asked(basket=[opened, shut]))["end"]
+    assert both["texts"] == free
+    assert len(both["fired"]) == 2
