@@ -99,7 +99,7 @@ def _made_from(folder: Path) -> tuple[Path | None, str | None]:
     """SAE and model that the index's own config names."""
     try:
         config = yaml.safe_load((folder / "index.yaml").read_text())
-        sae, model = Path(config["sae"]), str(config["model"])
+        sae, model = Path(config["sae"]), config.get("model")
     except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError):
         return None, None
-    return sae if (sae / "cfg.json").is_file() else None, model
+    return sae if (sae / "cfg.json").is_file() else None, model if isinstance(model, str) else None

@@ -38,7 +38,7 @@ def test_no_endpoint_answers_without_a_token(client: httpx.Client, opened: Opene
         answer = client.request(method, path.replace("{", "").replace("}", ""), headers={"x-saekit": "1"})
         assert (path, method, answer.status_code) == (path, method, 401)
         wrong = client.request(method, path, headers={"authorization": "Bearer wrong"})
-        assert wrong.status_code == 401
+        assert wrong.status_code in (401, 429), "wrong tokens are counted"
 
 
 def test_a_login_gives_a_cookie_that_only_this_site_sends(client: httpx.Client) -> None:

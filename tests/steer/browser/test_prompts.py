@@ -20,6 +20,7 @@ from sae.index_db import LatentRow, write_index
 from sae.torch_view import TorchSae
 from sae.vocabulary import Vocabulary
 from steer.browser.app import create_app
+from steer.browser.guard import Account
 from steer.browser.lists import Listing
 from steer.browser.model import SharedModel
 from steer.browser.people import single
@@ -64,7 +65,7 @@ def found(run: Path) -> Iterator[Opened]:
 
 @pytest.fixture
 def where(found: Opened, tiny: LoadedModel) -> Iterator[str]:
-    app = create_app(found, single("ada", TOKEN), LOOPBACK, SharedModel("tiny", "cpu", tiny))
+    app = create_app(found, single(Account("ada", "admin"), TOKEN), LOOPBACK, SharedModel("tiny", "cpu", tiny))
     with serving(app) as where:
         yield where
 
