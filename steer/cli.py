@@ -7,6 +7,7 @@ line, 2 wrong usage. Heavy imports sit inside the verbs, so that `saekit --help`
 
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
 from sae.labels.config import LabelConfig
 from steer.browser.config import BrowseConfig
 from steer.config import ChatConfig, DemoConfig
-from steer.options import AsJson, ConfigPath, DryRun, Overrides
+from steer.options import AsJson, ConfigOption, ConfigPath, DryRun, Overrides
 from steer.show import show, status
 from steer.vector_cli import app as vector_app
 
@@ -136,7 +137,7 @@ def browse(
     paths: Annotated[
         list[Path] | None, typer.Argument(help="Indexes, libraries, or folders that hold some; runs/demo without.")
     ] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="Config file.")] = None,
+    config: ConfigOption = None,
     set_: Overrides = None,
     json_: AsJson = False,
     dry_run: DryRun = False,
@@ -150,7 +151,8 @@ def browse(
         from steer.browser.export import export_site
         from steer.browser.sources import open_paths
 
-        return show(export_site(open_paths(settings.paths), settings.export, settings.latents), json_)
+        with closing(open_paths(settings.paths)) as opened:
+            return show(export_site(opened, settings.export, settings.latents), json_)
     from steer.browser.serve import browse as run
 
     run(settings, as_json=json_)
@@ -161,7 +163,7 @@ def chat(
     prompt: Annotated[
         list[str] | None, typer.Argument(help="Prompt; without one, a conversation on the terminal.")
     ] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="Config file.")] = None,
+    config: ConfigOption = None,
     set_: Overrides = None,
     json_: AsJson = False,
     dry_run: DryRun = False,

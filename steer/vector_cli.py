@@ -3,7 +3,6 @@
 Thin shells around one library call each, as `steer.cli` has them for the other verbs.
 """
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,7 +19,7 @@ from steer.config import (
     ScoreConfig,
     VectorConfig,
 )
-from steer.options import AsJson, ConfigPath, DryRun, Overrides
+from steer.options import AsJson, ConfigOption, ConfigPath, DryRun, Overrides
 from steer.show import show, status
 
 app = typer.Typer(help="Make steering vectors, choose their dose, and measure what they do.", no_args_is_help=True)
@@ -42,7 +41,7 @@ def make(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fals
 @app.command()
 def find(
     text: Annotated[list[str] | None, typer.Argument(help="Text to run; else the config's.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="Config file; defaults without one.")] = None,
+    config: ConfigOption = None,
     set_: Overrides = None,
     json_: AsJson = False,
     dry_run: DryRun = False,

@@ -9,9 +9,8 @@ formats have texts as they are.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from sae.annotation.events import Event
 from sae.annotation.queues import unequal_pairs
 from sae.annotation.state import ACCEPTED, ADJUDICATED, PENDING, SKIPPED, VERDICTS, LatentState, decisions, states
 from sae.annotation.store import AnnotationStore
+from sae.parts import parts
 from sae.tables import Part, check_table, write_table
 
 DISPUTED = "disputed"
@@ -98,8 +98,8 @@ def export_neuronpedia(
         raise ConfigError(out, expected="a name that ends in .jsonl", got=out.name, fix="Rename it.")
     labels = [label for label in final_labels(store.events(session=session)) if label.text]
     records = (explanation(label, store.sae_sha256, model_id, source, author_id) for label in labels)
-    parts = ({name: [record[name] for record in part] for name in part[0]} for part in _parts(records))
-    return {"out": str(out), "rows": write_table(out, parts)}
+    columns = ({name: [record[name] for record in part] for name in part[0]} for part in parts(records, ROWS))
+    return {"out": str(out), "rows": write_table(out, columns)}
 
 
 def explanation(label: FinalLabel, sae_sha256: str, model_id: str, source: str, author_id: str) -> dict[str, Any]:
@@ -177,14 +177,8 @@ def _outcome(
     return last.status, last.text if last.status == ACCEPTED else "", last.decided
 
 
-def _parts(rows: Iterable[Any]) -> Iterator[list[Any]]:
-    remaining = iter(rows)
-    while part := list(islice(remaining, ROWS)):
-        yield part
-
-
 def _tables(labels: list[FinalLabel]) -> Iterable[list[FinalLabel]]:
-    return _parts(labels) if labels else [[]]  # an empty table has columns too
+    return parts(labels, ROWS) if labels else [[]]  # an empty table has columns too
 
 
 def _columns(labels: list[FinalLabel], sae_sha256: str) -> Part:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from activations.errors import CorruptArtefactError, DiskSpaceError, MismatchErr
 from sae.index_db import FILE_NAME, open_for_writing
 from sae.labels.chat import Chat, Reply, Request, cost_of, key_of
 from sae.labels.tables import LabelBase, LabelRow, RequestRow, Score, ScoreRow, check_tables, scores_of
+from sae.parts import parts
 
 LOCK_NAME = ".label.lock"
 WAIT_MS = 600_000
@@ -82,7 +82,7 @@ class LabelStore:
         new = [label for label in labels if newest.get((label.latent, label.kind, label.author)) != _told(label)]
         now = _now()
         with self._engine.begin() as connection:
-            for part in _parts(new):
+            for part in parts(new, _AT_ONCE):
                 rows = [{**label._asdict(), "created": now, "sae_sha256": self._sae} for label in part]
                 connection.execute(sql.insert(LabelRow), rows)
             self._refresh_search(connection)
@@ -159,7 +159,7 @@ class LabelStore:
         found: dict[str, str] = {}
         if self._has_tables:
             with orm.Session(self._engine) as session:
-                for part in _parts(keys):
+                for part in parts(keys, _AT_ONCE):
                     query = sql.select(RequestRow.key, RequestRow.answer).where(RequestRow.key.in_(part))
                     found |= {key: answer for key, answer in session.execute(query) if answer is not None}
         return found
@@ -194,13 +194,6 @@ class LabelStore:
             ),
             {"sae": self._sae},
         )
-
-
-def _parts(values: Iterable[Any]) -> Iterator[list[Any]]:
-    """A few hundred at a time."""
-    remaining = iter(values)
-    while part := list(islice(remaining, _AT_ONCE)):
-        yield part
 
 
 def _told(label: NewLabel) -> tuple[str, str | None]:

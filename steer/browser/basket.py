@@ -7,16 +7,16 @@ ever opened. Left out: generating (`steer.browser.bench_runs`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import BaseModel, Field
 
 from activations.errors import ConfigError, MissingArtefactError, UnknownNameError
-from steer.browser.prompts import Saes
+from steer.browser.saes import Saes
 from steer.browser.sources import Opened, Source
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ class Entry(BaseModel):
 class Shelf:
     """Finds vectors."""
 
-    def __init__(self, opened: Opened):
-        self.opened, self._saes = opened, Saes()
+    def __init__(self, opened: Opened, saes: Saes):
+        self.opened, self._saes = opened, saes
 
     def catalogue(self) -> list[Entry]:
         """Vectors of every library. Raises: as `load_library` does."""
@@ -126,10 +126,7 @@ class Shelf:
         from steer.latents import places_of
         from steer.vectors import from_latent
 
-        if name not in self.opened.sources:
-            expected = f"one of {', '.join(self.opened.sources) or 'none'}"
-            raise UnknownNameError("source", expected=expected, got=repr(name), fix="Choose one.")
-        source = self.opened.sources[name]
+        source = self.opened.source(name)
         artefact, _ = self._saes.get(source)
         model = ModelRef.model_validate(source.index.info["model"])
         return from_latent(artefact, latent, model, self._mean_norm(source, str(places_of(artefact).writes), model))
@@ -140,14 +137,13 @@ class Shelf:
         from activations.store import ActivationStore
         from steer.library import load_library
 
-        try:
-            store = yaml.safe_load((source.path / "index.yaml").read_text())["store"]
-            return ActivationStore.open(Path(store)).stats(hook_point).mean_norm
-        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, SaekitError):
-            for path in self.opened.libraries:
-                for vector in load_library(path).values():
-                    if (vector.hook_point, vector.model.fingerprint) == (hook_point, model.fingerprint):
-                        return vector.mean_norm
+        if source.store is not None:
+            with suppress(SaekitError, OSError):
+                return ActivationStore.open(source.store).stats(hook_point).mean_norm
+        for path in self.opened.libraries:
+            for vector in load_library(path).values():
+                if (vector.hook_point, vector.model.fingerprint) == (hook_point, model.fingerprint):
+                    return vector.mean_norm
         fix = "Keep the store, or open a library with a vector of this hook point."
         raise MissingArtefactError(source.name, expected=f"the mean norm at {hook_point}", got="none", fix=fix)
 

@@ -15,10 +15,11 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
 from activations.errors import ConfigError
-from steer.browser.basket import Basket, Entry, Item, Shelf, as_used, entry_of, interventions
+from steer.browser.basket import MOST_ITEMS, Basket, Entry, Item, Shelf, as_used, entry_of, interventions
 from steer.browser.bench_runs import Asked, Doses, Run, Runs
 from steer.browser.guard import Annotator, Viewer
 from steer.browser.model import SharedModel
+from steer.browser.saes import Saes
 from steer.browser.sources import Opened
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -35,12 +36,12 @@ class Kept(BaseModel):
 
     library: int = Field(ge=0, le=10_000, description="number in the catalogue")
     basket: Basket
-    names: list[Name] = Field(max_length=8, description="one for each item")
+    names: list[Name] = Field(max_length=MOST_ITEMS, description="one for each item")
 
 
-def bench_router(opened: Opened, model: SharedModel) -> APIRouter:
+def bench_router(opened: Opened, model: SharedModel, saes: Saes) -> APIRouter:
     """Routes of the bench."""
-    router, shelf, runs, saving = APIRouter(prefix="/api/bench"), Shelf(opened), Runs(model), threading.Lock()
+    router, shelf, runs, saving = APIRouter(prefix="/api/bench"), Shelf(opened, saes), Runs(model), threading.Lock()
 
     @router.get("/catalogue")
     def catalogue(account: Viewer) -> list[Entry]:

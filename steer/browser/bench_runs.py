@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, Field
 
 from activations.errors import ConfigError, SaekitError, UnknownNameError
-from steer.browser.basket import Basket, Dose, interventions, random_control
+from steer.browser.basket import MOST_ITEMS, Basket, Dose, interventions, random_control
+from steer.browser.guard import detail_of
 from steer.browser.model import SharedModel
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Asked(BaseModel):
 class Doses(BaseModel):
     """One for each item of the basket."""
 
-    doses: list[Dose | None] = Field(max_length=8)
+    doses: list[Dose | None] = Field(max_length=MOST_ITEMS)
 
 
 @dataclass(eq=False)
@@ -104,7 +105,7 @@ class Runs:
                 if not run.stop.is_set():
                     _write(run, loaded)
         except SaekitError as error:
-            run.say("error", _four(error))
+            run.say("error", detail_of(error))
         except Exception as error:  # the listener must hear of an end, whatever it was
             got = type(error).__name__
             run.say("error", {"where": "bench", "expected": "a text", "got": got, "fix": "Change the settings."})
@@ -144,13 +145,9 @@ def _change(run: Run, stream: Any, doses: list[Dose | None], n: int) -> None:
     try:
         stream.steered.set(rows=run.rows(steers), prompt_lengths=stream.prompt_lengths)
     except SaekitError as error:
-        run.say("refused", _four(error))
+        run.say("refused", detail_of(error))
     else:
         run.say("doses", {"at": n, "doses": doses})
-
-
-def _four(error: SaekitError) -> dict[str, str]:
-    return {"where": str(error.where), "expected": str(error.expected), "got": str(error.got), "fix": str(error.fix)}
 
 
 async def _events(run: Run) -> AsyncIterator[str]:

@@ -18,8 +18,8 @@ from pydantic import BaseModel, Field
 
 from activations.errors import ConfigError
 from sae.config import CompareConfig
-from sae.vocabulary import visible
 from steer.browser.guard import Viewer
+from steer.browser.lists import Named, Offset, SourceName, named
 from steer.browser.sources import Opened, Source
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 KEPT, WORDS = 4, 5
 ALONE = {"alone": "one", "alone_other": "other"}
 """classes of single latents: those of the one that nothing of the other is like, and the other way"""
-Name = Annotated[str, Query(max_length=200)]
 
 
 class Wanted(BaseModel):
@@ -46,19 +45,11 @@ class State(BaseModel):
     summary: dict[str, Any] | None = None
 
 
-class Member(BaseModel):
-    """A latent of a pair."""
-
-    latent: int
-    label: str | None
-    words: list[str]
-
-
 class Pair(BaseModel):
     """Two latents, or one that is alone; figures that are not known are None."""
 
-    one: Member | None
-    other: Member | None
+    one: Named | None
+    other: Named | None
     decoder_cosine: float | None
     encoder_cosine: float | None
     correlation: float | None
@@ -130,13 +121,13 @@ def comparisons_router(comparisons: Comparisons) -> APIRouter:
         return comparisons.begin(wanted.one, wanted.other)
 
     @router.get("")
-    def state(account: Viewer, one: Name, other: Name) -> State:
+    def state(account: Viewer, one: SourceName, other: SourceName) -> State:
         return comparisons.state(one, other)
 
     @router.get("/pairs")
     def pairs(
-        account: Viewer, one: Name, other: Name, kind: Annotated[str, Query(max_length=20)],
-        offset: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0, limit: Annotated[int, Query(ge=1, le=200)] = 50,
+        account: Viewer, one: SourceName, other: SourceName, kind: Annotated[str, Query(max_length=20)],
+        offset: Offset = 0, limit: Annotated[int, Query(ge=1, le=200)] = 50,
     ) -> Pairs:  # fmt: skip
         return comparisons.pairs(one, other, kind, offset, limit)
 
@@ -189,12 +180,9 @@ def _alone(result: Comparison, sources: tuple[Source, Source], side: int, offset
     return Pairs(total=len(alone), offset=offset, pairs=pairs)
 
 
-def _members(source: Source, latents: np.ndarray) -> list[Member]:
-    rows = source.index.rows_of(latents, ("label", "top_logits"))
-    return [
-        Member(latent=row["latent"], label=row["label"], words=[visible(text) for text, _ in row["top_logits"][:WORDS]])
-        for row in rows
-    ]
+def _members(source: Source, latents: np.ndarray) -> list[Named]:
+    called = named(source.index, latents.tolist(), WORDS)
+    return [Named(**called[latent]) for latent in latents.tolist()]
 
 
 def _figure(value: float) -> float | None:

@@ -23,6 +23,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from activations.errors import SaekitError
+
 COOKIE = "saekit"
 HEADER = "x-saekit"
 SAFE = ("GET", "HEAD", "OPTIONS")
@@ -52,6 +54,19 @@ class Account:
         return ROLES.index(self.role) >= ROLES.index(role)
 
 
+def detail_of(error: SaekitError) -> dict[str, str]:
+    """An error in its four parts, as every answer that refuses something has it."""
+    return {"where": error.where, "expected": error.expected, "got": error.got, "fix": error.fix}
+
+
+def refusal(
+    status: int, where: str, *, expected: str, got: str, fix: str, headers: dict[str, str] | None = None
+) -> HTTPException:
+    """What to raise for a request that is refused before anything of this project looks at it."""
+    detail = {"where": where, "expected": expected, "got": got, "fix": fix}
+    return HTTPException(status, detail, headers)
+
+
 class Pace:
     """How often somebody may ask: requests that change or compute something, and tokens that are wrong."""
 
@@ -70,8 +85,8 @@ class Pace:
     @staticmethod
     def _hit(is_allowed: bool, limit: RateLimitItemPerMinute) -> None:
         if not is_allowed:
-            detail = {"where": "request", "expected": f"at most {limit.amount} a minute", "got": "more", "fix": "Wait."}
-            raise HTTPException(429, detail, {"retry-after": "60"})
+            expected, again = f"at most {limit.amount} a minute", {"retry-after": "60"}
+            raise refusal(429, "request", expected=expected, got="more", fix="Wait.", headers=again)
 
 
 AccountOf = Callable[[str], Account | None]
@@ -96,11 +111,10 @@ class Gatekeeper:
             await send(message)
 
         if host_of(headers.get("host", "")) not in self._hosts:
-            return await _refusal(421, "a name of this browser", headers.get("host", ""))(scope, receive, guarded)
+            return await _refused(421, "a name of this browser", headers.get("host", ""))(scope, receive, guarded)
         if scope["method"] not in SAFE and not _is_small(headers):
-            return await _refusal(413, f"a body of at most {MAX_BODY} bytes, with its length", "another")(
-                scope, receive, guarded
-            )
+            expected = f"a body of at most {MAX_BODY} bytes, with its length"
+            return await _refused(413, expected, "another")(scope, receive, guarded)
         await self._app(scope, receive, guarded)
 
 
@@ -118,9 +132,9 @@ def _is_small(headers: Headers) -> bool:
     return length.isascii() and length.isdigit() and int(length) <= MAX_BODY
 
 
-def _refusal(status: int, expected: str, got: str) -> JSONResponse:
-    detail = {"where": "request", "expected": expected, "got": got, "fix": "Correct the request."}
-    return JSONResponse({"detail": detail}, status)
+def _refused(status: int, expected: str, got: str) -> JSONResponse:
+    error = refusal(status, "request", expected=expected, got=got, fix="Correct the request.")
+    return JSONResponse({"detail": error.detail}, status)
 
 
 def token_of(request: Request) -> str | None:
@@ -141,14 +155,13 @@ def needs(role: Role) -> Any:
         if account is None and token is not None:
             pace.be_wrong(request.client.host if request.client else "")
         if account is None:
-            raise HTTPException(401, {"where": "request", "expected": "a token", "got": "none that is known",
-                                      "fix": "Log in with the address that saekit browse printed."})  # fmt: skip
+            fix = "Log in with the address that saekit browse printed."
+            raise refusal(401, "request", expected="a token", got="none that is known", fix=fix)
         if request.method not in SAFE and "authorization" not in request.headers and HEADER not in request.headers:
-            raise HTTPException(403, {"where": "request", "expected": f"the header {HEADER}", "got": "none",
-                                      "fix": "Send it along."})  # fmt: skip
+            raise refusal(403, "request", expected=f"the header {HEADER}", got="none", fix="Send it along.")
         if not account.may(role):
-            raise HTTPException(403, {"where": account.name, "expected": f"the role {role}", "got": account.role,
-                                      "fix": "Ask an admin."})  # fmt: skip
+            fix = "Ask an admin."
+            raise refusal(403, account.name, expected=f"the role {role}", got=account.role, fix=fix)
         if request.method not in SAFE:
             pace.ask(account.name)
         return account

@@ -1,37 +1,29 @@
-"""Labelling sessions over HTTP: who labels what next, what was decided, and how far people agree.
+"""Labelling sessions over HTTP: who labels what next, and what was decided.
 
 Whoever asks is the author: no request names another. A page sends each event under a key of its own and again until it
-is answered (`sae.annotation.events`). While a session is blind, what others wrote is left out of every answer but to
-an admin's adjudication. Left out: what a latent looks like (`steer.browser.features`).
+is answered (`sae.annotation.events`). While a session is blind, what others wrote is left out. Left out: what a latent
+looks like (`steer.browser.features`), and what came of a session (`steer.browser.labelling_results`).
 """
 
-import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from activations.errors import ConfigError
 from sae.annotation import sources
-from sae.annotation.adjudication import cases
-from sae.annotation.agreement import agreement
 from sae.annotation.events import ADJUDICATE, MAX_INTEGER, MAX_KEY, MAX_NAME, MAX_TEXT, Draft, NewEvent
-from sae.annotation.export import export_labels
 from sae.annotation.queues import Known, QueueSpec, order, verdicts_of
 from sae.annotation.sessions import LabellingSession
 from sae.annotation.state import states
 from sae.annotation.store import AnnotationStore
 from sae.vocabulary import visible
-from steer.browser.guard import Account, Admin, Annotator, Viewer
+from steer.browser.guard import Annotator, Viewer
+from steer.browser.lists import Latent, SourceName
 from steer.browser.sources import Opened, Source
 
-FORMS = {"csv": "text/csv", "jsonl": "application/jsonl", "parquet": "application/vnd.apache.parquet"}
-SourceName = Annotated[str, Query(max_length=200)]
 Number = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 SessionNumber = Annotated[int, Query(ge=0, le=MAX_INTEGER)]
 
@@ -131,13 +123,13 @@ class Labelling:
 
 
 def labelling_router(labelling: Labelling) -> APIRouter:
-    """Routes of /api/label."""
+    """Routes for whoever labels."""
     router = APIRouter(prefix="/api/label")
 
     @router.get("/sessions")
     def sessions(account: Viewer, source: SourceName) -> list[Session]:
         store = labelling.of(source)[1]
-        return [_session(store, each) for each in store.sessions()]
+        return [session_out(store, each) for each in store.sessions()]
 
     @router.post("/sessions", status_code=201)
     def create(account: Annotator, new: NewSession) -> Session:
@@ -147,7 +139,7 @@ def labelling_router(labelling: Labelling) -> APIRouter:
             new.name, order(spec, _known(source, store, new.kind)), queue=spec.json(), seed=new.seed,
             annotators_per_latent=new.annotators_per_latent, blind=new.blind,
         )  # fmt: skip
-        return _session(store, made)
+        return session_out(store, made)
 
     @router.post("/lease")
     def lease(account: Annotator, wanted: Wanted) -> dict[str, Any]:
@@ -182,15 +174,13 @@ def labelling_router(labelling: Labelling) -> APIRouter:
         store = labelling.of(source)[1]
         last = store.last(account.name, session=session)
         return {
-            "session": _session(store, store.session(session)).model_dump(),
+            "session": session_out(store, store.session(session)).model_dump(),
             "pace": asdict(store.pace(account.name, session=session)),
             "last": [_shown(event) | {"counts": counts} for event, counts in last],
         }
 
     @router.get("/latent")
-    def latent(
-        account: Viewer, source: SourceName, session: SessionNumber, latent: Annotated[int, Query(ge=0, le=2**31 - 1)]
-    ) -> dict[str, Any]:
+    def latent(account: Viewer, source: SourceName, session: SessionNumber, latent: Latent) -> dict[str, Any]:
         """What is known of a latent to whoever labels it: suggestions, what they said before, and a draft."""
         opened, store = labelling.of(source)
         store.position(session, latent)
@@ -207,39 +197,10 @@ def labelling_router(labelling: Labelling) -> APIRouter:
             "history": [_shown(event) for event in store.history(latent, viewer=account.name)],
         }
 
-    @router.get("/agreement")
-    def agreed(account: Viewer, source: SourceName, session: SessionNumber) -> dict[str, Any]:
-        store = labelling.of(source)[1]
-        _check_open(store.session(session), account)
-        return agreement(states(store.events(session=session)))
-
-    @router.get("/cases")
-    def differing(account: Viewer, source: SourceName, session: SessionNumber) -> list[dict[str, Any]]:
-        store = labelling.of(source)[1]
-        _check_open(store.session(session), account)
-        return [asdict(case) for case in cases(store.events(session=session))]
-
-    @router.post("/unblind")
-    def unblind(account: Admin, given: SessionOf) -> Session:
-        store = labelling.of(given.source)[1]
-        return _session(store, store.unblind(given.session))
-
-    @router.get("/export", response_class=Response)
-    def export(
-        account: Viewer, source: SourceName, session: SessionNumber, form: Literal["csv", "jsonl", "parquet"] = "csv"
-    ) -> Response:
-        store = labelling.of(source)[1]
-        _check_open(store.session(session), account)
-        with _place(f"labels.{form}") as file:
-            export_labels(store, file, session=session)
-            data = file.read_bytes()
-        name = f'attachment; filename="labels-{session}.{form}"'
-        return Response(data, media_type=FORMS[form], headers={"content-disposition": name})
-
     return router
 
 
-def _session(store: AnnotationStore, session: LabellingSession) -> Session:
+def session_out(store: AnnotationStore, session: LabellingSession) -> Session:
     values = {name: getattr(session, name) for name in Session.model_fields if name != "progress"}
     return Session(**values, progress=store.progress(session.id)._asdict())
 
@@ -254,18 +215,6 @@ def _known(source: Source, store: AnnotationStore, kind: str) -> Known:
     )
 
 
-def _check_open(session: LabellingSession, account: Account) -> None:
-    if session.is_blind_now and not account.may("admin"):
-        fix = "Wait until an admin ends it."
-        raise ConfigError(session.name, expected="a session that is blind no longer", got="a blind one", fix=fix)
-
-
 def _shown(event: Any) -> dict[str, Any]:
     kept = ("id", "latent", "author", "action", "session", "text", "note", "undoes", "created", "key")
     return {name: getattr(event, name) for name in kept}
-
-
-@contextmanager
-def _place(name: str) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder) / name

@@ -254,10 +254,10 @@ def lists_router(listings: Listings) -> APIRouter:
     return router
 
 
-def named(index: FeatureIndex, latents: Iterable[int]) -> dict[int, dict[str, Any]]:
+def named(index: FeatureIndex, latents: Iterable[int], n_words: int = FEW_WORDS) -> dict[int, dict[str, Any]]:
     """What latents are called, as parts of a Named; those that the SAE does not have are left out."""
     inside = [latent for latent in dict.fromkeys(latents) if 0 <= latent < index.info["d_sae"]]
-    return {row["latent"]: _called(row, FEW_WORDS) for row in index.rows_of(inside, ("label", "top_logits"))}
+    return {row["latent"]: _called(row, n_words) for row in index.rows_of(inside, ("label", "top_logits"))}
 
 
 def _called(row: Mapping[str, Any], n_words: int) -> dict[str, Any]:

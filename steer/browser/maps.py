@@ -1,14 +1,11 @@
 """The picture of all latents over HTTP: places as bytes, since a million of them as text would take seconds."""
 
-from typing import Annotated
-
 import numpy as np
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Response
 
 from steer.browser.guard import Viewer
+from steer.browser.lists import SourceName
 from steer.browser.sources import Opened
-
-SourceName = Annotated[str, Query(max_length=200, description="name of an index, as /api/about has it")]
 
 
 def maps_router(opened: Opened) -> APIRouter:

@@ -4,13 +4,11 @@ Flow: 1. the text runs through the browser's model, as `saekit vector find` runs
 encoded, so that no more than ROWS times d_sae latents are in memory; 3. of each token the strongest latents are told,
 and of the whole text those that are strong here and rare elsewhere, by the score of `steer.making.find`.
 
-SAEs are loaded when they are first asked for, and the newest few kept. Left out: steering.
+Left out: steering.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
@@ -18,23 +16,21 @@ from fastapi import APIRouter
 from jaxtyping import Float, Int
 from pydantic import AfterValidator, BaseModel, Field
 
-from activations.errors import MissingArtefactError
 from steer.browser.guard import Viewer
 from steer.browser.lists import Listing, Listings, Named, named, number
 from steer.browser.model import SharedModel
+from steer.browser.saes import Saes
 from steer.browser.sources import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sae.artefact import SaeArtefact
     from sae.torch_view import TorchSae
 
 ROWS = 16
 """tokens that are encoded together"""
 MAX_TOKENS = 512
 MAX_LETTERS = 8000
-KEPT_SAES = 2
 LEAST_SHARE = 1e-12
 
 
@@ -106,36 +102,9 @@ class Encoded(NamedTuple):
     n_tokens: Int[np.ndarray, " d_sae"]
 
 
-class Saes:
-    """SAEs of sources, in PyTorch."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[str, tuple[SaeArtefact, TorchSae]] = OrderedDict()
-
-    def get(self, source: Source) -> tuple[SaeArtefact, TorchSae]:
-        """The SAE of a source. Raises: MissingArtefactError if it is gone; as `SaeArtefact.load` does."""
-        from sae.artefact import SaeArtefact
-        from sae.torch_view import TorchSae
-
-        if source.sae is None:
-            fix = "Build the index again from an SAE that stays where it is."
-            raise MissingArtefactError(
-                source.name, expected="the SAE that its index was built from", got="none", fix=fix
-            )
-        with self._lock:
-            if source.name not in self._kept:
-                artefact = SaeArtefact.load(source.sae)
-                self._kept[source.name] = artefact, TorchSae(artefact)
-                if len(self._kept) > KEPT_SAES:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(source.name)
-            return self._kept[source.name]
-
-
-def prompts_router(listings: Listings, model: SharedModel) -> APIRouter:
+def prompts_router(listings: Listings, model: SharedModel, saes: Saes) -> APIRouter:
     """The route that runs a text."""
-    router, saes = APIRouter(prefix="/api"), Saes()
+    router = APIRouter(prefix="/api")
 
     @router.post("/prompt")
     def run(account: Viewer, asked: Prompt) -> Ran:

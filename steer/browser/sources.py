@@ -31,6 +31,8 @@ class Source:
     """the SAE it was built from, if it is still where it was"""
     model: str | None = None
     """how the model is named that it was built with, for `load_model`"""
+    store: str | None = None
+    """the activation store that it was built from"""
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,12 @@ def _named(indexes: dict[Path, FeatureIndex]) -> dict[str, Source]:
     return sources
 
 
-def _made_from(folder: Path) -> tuple[Path | None, str | None]:
-    """SAE and model that the index's own config names."""
+def _made_from(folder: Path) -> tuple[Path | None, str | None, str | None]:
+    """SAE, model and store that the index's own config names."""
     try:
         config = yaml.safe_load((folder / "index.yaml").read_text())
-        sae, model = Path(config["sae"]), config.get("model")
-    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError):
-        return None, None
-    return sae if (sae / "cfg.json").is_file() else None, model if isinstance(model, str) else None
+        sae, *others = Path(config["sae"]), config.get("model"), config.get("store")
+    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError):
+        return None, None, None
+    model, store = (each if isinstance(each, str) else None for each in others)
+    return sae if (sae / "cfg.json").is_file() else None, model, store

@@ -31,10 +31,16 @@ export const post = (path, body, signal) => request("POST", path, body ?? {}, si
 export const patch = (path, body) => request("PATCH", path, body);
 export const remove = (path) => request("DELETE", path);
 
+// An answer that is no JSON, if it is one.
+async function answered(path, options) {
+  const response = await fetch(path, options);
+  if (!response.ok) throw new ApiError(response.status, (await response.json().catch(() => null))?.detail);
+  return response;
+}
+
 // Numbers as the server keeps them, with what a header says of them.
 export async function floats(path, header) {
-  const response = await fetch(path, { headers: headersOf() });
-  if (!response.ok) throw new ApiError(response.status, (await response.json().catch(() => null))?.detail);
+  const response = await answered(path, { headers: headersOf() });
   return { values: new Float32Array(await response.arrayBuffer()), said: response.headers.get(header) };
 }
 
@@ -62,8 +68,7 @@ export const forget = (start) => { for (const path of [...kept.keys()]) if (path
 
 // A stream of server-sent events that a POST answers with: calls `on(event, data)` for each; stops when `signal` says so.
 export async function stream(path, body, on, signal) {
-  const response = await fetch(path, { method: "POST", signal, headers: headersOf(body), body: JSON.stringify(body) });
-  if (!response.ok) throw new ApiError(response.status, (await response.json().catch(() => null))?.detail);
+  const response = await answered(path, { method: "POST", signal, headers: headersOf(body), body: JSON.stringify(body) });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (let part = await reader.read(); !part.done; part = await reader.read()) {

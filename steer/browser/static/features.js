@@ -1,7 +1,7 @@
 // The list of all latents: searched, filtered, sorted, walked through with keys. The address says which part is in view.
 
 import { Component } from "./vendor/preact.js";
-import { useEffect, useMemo, useReducer, useRef, useState } from "./vendor/hooks.js";
+import { useEffect, useLayoutEffect, useMemo, useReducer, useRef, useState } from "./vendor/hooks.js";
 import { cached, get, known } from "./api.js";
 import { Toolbar } from "./filters.js";
 import { asked, COLUMNS, featureAddress, featurePath, listAddress } from "./latent_lists.js";
@@ -35,7 +35,7 @@ function Listed({ names, source, query }) {
     ${shown.error ? html`<${Problem} error=${shown.error}/>`
     : shown.total === undefined ? html`<${Waiting}/>`
     : shown.total === 0 ? html`<${Empty} title="No latent is like that">${query.q || query.where || query.show || query.explained ? "Search for something else, or take filters away." : "The index is empty."}<//>`
-    : html`<${Rows} key=${shown.path} path=${shown.path} total=${shown.total} source=${source} query=${query} about=${about.data} onSort=${change}/>`}
+    : html`<${Rows} key=${shown.path} path=${shown.path} isAsked=${shown.path === path} total=${shown.total} source=${source} query=${query} about=${about.data} onSort=${change}/>`}
     <${KeyHints} keys=${HINTS}/>
   </section>`;
 }
@@ -48,7 +48,8 @@ function useFirstPage(path) {
   return first.error ? { error: first.error } : last.current;
 }
 
-function Rows({ path, total, source, query, about, onSort }) {
+// `isAsked`: whether it is this list that the address asks for; while another is fetched, the address is that one's.
+function Rows({ path, isAsked, total, source, query, about, onSort }) {
   const list = useRef(null);
   const [at, setAt] = useState(Math.min(Math.max(Number.parseInt(query.at ?? "0", 10) || 0, 0), total - 1));
   const [isAsking, setAsking] = useState(false);
@@ -74,10 +75,11 @@ function Rows({ path, total, source, query, about, onSort }) {
     PageDown: () => move(at + page()), PageUp: () => move(at - page()), Home: () => move(0), End: () => move(total - 1),
     Enter: open, g: () => setAsking(true),
   });
-  useEffect(() => {
+  useLayoutEffect(() => {
+    if (!isAsked) return undefined;
     const later = setTimeout(() => note(listAddress(source, query, at || undefined)), NOTE_MS);
     return () => clearTimeout(later);
-  }, [at]);
+  }, [at, isAsked]);
   useEffect(() => { const row = rowAt(at); if (row) cached(featurePath(source, row.latent)).catch(() => {}); }, [at]);
 
   const draw = (i) => html`<${Row} key=${i} i=${i} row=${rowAt(i)} isAt=${i === at} source=${source} query=${query}/>`;

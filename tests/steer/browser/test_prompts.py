@@ -24,7 +24,8 @@ from steer.browser.guard import Account
 from steer.browser.lists import Listing
 from steer.browser.model import SharedModel
 from steer.browser.people import single
-from steer.browser.prompts import ROWS, Prompt, Saes, encode, run_prompt
+from steer.browser.prompts import ROWS, Prompt, encode, run_prompt
+from steer.browser.saes import Saes
 from steer.browser.serve import LOOPBACK
 from steer.browser.sources import Opened, open_paths
 from steer.making.find import read_text
