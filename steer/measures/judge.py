@@ -84,7 +84,7 @@ def judge_texts(chat: Chat, concept: str, prompts: Sequence[str], texts: Sequenc
     Args:
       concept: what to look for, in words.
       kept: file with the answers that were given before, to which new ones are added.
-    Raises: EndpointError if the judge answers nothing at all, and what it raises.
+    Raises: EndpointError if the judge answers nothing at all, or rates nothing; and what it raises.
     """
     asked = [
         (name, i, _messages(question.format(concept=concept), *pair))
@@ -101,6 +101,10 @@ def judge_texts(chat: Chat, concept: str, prompts: Sequence[str], texts: Sequenc
     if not answers:
         fix = "Look at its settings, or leave the judge out."
         raise EndpointError(chat.name, expected="an answer", got="none", fix=fix)
+    if unread == len(asked):
+        said = repr(next(iter(answers.values())))[:120]
+        fix = "Take a model that can follow instructions, or leave the judge out."
+        raise EndpointError(chat.name, expected="ratings such as [[1]]", got=f"none, but {said}", fix=fix)
     return Judged(ratings, unread)
 
 

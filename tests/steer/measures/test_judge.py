@@ -28,6 +28,8 @@ class Scripted:
     def __init__(self, says: str | None = "") -> None:
         self.asked: list[Request] = []
         self._says = says
+        self.wordy = "\0"
+        """what is in questions that are answered without a rating"""
 
     def count(self, messages: tuple[Message, ...]) -> int:
         return 1
@@ -39,7 +41,8 @@ class Scripted:
             rating = 1 if "go on from" in content else 2 if "does the CONTINUATION read" in content else None
             if rating is None:
                 rating = 2 if "gold" in content.partition("CONTINUATION: ")[2].partition("\n")[0] else 0
-            yield request, Reply(self._says if self._says != "" else f"Because. Rating: [[{rating}]]")
+            rated = "It is fine." if self.wordy in content else f"Because. Rating: [[{rating}]]"
+            yield request, Reply(self._says if self._says != "" else rated)
 
 
 def test_the_score_is_the_harmonic_mean_of_three_ratings(tmp_path: Path) -> None:
@@ -70,10 +73,16 @@ def test_answers_are_kept_by_what_was_asked(tmp_path: Path) -> None:
 
 
 def test_an_answer_without_a_rating_is_worth_nothing_and_counted(tmp_path: Path) -> None:
-    found = judge_texts(Scripted("It is fine."), "riches", ["One"], ["gold"], tmp_path / "kept.jsonl")
-    assert (found.unread, found.score.tolist()) == (3, [0])
-    with pytest.raises(EndpointError, match="scripted"):
-        judge_texts(Scripted(None), "riches", ["One"], ["gold"], tmp_path / "none.jsonl")
+    chatty = Scripted()
+    chatty.wordy = "the CONTINUATION read"
+    found = judge_texts(chatty, "riches", ["One"], ["gold"], tmp_path / "kept.jsonl")
+    assert (found.unread, found.score.tolist(), found.ratings["concept"].tolist()) == (1, [0], [2])
+
+
+@pytest.mark.parametrize(("says", "got"), [(None, "got none"), ("It is fine.", "'It is fine.'")])
+def test_a_judge_that_rates_nothing_is_none(tmp_path: Path, says: str | None, got: str) -> None:
+    with pytest.raises(EndpointError, match=f"scripted.*{got}"):
+        judge_texts(Scripted(says), "riches", ["One"], ["gold"], tmp_path / "none.jsonl")
 
 
 @pytest.mark.parametrize(

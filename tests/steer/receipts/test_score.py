@@ -11,6 +11,7 @@ import torch
 
 from activations.errors import ConfigError
 from activations.models import LoadedModel
+from sae.labels.config import ChatModelConfig
 from steer.batches import costs
 from steer.config import ScoreConfig
 from steer.library import load_library, save_library
@@ -23,11 +24,12 @@ from steer.receipts import score
 from steer.receipts.score import compared, laid_out, score_vector
 from steer.runtime import steering
 from steer.vectors import SteeringVector
+from tests.sae.labels.stand_in import stand_in
 
 SMALL: dict[str, Any] = {
     "coefficient": 12.0, "n_random": 2, "n_prompts": 4, "max_new_tokens": 6, "n_choices": 3, "n_refusal": 2,
     "refusal_tokens": 4, "latency_tokens": 3, "latency_repeats": 2, "pairs": "formal_vs_casual",
-    "transfer": "joyful_vs_gloomy", "judge": {"model": "local:tiny", "max_answer_tokens": 3},
+    "transfer": "joyful_vs_gloomy",
 }  # fmt: skip
 
 
@@ -39,10 +41,10 @@ def scored(
     """A library whose vector was scored, and what the score says."""
     folder = tmp_path_factory.mktemp("score")
     save_library(folder, [replace(pushing, receipts=[{"effect": 0.25}])])
-    judge = SMALL["judge"] | {"model": f"local:{tiny_llama}"}
-    config = ScoreConfig(library=folder, model=str(tiny_llama), **(SMALL | {"judge": judge}))
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, stand_in(lambda body: f"Rating: [[{len(str(body)) % 3}]]") as server:
         patch.setattr(score, "concept_of", lambda *_: letters)
+        judge = ChatModelConfig(model="judge", base_url=server.url, max_answer_tokens=9)
+        config = ScoreConfig(library=folder, model=str(tiny_llama), judge=judge, **SMALL)
         return config, score_vector(config, tiny)
 
 
@@ -197,7 +199,7 @@ def test_answers_of_the_judge_are_kept(scored: Any) -> None:
     assert 0 < len(lines) <= 3 * 5 * 4
     row = receipt["judge"]["steered"]
     assert 0 <= row["score"] <= 2
-    assert 0 <= row["unread"] <= 3 * 5 * 4
+    assert row["unread"] == 0
 
 
 def test_it_is_shown_as_a_table_a_part(scored: Any) -> None:
@@ -218,7 +220,7 @@ def test_a_vector_without_a_coefficient_has_nothing_to_score(
 
 def test_only_the_parts_that_are_asked_for(tmp_path: Path, pushing: SteeringVector, tiny: LoadedModel) -> None:
     save_library(tmp_path, [replace(pushing, coefficient=1.0)])
-    limits = {key: value for key, value in SMALL.items() if key not in ("judge", "transfer", "coefficient")}
+    limits = {key: value for key, value in SMALL.items() if key not in ("transfer", "coefficient")}
     got = score_vector(ScoreConfig(library=tmp_path, parts=("capability",), **limits), tiny)
     assert set(got) == {"kind", "coefficient", "dose", "instruction", "settings", "capability"}
     assert got["coefficient"] == 1.0
