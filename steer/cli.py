@@ -19,6 +19,7 @@ from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
 from sae.labels.config import LabelConfig
 from steer.browser.config import BrowseConfig
 from steer.config import ChatConfig, DemoConfig
+from steer.library_cli import app as library_app
 from steer.options import AsJson, ConfigOption, ConfigPath, DryRun, Overrides
 from steer.show import show, status
 from steer.vector_cli import app as vector_app
@@ -36,6 +37,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(vector_app, name="vector")
+app.add_typer(library_app, name="library")
 
 
 @app.command()

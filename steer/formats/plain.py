@@ -1,0 +1,111 @@
+"""Rows by hook point in .safetensors or .npz, for whatever else reads arrays: resid_post.12 -> its row.
+
+A .safetensors file also says in its metadata, as JSON under `saekit`, the operation and coefficient of each row. A
+.npz has rows alone: they are added at strength 1, so coefficients are folded in.
+"""
+
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from activations.errors import HookPointError
+from activations.hook_points import SITES, HookPoint
+from activations.store_schema import ModelRef
+from sae.checked_files import corrupt, read_safetensors
+from steer.formats.base import (
+    Direction,
+    check_expressible,
+    checked_layer,
+    checked_number,
+    checked_row,
+    checked_size,
+    checked_word,
+    refused,
+)
+from steer.operations import VECTOR_OPERATIONS
+from steer.vectors import SteeringVector
+
+TITLE = "arrays by hook point"
+KEY = "saekit"
+SUFFIXES = (".safetensors", ".npz")
+
+
+def matches(path: Path) -> bool:
+    """By the name of the file."""
+    return path.suffix in SUFFIXES and path.is_file()
+
+
+def read(path: Path, model: ModelRef) -> list[Direction]:
+    """Its rows."""
+    checked_size(path, "a file of arrays")
+    rows, about = _npz(path) if path.suffix == ".npz" else (read_safetensors(path), _metadata(path))
+    if not rows:
+        raise corrupt(path, "a row", "none")
+    return [_direction(path, name, row, about, model) for name, row in rows.items()]
+
+
+def write(vectors: Sequence[SteeringVector], path: Path, folded: bool) -> list[str]:
+    """One row a hook point."""
+    if path.suffix not in SUFFIXES:
+        raise refused(path, f"a name that ends in {' or '.join(SUFFIXES)}", path.name)
+    is_npz = path.suffix == ".npz"
+    operations = ("add",) if is_npz or folded else tuple(VECTOR_OPERATIONS)
+    check_expressible(vectors, f"{path.suffix} of {TITLE}", operations=operations, sites=tuple(SITES))
+    is_folded = folded or is_npz
+    rows = {each.hook_point: each.direction * (each.coefficient or 1 if is_folded else 1) for each in vectors}
+    arrays = {name: np.ascontiguousarray(row, np.float32) for name, row in rows.items()}
+    if is_npz:
+        np.savez(path, **arrays)  # type: ignore[reportArgumentType]
+    else:
+        said = {
+            each.hook_point: {"operation": each.operation, "coefficient": 1.0 if folded else float(each.coefficient)}
+            for each in vectors
+        }
+        save_file(arrays, path, {KEY: json.dumps(said, sort_keys=True)})
+    return [f"h + row at {', '.join(rows)}" if is_folded else f"{KEY} in its metadata says what each row is for"]
+
+
+def _npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            large = sum(each.file_size for each in archive.infolist())
+        if large > checked_size(path, "a file of arrays") * 64:
+            raise corrupt(path, "arrays that are not much larger than the file", f"{large} bytes")
+        with np.load(path, allow_pickle=False) as file:
+            rows = {name: np.asarray(file[name]) for name in file.files}
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        raise corrupt(path, "an .npz of arrays", f"{type(error).__name__}: {str(error)[:80]}") from error
+    if wrong := [name for name, row in rows.items() if row.dtype.kind != "f"]:
+        raise corrupt(path, "rows of floats", f"{wrong[0][:80]} of {rows[wrong[0]].dtype}")
+    return rows, {}
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, "numpy") as file:
+            said = json.loads((file.metadata() or {}).get(KEY, "{}"))
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise corrupt(path, f"JSON under {KEY}", type(error).__name__) from error
+    return said if isinstance(said, dict) else {}
+
+
+def _direction(path: Path, name: str, row: np.ndarray, about: Mapping[str, Any], model: ModelRef) -> Direction:
+    where = f"{path}: {name[:80]}"
+    try:
+        point = HookPoint.parse(name)
+    except HookPointError as error:
+        raise refused(where, "arrays called by hook points, such as resid_post.12", name[:80]) from error
+    checked_layer(where, point.layer, model)
+    said = about.get(name, {})
+    if not isinstance(said, dict):
+        raise corrupt(where, "what the row is for", repr(said)[:80])
+    operation = checked_word(where, said.get("operation", "add"), VECTOR_OPERATIONS)
+    return Direction(
+        point, checked_row(where, row, model), operation, checked_number(where, said.get("coefficient", 1.0))
+    )
