@@ -106,7 +106,7 @@ def _of_modifier(config: VectorConfig, loaded: LoadedModel, store: ActivationSto
         raise ConfigError("key 'modifier'", expected="an instruction", got="none", fix=fix)
     hook_point, requests = _hook_point(config, loaded, store), load_requests(config.requests)
     name = "-".join(re.findall(r"\w+", config.modifier.lower())[:4]) or "modifier"
-    vector, reader = from_modifier(
+    vector = from_modifier(
         loaded,
         hook_point,
         name,
@@ -122,7 +122,7 @@ def _of_modifier(config: VectorConfig, loaded: LoadedModel, store: ActivationSto
     texts = {split: [each.text for each in requests if each.split == split] for split in ("fit", "heldout")}
     select, heldout = ([request_prompt(loaded, text) for text in texts[split]] for split in ("fit", "heldout"))
     instructed = [request_prompt(loaded, text, config.modifier, config.place) for text in texts["heldout"]]
-    return Made(vector, contrast_reader(reader), Prompts(select, heldout, instructed))
+    return Made(vector, contrast_reader(vector), Prompts(select, heldout, instructed))
 
 
 KINDS: dict[str, Callable[[VectorConfig, LoadedModel, ActivationStore], Made]] = {
@@ -155,9 +155,8 @@ def _with_norm_of(store: ActivationStore, vector: SteeringVector) -> SteeringVec
 
 def default_instruction(config: VectorConfig) -> str:
     """What the prompt baseline asks for, if the user did not say."""
-    if config.kind == "modifier":
-        return config.modifier or ""
-    source = {"contrast": Path(config.contrast).stem} if config.kind == "contrast" else {}
+    sources = {"contrast": {"contrast": Path(config.contrast).stem}, "modifier": {"modifier": config.modifier}}
+    source = sources.get(config.kind, {})
     return instruction_of(source, config.operation)
 
 

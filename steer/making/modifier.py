@@ -48,7 +48,7 @@ from steer.measures.effect import reread, states
 from steer.operations import Add, Intervention
 from steer.pairs import ContrastPair
 from steer.runtime import steering
-from steer.vectors import SteeringVector
+from steer.vectors import Reader, SteeringVector
 
 SHIPPED = "requests"
 ANSWER_ROWS = 16
@@ -120,8 +120,8 @@ def from_modifier(
     method: str = "mean",
     max_new_tokens: int = 28,
     seed: int = 0,
-) -> tuple[SteeringVector, SteeringVector]:
-    """The direction of an instruction, in `source` how far it can be believed, and the direction of its reader.
+) -> SteeringVector:
+    """The direction of an instruction with its reader, and in `source` how far both can be believed.
 
     Args:
       place: `system` or `user`, the turn that the instruction is in.
@@ -152,11 +152,10 @@ def from_modifier(
         "dropped": len(requests) - len(answered),
         "warnings": lint(pairs),
     }
-    vector = SteeringVector(name, direction, hook_point, loaded.ref, mean_norm, source)
     along = direction_of(positive - negative, "mean").astype(np.float32)
-    about = {"kind": "contrast", "contrast": name, "midpoint": midpoint_of(positive, negative, along)}
-    reader = replace(vector, direction=along, source=about)
-    own = heldout_quality(loaded, reader, [each.pair for each in heldout], seed)
+    reader = Reader(along, hook_point, midpoint_of(positive, negative, along))
+    vector = SteeringVector(name, direction, hook_point, loaded.ref, mean_norm, source, reader=reader)
+    own = heldout_quality(loaded, replace(vector, direction=along), [each.pair for each in heldout], seed)
     anti = gains(loaded, vector, [each.pair for each in heldout], PROBE_DOSE) < 0
     source |= {
         **fit_quality(d, direction, method, seed),
@@ -164,7 +163,7 @@ def from_modifier(
         **means({"anti_steerable": anti.astype(float)}, seed),
         **recovered(loaded, vector, heldout, PROBE_DOSE),
     }
-    return vector, reader
+    return vector
 
 
 def answer(

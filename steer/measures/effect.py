@@ -135,9 +135,10 @@ def latents_reader(sae: TorchSae, weights: Mapping[int, float], hook_point: Hook
 
 
 def contrast_reader(vector: SteeringVector) -> Concept:
-    """The concept shows where the residual stream is on the positive side of the midpoint of the fit means."""
-    direction, midpoint = torch.from_numpy(vector.direction), vector.source["midpoint"]
-    return Concept(HookPoint.parse(vector.hook_point), lambda x: x @ direction > midpoint)
+    """The concept shows where the residual stream is on the positive side of the midpoint that `vector.reads` has."""
+    assert vector.reads is not None
+    direction, midpoint = torch.from_numpy(vector.reads.direction), vector.reads.midpoint
+    return Concept(HookPoint.parse(vector.reads.hook_point), lambda x: x @ direction > midpoint)
 
 
 def states(

@@ -362,6 +362,9 @@ def test_an_instruction_becomes_a_vector(made: Made, saekit: Saekit, tmp_path: P
     assert "Answer tersely" in saekit(*arguments).err
     shown = saekit(*arguments, *sets("modifier=Be kind.", *MEASURE), "--json").json
     assert (shown["name"], shown["source"]["kind"], shown["instruction"]) == ("be-kind", "modifier", "Be kind.")
+    library = {"model": made.model, "library": shown["library"], "sae": tmp_path / "no sae"}
+    scored = saekit("vector", "score", *sets(**library, **SCORE, parts="[concept]"), "--json").json
+    assert (scored["instruction"], scored["n_prompts"]) == ("Be kind.", 2)
     ablated = [*belongs(made, tmp_path, "vector make", latent=5, operation="ablate"), *sets(*MEASURE)]
     shown = saekit(*ablated, "--json").json
     assert (shown["coefficient"], shown["instruction"][:12]) == (1.0, "Do not write")

@@ -46,7 +46,7 @@ def test_each_reading_is_the_difference_that_it_says(tiny: LoadedModel) -> None:
 
 
 def test_a_vector_says_how_far_it_can_be_believed(tiny: LoadedModel) -> None:
-    vector, reader = from_modifier(tiny, "resid_post.2", "kind", REQUESTS, "Be kind.", max_new_tokens=6)
+    vector = from_modifier(tiny, "resid_post.2", "kind", REQUESTS, "Be kind.", max_new_tokens=6)
     source = vector.source
     assert np.linalg.norm(vector.direction) == pytest.approx(1, abs=1e-5)
     assert (source["kind"], source["modifier"], source["place"], source["read"]) == (
@@ -63,8 +63,11 @@ def test_a_vector_says_how_far_it_can_be_believed(tiny: LoadedModel) -> None:
         for some in ([(e, e.modified_answer) for e in fit], [(e, e.plain_answer) for e in fit])
     ]
     along = (sides[0] - sides[1]).mean(0)
+    reader = vector.reader
+    assert reader is not None
+    assert reader.hook_point == vector.hook_point
     np.testing.assert_allclose(reader.direction, along / np.linalg.norm(along), atol=1e-4)
-    assert reader.source["midpoint"] == pytest.approx(float((sum(sides) @ reader.direction).mean() / 2), abs=1e-3)
+    assert reader.midpoint == pytest.approx(float((sum(sides) @ reader.direction).mean() / 2), abs=1e-3)
 
 
 def test_where_the_instruction_stands(tiny: LoadedModel) -> None:
