@@ -44,7 +44,11 @@ class VectorConfig(Config):
         default="joyful_vs_gloomy", description="a shipped set of pairs, or a .jsonl file (kind contrast)"
     )
     modifier: str | None = Field(default=None, description="an instruction, such as Answer tersely. (kind modifier)")
-    place: Literal["user", "system"] = Field(default="user", description="turn with the instruction (kind modifier)")
+    place: Literal["user", "system", "both"] = Field(
+        default="user",
+        description="turn with the instruction; both: either is tried, and the one that the vector recovers more of is "
+        "kept (kind modifier)",
+    )
     read: Literal["answer", "prompt", "text"] = Field(
         default="answer",
         description="where it is read: on the tokens of the answer written with it, on the last token of the prompt, "
