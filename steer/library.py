@@ -96,12 +96,14 @@ def named(vectors: Mapping[str, SteeringVector], path: str | Path, name: str) ->
     return vectors[name]
 
 
-def find_vectors(path: str | Path, name: str) -> list[SteeringVector]:
-    """The vector of this name, or else those of NAME@HOOK_POINT, in the order of a pass.
+def find_vectors(path: str | Path, name: str | None) -> list[SteeringVector]:
+    """The vector of this name, or else those of NAME@HOOK_POINT, in the order of a pass; the first if there is no name.
 
     Raises: UnknownNameError listing the names there are.
     """
     vectors = load_library(path)
+    if name is None:
+        name = next(iter(vectors), "").partition("@")[0]
     parts = [vector for each, vector in vectors.items() if each.startswith(f"{name}@")]
     if name in vectors or not parts:
         return [named(vectors, path, name)]

@@ -149,6 +149,8 @@ def test_vectors_that_belong_together_are_found_by_one_name(tmp_path: Path, vect
     save_library(tmp_path, [vector, *parts, replace(vector, name="tones@resid_post.0")])
     assert [each.hook_point for each in find_vectors(tmp_path, "tone")] == [f"resid_post.{i}" for i in (1, 2, 10)]
     assert [each.name for each in find_vectors(tmp_path, "up")] == ["up"]
+    save_library(tmp_path, parts)
+    assert len(find_vectors(tmp_path, None)) == 3
     save_library(tmp_path, [*parts, replace(vector, name="tone")])
     assert [each.name for each in find_vectors(tmp_path, "tone")] == ["tone"]
     with pytest.raises(UnknownNameError, match="tone"):
