@@ -12,7 +12,8 @@ Flow of `from_modifier`:
 4. both answers, read again without the instruction, are contrast pairs. Those to fit give the reader that says on which
    tokens of a text the manner shows, a direction of its own, since that of the vector does not tell texts apart
    (docs/LOG.md); those held out say how well the reader does, and whether steering moves the model to the first answer;
-5. `recovered` is how much of what the instruction does for its own answers steering does without it; `from_places`
+5. `recovered` is how much of what the instruction does for its own answers steering does without it, on held-out
+   requests, at the one of DOSES that does most on those to fit; `from_places`
    makes a vector of the instruction in either turn, and takes the one that recovers more.
 
 Left out: instructions of several turns, and vectors trained to match the prompt (`steer.making.learn`).
@@ -57,6 +58,8 @@ SHIPPED = "requests"
 PLACES = ("user", "system")
 """turns that an instruction may be in"""
 ANSWER_ROWS = 16
+DOSES = (0.03, 0.06, 0.12, 0.25)
+"""at which a vector is tried in place of its instruction"""
 
 
 class Request(NamedTuple):
@@ -166,13 +169,18 @@ def from_modifier(
         **fit_quality(d, direction, method, seed),
         **{key.replace("heldout_", "reader_"): own[key] for key in own if not key.startswith("anti_")},
         **means({"anti_steerable": anti.astype(float)}, seed),
-        **recovered(loaded, vector, heldout, PROBE_DOSE, seed),
-        "recovered_fit": recovered(loaded, vector, fit, PROBE_DOSE, seed)["recovered"],
+    }
+    tried = {dose: recovered(loaded, vector, fit, dose, seed) for dose in DOSES}
+    dose = max(DOSES, key=lambda dose: tried[dose]["gained_by_vector"])
+    source |= {
+        **recovered(loaded, vector, heldout, dose, seed),
+        "recovered_fit": tried[dose]["recovered"],
+        "recovered_dose": dose,
     }
     return vector
 
 
-COMPARED = ("gained_by_prompt", "gained_by_vector", "recovered", "reader_auroc")
+COMPARED = ("gained_by_prompt", "gained_by_vector", "recovered", "recovered_fit", "recovered_dose", "reader_auroc")
 
 
 def from_places(loaded: LoadedModel, *arguments: Any, **options: Any) -> SteeringVector:
@@ -186,7 +194,7 @@ def from_places(loaded: LoadedModel, *arguments: Any, **options: Any) -> Steerin
     places = {}
     for source in (vector.source for vector in made):
         shown = [key for name in COMPARED for key in (name, f"{name}_ci95") if key in source]
-        places[source["place"]] = {key: source[key] for key in (*shown, "recovered_fit")}
+        places[source["place"]] = {key: source[key] for key in shown}
     return replace(best, source=best.source | {"places": places})
 
 
@@ -251,7 +259,7 @@ def recovered(
     point, texts = HookPoint.parse(vector.hook_point), [each.modified_answer for each in answered]
     plain = [each.plain for each in answered]
 
-    def costs(prompts: Sequence[str]) -> Sides:
+    def costs(prompts: Sequence[str]) -> Float[np.ndarray, " answer"]:
         return np.array([reading.nll for reading in reread(loaded, point, prompts, texts)])
 
     alone, instructed = costs(plain), costs([each.modified for each in answered])

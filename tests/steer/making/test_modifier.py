@@ -89,12 +89,16 @@ def test_the_place_is_chosen_on_requests_to_fit_and_reported_on_others(
 ) -> None:
     def fake(loaded: LoadedModel, vector: SteeringVector, some: list[Answered], dose: float, seed: int) -> Any:
         is_fit, is_user = some[0].split == "fit", vector.source["place"] == "user"
-        return {"gained_by_prompt": 1.0, "gained_by_vector": 0.5, "recovered": 0.2 if is_fit == is_user else 0.4}
+        best = 0.06 if is_fit else 0.25
+        gained = 0.5 if dose == best else 0.1
+        return {"gained_by_prompt": 1.0, "gained_by_vector": gained, "recovered": 0.2 if is_fit == is_user else 0.4}
 
     monkeypatch.setattr(modifier, "recovered", fake)
     vector = from_places(tiny, "resid_post.2", "kind", REQUESTS, "Be kind.", max_new_tokens=4)
     alone = from_modifier(tiny, "resid_post.2", "kind", REQUESTS, "Be kind.", place="system", max_new_tokens=4)
     assert vector.source["place"] == "system", "the better of 0.2 and 0.4 on the requests to fit"
+    assert vector.source["recovered_dose"] == 0.06, "the best for the requests to fit"
+    assert vector.source["gained_by_vector"] == 0.1
     np.testing.assert_array_equal(vector.direction, alone.direction)
     assert {place: (row["recovered_fit"], row["recovered"]) for place, row in vector.source["places"].items()} == {
         "user": (0.2, 0.4), "system": (0.4, 0.2)
