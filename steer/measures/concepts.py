@@ -22,7 +22,7 @@ from sae.artefact import SaeArtefact
 from sae.torch_view import TorchSae
 from steer.latents import places_of
 from steer.measures.classifier import examples_of, fit
-from steer.measures.effect import Concept, contrast_reader, latents_reader
+from steer.measures.effect import Concept, Judges, contrast_reader, latents_reader
 from steer.pairs import ContrastPair
 from steer.vectors import SteeringVector
 
@@ -85,12 +85,13 @@ def weights_of(vector: SteeringVector) -> dict[int, float]:
 def classified(vector: SteeringVector, pairs: Sequence[ContrastPair]) -> Concept:
     """The concept as a classifier has it that reads the text alone."""
     judge = fit(examples_of(pairs))
-    # Nothing of the residual stream is asked for, but what a text costs is read in the same pass.
-    return Concept(
-        HookPoint.parse(vector.hook_point),
-        lambda x: torch.zeros(len(x), dtype=torch.bool),
-        lambda prompts, texts: judge.probability(texts, prompts),
-    )
+    return judged(vector, lambda prompts, texts: judge.probability(texts, prompts))
+
+
+def judged(vector: SteeringVector, judges: Judges) -> Concept:
+    """A concept of whole texts, of which the residual stream tells nothing."""
+    # It is read all the same, since what a text costs is found in the same pass.
+    return Concept(HookPoint.parse(vector.hook_point), lambda x: torch.zeros(len(x), dtype=torch.bool), judges)
 
 
 def instruction_of(source: Mapping[str, Any], operation: str = "add") -> str:

@@ -36,6 +36,9 @@ from steer.vectors import SteeringVector
 
 READ_ROWS = 8
 
+Judges = Callable[[Sequence[str], Sequence[str]], Float[np.ndarray, " text"]]
+"""from prompts and their continuations to how much a concept shows in each, mostly 0 to 1"""
+
 
 class Concept(NamedTuple):
     """What a vector stands for, as it is read off a text."""
@@ -44,9 +47,8 @@ class Concept(NamedTuple):
     """where the unsteered model is read; where a transcoder reads, not where it writes and is steered at"""
     shows: Callable[[Float[Tensor, "token d_model"]], Bool[Tensor, " token"]]
     """on which tokens it shows, of what is read there"""
-    judges: Callable[[Sequence[str], Sequence[str]], Float[np.ndarray, " text"]] | None = None
-    """of a concept of whole texts: how much it shows, 0 to 1, in continuations of prompts; none: the share of tokens on
-    which it shows"""
+    judges: Judges | None = None
+    """of a concept of whole texts; none: the share of tokens on which it shows"""
 
 
 class Reread(NamedTuple):

@@ -1,7 +1,8 @@
 """Is a vector worth it? The same axis by a vector, by asking in words, by examples and by a fine-tune, side by side.
 
 Flow of `compare`, an axis at a time:
-1. make the conditions from the axis's contrast pairs (`steer.receipts.conditions`), the dose on prompts of its own;
+1. make the conditions from the axis's contrast pairs (`steer.receipts.conditions`); the vector's dose is the one of
+   which the measure of 3 says most, on prompts that nothing else looks at;
 2. continue held-out prompts under each of them; texts are kept as they come, so that an interrupted comparison goes on;
 3. measure each text: `value` is what the axis is about (`steer.making.axes`), read by something that knows nothing of
    the vector; and the cost under the unsteered model after the bare prompt, repetition and length, whatever stood in
@@ -21,6 +22,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -87,7 +89,11 @@ def compare_axis(
     held, select = axis_prompts(config, axis)
     pairs = pairs_of(axis)
     say(f"{name}: making what is compared")
-    made = make_conditions(loaded, config, name, axis, pairs, [_given(loaded, axis, each) for each in select])
+    judge_of = cache(lambda: _judge(loaded, config, axis))  # not before it is needed: fitting one may take a while
+    given = [_given(loaded, axis, each) for each in select]
+    made = make_conditions(
+        loaded, config, name, axis, pairs, given, lambda texts, prompts: gains(loaded, axis, judge_of(), prompts, texts)
+    )
     settings = config.model_dump(mode="json", exclude={"out", "axes", "device", "conditions"})
     key = digest_of({"held": held, "made": [each.identity for each in made], "axis": vars(axis), **settings})
     result = folder / "result.json"
@@ -98,7 +104,7 @@ def compare_axis(
         say(f"{name}: writing {len(held)} texts, {condition.name}")
         path = folder / f"texts-{condition.name}-{_texts_key(loaded, config, axis, condition, held)[:12]}.jsonl"
         texts[condition.name] = write_texts(loaded, config, axis, condition, held, path)
-    judge = _judge(loaded, config, axis)
+    judge = judge_of()
     say(f"{name}: measuring")
     rows = _measured(loaded, config, axis, made, held, texts, judge)
     kl, speed = _kl(loaded, config, made), _latency(loaded, config, axis, made, held)
@@ -233,6 +239,15 @@ def _values(
     if axis.measure == "tokens":
         return _lengths(loaded, texts)
     return np.array([is_refusal(text) for text in texts], float)
+
+
+def gains(
+    loaded: LoadedModel, axis: Axis, judge: TextClassifier | None, given: Sequence[str], texts: Sequence[str]
+) -> Float[np.ndarray, " text"]:
+    """How far each text is where the axis leads, more being better; of a classifier the probability, not a verdict."""
+    if judge is not None:
+        return judge.probability(texts, given)
+    return wanted(axis) * _values(loaded, axis, judge, given, texts)
 
 
 def _lengths(loaded: LoadedModel, texts: Sequence[str]) -> Float[np.ndarray, " text"]:

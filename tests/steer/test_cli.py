@@ -492,6 +492,16 @@ def test_plain_output_is_for_people(made: Made, saekit: Saekit) -> None:
     assert "top_logits" in shown
 
 
+def test_numbers_are_rounded_where_they_are_shown_and_nowhere_else(capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"effect": 0.123456789, "effect_ci95": [0.123456789, (0.5, {"low": 1 / 3}), "x", 12345, None]}
+    show(result, as_json=False)
+    shown = capsys.readouterr().out.split("\n")
+    assert shown[0].split() == ["effect", "0.1235"]
+    assert shown[1].split(None, 1)[1].strip() == '[0.1235, [0.5, {"low": 0.3333}], "x", 12345, null]'
+    show(result, as_json=True)
+    assert json.loads(capsys.readouterr().out)["effect_ci95"][:1] == [0.123456789]
+
+
 def test_what_several_saes_share_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     path = "a/long/way/" * 12
     saes = {f"k={k}": {"path": path, "l0": k + 0.5} for k in (8, 16)}

@@ -21,7 +21,7 @@ from steer.pairs import load_pairs
 from steer.receipts import compare as module
 from steer.receipts.compare import _judge as judge_of
 from steer.receipts.compare import _kl as kl_of
-from steer.receipts.compare import axis_prompts, compare, table, wanted, write_texts
+from steer.receipts.compare import axis_prompts, compare, gains, table, wanted, write_texts
 from steer.receipts.conditions import UNSTEERED, make_conditions
 
 SMALL: dict[str, Any] = {
@@ -112,11 +112,44 @@ def test_an_interrupted_comparison_keeps_whole_batches(
     assert asked == [2, 4, 2]
 
 
+def by_length(texts: list[str], prompts: list[str]) -> np.ndarray:
+    return np.array([float(len(text)) for text in texts])
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_the_dose_is_chosen_by_the_measure_of_the_axis(own: LoadedModel, tmp_path: Path, best: int) -> None:
+    doses = (0.1, 0.2, 0.3)
+    settings = SMALL | {"doses": doses, "conditions": ("vector",), "max_nll_rise": 99, "max_repetition_rise": 9}
+    config, axis = CompareAxisConfig(out=tmp_path, **settings), AXES["formality"]
+    select = axis_prompts(config, axis)[1]
+
+    def gain(texts: list[str], prompts: list[str]) -> np.ndarray:
+        assert list(prompts) == select * 4, "unsteered, and each dose"
+        return np.repeat([0.0, *(float(i == best) for i in range(3))], len(select))
+
+    make_conditions(own, config, "formality", axis, pairs_of(axis), select, gain)
+    vector = load_library(tmp_path / "library")["formality"]
+    assert vector.dose(vector.coefficient) == pytest.approx(doses[best])
+
+
+def test_more_is_better_in_what_the_dose_is_chosen_by(own: LoadedModel) -> None:
+    def of(name: str, judge: Any = None) -> list[float]:
+        return gains(own, AXES[name], judge, ["Why?"] * 2, ["I cannot help with that.", "It is."]).tolist()
+
+    long, short = of("verbosity")
+    assert long > short > 0
+    assert of("brevity") == [-long, -short]
+    assert (of("refusal"), of("compliance")) == ([1, 0], [-1, 0])
+    judge = judge_of(own, CompareAxisConfig(), AXES["formality"])
+    assert judge is not None
+    assert of("formality", judge) == judge.probability(["I cannot help with that.", "It is."]).tolist()
+
+
 def conditions(own: LoadedModel, out: Path, name: str) -> dict[str, Any]:
     config = CompareAxisConfig(out=out, **SMALL)
     axis = AXES[name]
     select = axis_prompts(config, axis)[1]
-    return {each.name: each for each in make_conditions(own, config, name, axis, pairs_of(axis), select)}
+    return {each.name: each for each in make_conditions(own, config, name, axis, pairs_of(axis), select, by_length)}
 
 
 def test_kl_is_that_of_a_plain_loop(own: LoadedModel, tmp_path: Path) -> None:
@@ -177,7 +210,7 @@ def test_examples_of_what_is_to_make_no_difference_are_whole_pairs(own: LoadedMo
         AXES["bias"],
         CompareAxisConfig(out=tmp_path, **(SMALL | {"few_shot": 3, "conditions": ("few_shot",)})),
     )
-    (_, few_shot) = make_conditions(own, config, "bias", axis, pairs_of(axis), [])
+    (_, few_shot) = make_conditions(own, config, "bias", axis, pairs_of(axis), [], by_length)
     one, other, last = few_shot.head.split("\n\n")
     (pair,) = [each for each in load_pairs("she_vs_he") if one == each.prompt + each.positive]
     assert (other, last) == (pair.prompt + pair.negative, "")
