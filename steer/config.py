@@ -408,6 +408,11 @@ class CompareAxisConfig(Config):
     batch_rows: int = Field(default=64, gt=0, description="prompts that are continued together")
     kl_texts: int = Field(default=64, gt=0, description="unrelated texts, of the shipped corpus, that KL is taken on")
     latency_rounds: int = Field(default=3, gt=0, description="rounds in which each condition's latency is taken")
+    seeds: tuple[int, ...] = Field(
+        default=(),
+        description="do all of it with each of these seeds, and report means, with intervals over seeds and prompts; "
+        "none: with `seed` alone",
+    )
     seed: int = Field(default=0, ge=0, description="seed of everything random")
 
 

@@ -23,6 +23,7 @@ from steer.receipts.compare import _judge as judge_of
 from steer.receipts.compare import _kl as kl_of
 from steer.receipts.compare import axis_prompts, compare, gains, table, wanted, write_texts
 from steer.receipts.conditions import UNSTEERED, make_conditions
+from steer.receipts.over_seeds import crossed
 
 SMALL: dict[str, Any] = {
     "prompts": 6, "select_prompts": 2, "max_new_tokens": 5, "doses": (0.3,), "kl_texts": 3, "latency_rounds": 1,
@@ -112,6 +113,37 @@ def test_an_interrupted_comparison_keeps_whole_batches(
     assert asked == [2, 4, 2]
 
 
+def test_several_seeds_are_one_table_of_means(own: LoadedModel, tmp_path: Path) -> None:
+    settings = SMALL | {"axes": ("formality", "bias"), "conditions": ("random", "few_shot")}
+    found = compare(CompareAxisConfig(out=tmp_path / "all", seeds=(0, 1, 2), **settings), own)
+    assert json.loads((tmp_path / "all" / "compare.json").read_text()) == json.loads(json.dumps(found))
+    alone = [compare(CompareAxisConfig(out=tmp_path / f"{i}", seed=i, **settings), own) for i in range(3)]
+    for axis, result in found.items():
+        assert result["seeds"] == [0, 1, 2]
+        for name, row in result["conditions"].items():
+            rows = [each[axis]["conditions"][name] for each in alone]
+            for figure in ("value", "effect", "kl", "nll", "repetition", "tokens", "prompt_tokens"):
+                assert row[figure] == pytest.approx(np.mean([each[figure] for each in rows]), abs=1e-6), figure
+                if figure not in ("value", "effect") or axis != "bias":
+                    assert row[f"{figure}_ci95"][0] <= row[figure] + 1e-9 <= row[f"{figure}_ci95"][1] + 2e-9
+            assert [each[name] for each in result["by_seed"].values()] == [each["effect"] for each in rows]
+    assert len({json.dumps(each) for each in found["formality"]["by_seed"].values()}) > 1, "seeds differ"
+    assert found["bias"]["conditions"]["random"]["effect_ci95"] is None
+    assert {tuple(row) for rows in table(found).values() for row in rows.values()}
+    assert (tmp_path / "all" / "report.html").read_text().count("<svg") == 2
+
+
+def test_an_interval_is_as_wide_as_seeds_and_prompts_make_it() -> None:
+    rng = np.random.default_rng(0)
+    seeds, prompts = rng.standard_normal((12, 1)), rng.standard_normal((1, 40))
+    for by_seed, by_prompt in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
+        ends = crossed(by_seed * seeds + by_prompt * prompts, 0)
+        assert ends is not None
+        variance = by_seed * seeds.var() / 12 + by_prompt * prompts.var() / 40
+        assert ends[1] - ends[0] == pytest.approx(2 * 1.96 * variance**0.5, rel=0.12)
+    assert crossed(np.ones((1, 1)), 0) is None
+
+
 def by_length(texts: list[str], prompts: list[str]) -> np.ndarray:
     return np.array([float(len(text)) for text in texts])
 
@@ -175,7 +207,7 @@ def test_kl_is_that_of_a_plain_loop(own: LoadedModel, tmp_path: Path) -> None:
         sums["vector"].append(float((plain.exp() * (plain - moved)).sum(-1).mean()))
         sums["instruction"].append(float((plain.exp() * (plain - after)).sum(-1).mean()))
     for name, values in sums.items():
-        assert found[name]["kl"] == pytest.approx(np.mean(values), rel=1e-3)
+        assert found[name] == pytest.approx(values, rel=1e-3)
 
 
 def test_costs_are_those_of_reading_again(own: LoadedModel) -> None:
