@@ -2,6 +2,7 @@
 
     python benchmarks/compare_axes.py                           all axes but informality, kept in runs/compare_axes
     python benchmarks/compare_axes.py --axes legal sentiment --prompts 64
+    python benchmarks/compare_axes.py --seeds 0 1 2             means over seeds, with intervals over seeds and prompts
     python benchmarks/compare_axes.py --record                  also appends the lines to results/<device>.csv
 
 Prints one JSON line an axis, as `saekit vector compare` measures it, texts and settings left out. What was measured
@@ -38,6 +39,7 @@ def line(name: str, result: dict[str, Any], device: str, seconds: float) -> dict
         for each, row in result["conditions"].items()
     }
     about = {key: result[key] for key in ("measure", "wanted", "model", "hook_point", "n_prompts", "max_new_tokens")}
+    about |= {key: result[key] for key in ("seeds", "by_seed") if key in result}
     judge = {key: _rounded(value) for key, value in (result["judge"] or {}).items() if key.endswith(("roc", "racy"))}
     return {"device": device, "axis": name, **about, "judge": judge, "wall_s": round(seconds, 1), "conditions": rows}
 
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--batch-rows", type=int, default=256)
     parser.add_argument("--out", type=Path, default=Path("runs/compare_axes"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[])
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
     loaded = load_model(arguments.model, device=arguments.device)
@@ -67,6 +70,7 @@ def main() -> None:
             model=arguments.model,
             prompts=arguments.prompts,
             batch_rows=arguments.batch_rows,
+            seeds=tuple(arguments.seeds),
             out=arguments.out / name,
         )
         result = compare(config, loaded)[name]

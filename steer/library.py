@@ -2,7 +2,7 @@
 
     manifest.json        per vector: model, hook point, operation, scope, gate, coefficient, dose, window, source,
                          receipts; content hash
-    vectors.safetensors  one float32 unit direction a vector, by name, and the weights of gates
+    vectors.safetensors  one float32 unit direction a vector, by name, those of readers, and the weights of gates
     README.md            the same for people
 
 The content hash covers the vectors and the manifest, and is checked on loading. Vectors that belong
@@ -29,7 +29,7 @@ from steer.gate_files import condition_of, entry_of
 from steer.gates import Condition, Gate, gates_of
 from steer.operations import vector_operation
 from steer.scopes import Scope
-from steer.vectors import SteeringVector
+from steer.vectors import Reader, SteeringVector
 
 FORMAT = "saekit-library-3"
 
@@ -96,12 +96,14 @@ def named(vectors: Mapping[str, SteeringVector], path: str | Path, name: str) ->
     return vectors[name]
 
 
-def find_vectors(path: str | Path, name: str) -> list[SteeringVector]:
-    """The vector of this name, or else those of NAME@HOOK_POINT, in the order of a pass.
+def find_vectors(path: str | Path, name: str | None) -> list[SteeringVector]:
+    """The vector of this name, or else those of NAME@HOOK_POINT, in the order of a pass; the first if there is no name.
 
     Raises: UnknownNameError listing the names there are.
     """
     vectors = load_library(path)
+    if name is None:
+        name = next(iter(vectors), "").partition("@")[0]
     parts = [vector for each, vector in vectors.items() if each.startswith(f"{name}@")]
     if name in vectors or not parts:
         return [named(vectors, path, name)]
@@ -120,6 +122,7 @@ def _entry(vector: SteeringVector, arrays: dict[str, np.ndarray]) -> dict[str, A
         "coefficient": vector.coefficient,
         "dose": vector.dose(vector.coefficient),
         "window": None if vector.window is None else list(vector.window),
+        "reader": _reader_entry(vector, arrays),
         "mean_norm": vector.mean_norm,
         "source": vector.source,
         "receipts": vector.receipts,
@@ -131,12 +134,32 @@ def _gate_entry(vector: SteeringVector, arrays: dict[str, np.ndarray]) -> dict[s
         return None
     entry, weights = entry_of(vector.gate)
     for gate in entry["gates"]:
-        gate["weight"] = f"{vector.name}/gate/{gate['name']}"
-        if gate["weight"] in arrays:
-            fix = "Rename one of them."
-            raise ConfigError(f"vector '{vector.name}'", expected="names of its own", got=gate["weight"], fix=fix)
-        arrays[gate["weight"]] = np.ascontiguousarray(weights[gate["name"]], np.float32)
+        gate["weight"] = _add(arrays, vector, f"gate/{gate['name']}", weights[gate["name"]])
     return entry
+
+
+def _reader_entry(vector: SteeringVector, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
+    if vector.reader is None:
+        return None
+    direction = _add(arrays, vector, "reader", vector.reader.direction)
+    return {"direction": direction, "hook_point": vector.reader.hook_point, "midpoint": vector.reader.midpoint}
+
+
+def _add(arrays: dict[str, np.ndarray], vector: SteeringVector, what: str, row: np.ndarray) -> str:
+    """Add what belongs to a vector to `arrays`, and return its name there."""
+    name = f"{vector.name}/{what}"
+    if name in arrays:
+        fix = "Rename one of them."
+        raise ConfigError(f"vector '{vector.name}'", expected="names of its own", got=name, fix=fix)
+    arrays[name] = np.ascontiguousarray(row, np.float32)
+    return name
+
+
+def _reader(entry: Any, arrays: Mapping[str, np.ndarray], d_model: int) -> Reader | None:
+    if entry is None:
+        return None
+    point = str(HookPoint.parse(entry["hook_point"]))
+    return Reader(_row(arrays, entry["direction"], d_model), point, _number(entry, "midpoint"))
 
 
 def _gate(entry: Any, arrays: Mapping[str, np.ndarray], d_model: int, known: dict[Any, Gate]) -> Condition | None:
@@ -177,6 +200,7 @@ def _vector(entry: dict[str, Any], arrays: Mapping[str, np.ndarray], gates: dict
         scope=str(Scope.parse(entry["scope"])),
         gate=_gate(entry["gate"], arrays, model.d_model, gates),
         window=_window(entry["window"]),
+        reader=_reader(entry.get("reader"), arrays, model.d_model),  # libraries of an earlier saekit have none
     )
 
 

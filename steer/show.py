@@ -10,6 +10,8 @@ from rich.table import Table
 
 WIDEST = 10_000
 """columns in which results are laid out"""
+DIGITS = 4
+"""of a number that is shown; JSON has all of them"""
 
 
 def status(line: str) -> None:
@@ -66,7 +68,18 @@ def _flat(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:,.4g}"
+        return f"{value:,.{DIGITS}g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return json.dumps(value, default=str, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+    if isinstance(value, dict | list | tuple):
+        return json.dumps(_rounded(value), default=str, ensure_ascii=False)
+    return str(value)
+
+
+def _rounded(value: Any) -> Any:
+    """With floats as a cell shows them, however deep they are."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, list | tuple) else value

@@ -104,9 +104,9 @@ def calibrate(
     from steer.receipts.calibrate import calibrate_vector
 
     calibrated = calibrate_vector(settings, on_status=status)
-    receipt = dict(calibrated.receipts[-1])
+    receipt = dict(calibrated[-1].receipts[-1])
     receipt["picked"] = {f"{trial['dose']:.3g}": trial for trial in receipt["picked"]}
-    show({"name": calibrated.name, "library": settings.library, **receipt}, json_)
+    show({"name": calibrated[-1].name, "library": settings.library, **receipt}, json_)
 
 
 @app.command()

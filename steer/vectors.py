@@ -31,6 +31,18 @@ NAMED = 3
 
 
 @dataclass(frozen=True, eq=False)
+class Reader:
+    """Where a vector's concept shows, if not along the vector itself: beyond a midpoint of a direction of its own."""
+
+    direction: Float[np.ndarray, " d_model"]
+    """unit norm, float32"""
+    hook_point: str
+    """where the unsteered model is read"""
+    midpoint: float
+    """projection from which on the concept shows"""
+
+
+@dataclass(frozen=True, eq=False)
 class SteeringVector:
     """A unit direction at one hook point of one model."""
 
@@ -58,6 +70,15 @@ class SteeringVector:
     """only while it is open; none: always"""
     window: tuple[float, float] | None = None
     """coefficients between which it works and does no harm (`steer.receipts.calibrate`); none: not calibrated"""
+    reader: Reader | None = None
+    """what its concept is read with; none: its own direction or latents, as `source` tells"""
+
+    @property
+    def reads(self) -> Reader | None:
+        """`reader`, or else its own direction beyond the midpoint that its source keeps; none if it keeps none."""
+        if self.reader is None and "midpoint" in self.source:
+            return Reader(self.direction, self.hook_point, self.source["midpoint"])
+        return self.reader
 
     def dose(self, coefficient: float) -> float:
         """|coefficient| in units of the mean norm of the residual stream."""

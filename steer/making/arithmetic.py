@@ -15,7 +15,6 @@ Left out: which vectors get in each other's way (`steer.receipts.interference`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +27,7 @@ from sae.belongs import check_sae
 from steer.config import CombineConfig
 from steer.library import load_library, named
 from steer.making.make import add_to_library, dose_and_measure
-from steer.measures.concepts import own_concept
+from steer.measures.concepts import own_concept, read_as
 from steer.measures.effect import Concept
 from steer.vectors import SteeringVector
 
@@ -119,9 +118,11 @@ def combine(config: CombineConfig, loaded: LoadedModel | None = None) -> list[St
     for related, part in found:
         vector = _child(config, parents, part)
         reader = next(((p, c) for p in related if (c := own_concept(p, artefact)) is not None), None)
-        if reader is not None and config.measured:
-            loaded = loaded or load_model(config.model, device=config.device)
-            vector = _measured(config, loaded, vector, *reader, artefact)
+        if reader is not None:
+            vector = read_as(vector, reader[0])
+            if config.measured:
+                loaded = loaded or load_model(config.model, device=config.device)
+                vector = _measured(config, loaded, vector, *reader, artefact)
         made.append(vector)
     add_to_library(config.out, *made)
     return made
@@ -170,7 +171,6 @@ def _measured(
         check_sae(artefact, loaded)
     receipt = parent.receipts[-1] if parent.receipts else {}
     instruction = config.instruction or receipt.get("instruction") or f"Write in the way of {parent.name}."
-    vector = replace(vector, source={**vector.source, "concept": parent.name})
     return dose_and_measure(loaded, vector, concept, config.measure, config.coefficient, instruction)
 
 
@@ -181,7 +181,7 @@ def as_result(config: CombineConfig, made: Sequence[SteeringVector]) -> dict[str
         receipt = vector.receipts[-1] if vector.receipts else {}
         rows[vector.name] = {
             "expression": vector.source["expression"],
-            "measured as": vector.source.get("concept", "not measured" if config.measured else "not asked for"),
+            "measured as": vector.source.get("concept", "not measured") if config.measured else "not asked for",
             "coefficient": vector.coefficient,
             "dose": vector.dose(vector.coefficient),
             **{key: receipt.get(key) for key in shown},

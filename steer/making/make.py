@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from steer.config import MeasureConfig, VectorConfig
 from steer.latents import Places, places_of
 from steer.library import load_library, save_library
 from steer.making.contrast import from_contrast
-from steer.making.modifier import from_modifier, load_requests, request_prompt
+from steer.making.modifier import from_modifier, from_places, load_requests, request_prompt
 from steer.measures.concepts import instruction_of
 from steer.measures.effect import (
     Bounds,
@@ -106,13 +107,13 @@ def _of_modifier(config: VectorConfig, loaded: LoadedModel, store: ActivationSto
         raise ConfigError("key 'modifier'", expected="an instruction", got="none", fix=fix)
     hook_point, requests = _hook_point(config, loaded, store), load_requests(config.requests)
     name = "-".join(re.findall(r"\w+", config.modifier.lower())[:4]) or "modifier"
-    vector, reader = from_modifier(
+    make = from_places if config.place == "both" else partial(from_modifier, place=config.place)
+    vector = make(
         loaded,
         hook_point,
         name,
         requests,
         config.modifier,
-        place=config.place,
         read=config.read,
         method=config.method,
         max_new_tokens=config.measure.max_new_tokens,
@@ -121,8 +122,8 @@ def _of_modifier(config: VectorConfig, loaded: LoadedModel, store: ActivationSto
     vector = _with_norm_of(store, vector)
     texts = {split: [each.text for each in requests if each.split == split] for split in ("fit", "heldout")}
     select, heldout = ([request_prompt(loaded, text) for text in texts[split]] for split in ("fit", "heldout"))
-    instructed = [request_prompt(loaded, text, config.modifier, config.place) for text in texts["heldout"]]
-    return Made(vector, contrast_reader(reader), Prompts(select, heldout, instructed))
+    instructed = [request_prompt(loaded, text, config.modifier, vector.source["place"]) for text in texts["heldout"]]
+    return Made(vector, contrast_reader(vector), Prompts(select, heldout, instructed))
 
 
 KINDS: dict[str, Callable[[VectorConfig, LoadedModel, ActivationStore], Made]] = {
@@ -155,9 +156,8 @@ def _with_norm_of(store: ActivationStore, vector: SteeringVector) -> SteeringVec
 
 def default_instruction(config: VectorConfig) -> str:
     """What the prompt baseline asks for, if the user did not say."""
-    if config.kind == "modifier":
-        return config.modifier or ""
-    source = {"contrast": Path(config.contrast).stem} if config.kind == "contrast" else {}
+    sources = {"contrast": {"contrast": Path(config.contrast).stem}, "modifier": {"modifier": config.modifier}}
+    source = sources.get(config.kind, {})
     return instruction_of(source, config.operation)
 
 

@@ -12,12 +12,15 @@ Flow of `from_modifier`:
 4. both answers, read again without the instruction, are contrast pairs. Those to fit give the reader that says on which
    tokens of a text the manner shows, a direction of its own, since that of the vector does not tell texts apart
    (docs/LOG.md); those held out say how well the reader does, and whether steering moves the model to the first answer;
-5. `recovered` is how much of what the instruction does for its own answers steering does without it.
+5. `recovered` is how much of what the instruction does for its own answers steering does without it, on held-out
+   requests, at the one of DOSES that does most on those to fit; `from_places`
+   makes a vector of the instruction in either turn, and takes the one that recovers more.
 
 Left out: instructions of several turns, and vectors trained to match the prompt (`steer.making.learn`).
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import resources
@@ -26,12 +29,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from activations.errors import TextError
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel, chat_prompt
 from activations.tokens import without_bos
-from sae.metrics import means
+from sae.metrics import bootstrap, means
 from steer.generate import generate
 from steer.making.contrast import (
     PROBE_DOSE,
@@ -48,10 +52,14 @@ from steer.measures.effect import reread, states
 from steer.operations import Add, Intervention
 from steer.pairs import ContrastPair
 from steer.runtime import steering
-from steer.vectors import SteeringVector
+from steer.vectors import Reader, SteeringVector
 
 SHIPPED = "requests"
+PLACES = ("user", "system")
+"""turns that an instruction may be in"""
 ANSWER_ROWS = 16
+DOSES = (0.03, 0.06, 0.12, 0.25)
+"""at which a vector is tried in place of its instruction"""
 
 
 class Request(NamedTuple):
@@ -120,8 +128,8 @@ def from_modifier(
     method: str = "mean",
     max_new_tokens: int = 28,
     seed: int = 0,
-) -> tuple[SteeringVector, SteeringVector]:
-    """The direction of an instruction, in `source` how far it can be believed, and the direction of its reader.
+) -> SteeringVector:
+    """The direction of an instruction with its reader, and in `source` how far both can be believed.
 
     Args:
       place: `system` or `user`, the turn that the instruction is in.
@@ -152,19 +160,42 @@ def from_modifier(
         "dropped": len(requests) - len(answered),
         "warnings": lint(pairs),
     }
-    vector = SteeringVector(name, direction, hook_point, loaded.ref, mean_norm, source)
     along = direction_of(positive - negative, "mean").astype(np.float32)
-    about = {"kind": "contrast", "contrast": name, "midpoint": midpoint_of(positive, negative, along)}
-    reader = replace(vector, direction=along, source=about)
-    own = heldout_quality(loaded, reader, [each.pair for each in heldout], seed)
+    reader = Reader(along, hook_point, midpoint_of(positive, negative, along))
+    vector = SteeringVector(name, direction, hook_point, loaded.ref, mean_norm, source, reader=reader)
+    own = heldout_quality(loaded, replace(vector, direction=along), [each.pair for each in heldout], seed)
     anti = gains(loaded, vector, [each.pair for each in heldout], PROBE_DOSE) < 0
     source |= {
         **fit_quality(d, direction, method, seed),
         **{key.replace("heldout_", "reader_"): own[key] for key in own if not key.startswith("anti_")},
         **means({"anti_steerable": anti.astype(float)}, seed),
-        **recovered(loaded, vector, heldout, PROBE_DOSE),
     }
-    return vector, reader
+    tried = {dose: recovered(loaded, vector, fit, dose, seed) for dose in DOSES}
+    dose = max(DOSES, key=lambda dose: tried[dose]["gained_by_vector"])
+    source |= {
+        **recovered(loaded, vector, heldout, dose, seed),
+        "recovered_fit": tried[dose]["recovered"],
+        "recovered_dose": dose,
+    }
+    return vector
+
+
+COMPARED = ("gained_by_prompt", "gained_by_vector", "recovered", "recovered_fit", "recovered_dose", "reader_auroc")
+
+
+def from_places(loaded: LoadedModel, *arguments: Any, **options: Any) -> SteeringVector:
+    """The vector of an instruction in the turn of which one recovers more; both turns' figures in `source.places`.
+
+    The turn is chosen on the requests to fit, so that the figures, which are of the held-out ones, are those of no
+    choice. Arguments, options and errors are those of `from_modifier`, but for the place.
+    """
+    made = [from_modifier(loaded, *arguments, place=place, **options) for place in PLACES]
+    best = max(made, key=lambda vector: -math.inf if (x := vector.source["recovered_fit"]) is None else x)
+    places = {}
+    for source in (vector.source for vector in made):
+        shown = [key for name in COMPARED for key in (name, f"{name}_ci95") if key in source]
+        places[source["place"]] = {key: source[key] for key in shown}
+    return replace(best, source=best.source | {"places": places})
 
 
 def answer(
@@ -216,20 +247,32 @@ def _means(readings: Sequence[torch.Tensor]) -> Sides:
     return torch.stack([x.mean(0) for x in readings]).double().numpy()
 
 
-def recovered(loaded: LoadedModel, vector: SteeringVector, answered: Sequence[Answered], dose: float) -> dict[str, Any]:
+def recovered(
+    loaded: LoadedModel, vector: SteeringVector, answered: Sequence[Answered], dose: float, seed: int
+) -> dict[str, Any]:
     """How much of what the instruction does for its own answers steering does without it, in nats a token.
 
-    Returns: `gained_by_prompt`, by how much likelier the instruction makes the answers written with it; and
-      `gained_by_vector`, by how much steering at a dose does.
+    Returns: `gained_by_prompt`, by how much likelier the instruction makes the answers written with it;
+      `gained_by_vector`, by how much steering at a dose does; `recovered`, the second over the first, none where the
+      instruction gains nothing; each with a 95% bootstrap interval over answers.
     """
     point, texts = HookPoint.parse(vector.hook_point), [each.modified_answer for each in answered]
     plain = [each.plain for each in answered]
 
-    def cost(prompts: Sequence[str]) -> float:
-        return float(np.mean([reading.nll for reading in reread(loaded, point, prompts, texts)]))
+    def costs(prompts: Sequence[str]) -> Float[np.ndarray, " answer"]:
+        return np.array([reading.nll for reading in reread(loaded, point, prompts, texts)])
 
-    alone, instructed = cost(plain), cost([each.modified for each in answered])
+    alone, instructed = costs(plain), costs([each.modified for each in answered])
     push = Add(torch.from_numpy(vector.direction), vector.coefficient_of(dose))
     with steering(loaded, [Intervention(push, point)]):
-        steered = cost(plain)
-    return {"gained_by_prompt": alone - instructed, "gained_by_vector": alone - steered}
+        steered = costs(plain)
+    by_prompt, by_vector = alone - instructed, alone - steered
+    found = means({"gained_by_prompt": by_prompt, "gained_by_vector": by_vector}, seed)
+    share = _share(np.array([[by_prompt.sum(), by_vector.sum()]])).item()
+    found["recovered"] = share if math.isfinite(share) else None
+    ends = bootstrap(np.column_stack([by_prompt, by_vector]), {"recovered_ci95": _share}, seed)
+    return found | {name: list(both) for name, both in ends.items()}
+
+
+def _share(sums: Float[np.ndarray, "draw 2"]) -> Float[np.ndarray, " draw"]:
+    return np.divide(sums[:, 1], sums[:, 0], out=np.full(len(sums), math.nan), where=sums[:, 0] > 0)

@@ -1,13 +1,16 @@
 """The concept of a vector of a library, rebuilt from where the vector came from.
 
     contrast            on the positive side of the midpoint that its source keeps
+    modifier            the same along the direction of its reader
     latent, latents     where the weighted sum of their activations is above 0, for which the SAE is needed
+    combination         as the parent that it was measured as
     anything else       what a classifier of whole texts says, fitted to contrast pairs (`steer.measures.classifier`)
 
 Left out: choosing the pairs.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from sae.artefact import SaeArtefact
 from sae.torch_view import TorchSae
 from steer.latents import places_of
 from steer.measures.classifier import examples_of, fit
-from steer.measures.effect import Concept, contrast_reader, latents_reader
+from steer.measures.effect import Concept, Judges, contrast_reader, latents_reader
 from steer.pairs import ContrastPair
 from steer.vectors import SteeringVector
 
@@ -50,7 +53,7 @@ def own_concept(vector: SteeringVector, artefact: SaeArtefact | None = None) -> 
 
     Raises: MismatchError for another SAE than that of its latents.
     """
-    if "midpoint" in vector.source:
+    if vector.reads is not None:
         return contrast_reader(vector)
     weights = weights_of(vector)
     if artefact is None or not weights:
@@ -65,6 +68,13 @@ def own_concept(vector: SteeringVector, artefact: SaeArtefact | None = None) -> 
     return latents_reader(TorchSae(artefact), weights, places_of(artefact).reads)
 
 
+def read_as(vector: SteeringVector, other: SteeringVector) -> SteeringVector:
+    """`vector`, whose concept is from now on that of `other`."""
+    weights = {str(latent): weight for latent, weight in weights_of(other).items()}
+    latents = {"latents": weights, "sae_sha256": other.source["sae_sha256"]} if weights else {}
+    return replace(vector, source=vector.source | {"concept": other.name} | latents, reader=other.reads)
+
+
 def weights_of(vector: SteeringVector) -> dict[int, float]:
     """The latents that a vector was made from, and how much of each; empty if it was made from something else."""
     source = vector.source
@@ -75,17 +85,20 @@ def weights_of(vector: SteeringVector) -> dict[int, float]:
 def classified(vector: SteeringVector, pairs: Sequence[ContrastPair]) -> Concept:
     """The concept as a classifier has it that reads the text alone."""
     judge = fit(examples_of(pairs))
-    # Nothing of the residual stream is asked for, but what a text costs is read in the same pass.
-    return Concept(
-        HookPoint.parse(vector.hook_point),
-        lambda x: torch.zeros(len(x), dtype=torch.bool),
-        lambda prompts, texts: judge.probability(texts, prompts),
-    )
+    return judged(vector, lambda prompts, texts: judge.probability(texts, prompts))
+
+
+def judged(vector: SteeringVector, judges: Judges) -> Concept:
+    """A concept of whole texts, of which the residual stream tells nothing."""
+    # It is read all the same, since what a text costs is found in the same pass.
+    return Concept(HookPoint.parse(vector.hook_point), lambda x: torch.zeros(len(x), dtype=torch.bool), judges)
 
 
 def instruction_of(source: Mapping[str, Any], operation: str = "add") -> str:
     """What the prompt baseline asks for, if nobody said; the opposite for what takes a direction away."""
     takes_away = operation == "ablate"
+    if asked := source.get("modifier") or source.get("context"):
+        return asked
     if "contrast" in source:
         side, _, other = source["contrast"].partition("_vs_")
         return f"Write this in a {(other if takes_away and other else side).replace('_', ' ')} way."

@@ -15,7 +15,6 @@ Left out: choosing a window (`steer.receipts.calibrate`), and judges, skill and 
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,12 +28,16 @@ from activations.models import LoadedModel
 from sae.torch_view import TorchSae
 from steer.batches import Batch, TokenRow, logits_of, nlls, padded, token_rows
 from steer.generate import generate_conditions
+from steer.groups import group_of
 from steer.operations import Intervention
 from steer.plan import Interventions
 from steer.runtime import steering
 from steer.vectors import SteeringVector
 
 READ_ROWS = 8
+
+Judges = Callable[[Sequence[str], Sequence[str]], Float[np.ndarray, " text"]]
+"""from prompts and their continuations to how much a concept shows in each, mostly 0 to 1"""
 
 
 class Concept(NamedTuple):
@@ -44,9 +47,8 @@ class Concept(NamedTuple):
     """where the unsteered model is read; where a transcoder reads, not where it writes and is steered at"""
     shows: Callable[[Float[Tensor, "token d_model"]], Bool[Tensor, " token"]]
     """on which tokens it shows, of what is read there"""
-    judges: Callable[[Sequence[str], Sequence[str]], Float[np.ndarray, " text"]] | None = None
-    """of a concept of whole texts: how much it shows, 0 to 1, in continuations of prompts; none: the share of tokens on
-    which it shows"""
+    judges: Judges | None = None
+    """of a concept of whole texts; none: the share of tokens on which it shows"""
 
 
 class Reread(NamedTuple):
@@ -135,9 +137,10 @@ def latents_reader(sae: TorchSae, weights: Mapping[int, float], hook_point: Hook
 
 
 def contrast_reader(vector: SteeringVector) -> Concept:
-    """The concept shows where the residual stream is on the positive side of the midpoint of the fit means."""
-    direction, midpoint = torch.from_numpy(vector.direction), vector.source["midpoint"]
-    return Concept(HookPoint.parse(vector.hook_point), lambda x: x @ direction > midpoint)
+    """The concept shows where the residual stream is on the positive side of the midpoint that `vector.reads` has."""
+    assert vector.reads is not None
+    direction, midpoint = torch.from_numpy(vector.reads.direction), vector.reads.midpoint
+    return Concept(HookPoint.parse(vector.reads.hook_point), lambda x: x @ direction > midpoint)
 
 
 def states(
@@ -216,7 +219,7 @@ def kl_of(
 
 def sweep_doses(
     loaded: LoadedModel,
-    vector: SteeringVector,
+    vectors: SteeringVector | Sequence[SteeringVector],
     concept: Concept,
     prompts: Sequence[str],
     doses: Sequence[float],
@@ -228,11 +231,13 @@ def sweep_doses(
     """What each dose does; the first trial is dose 0.
 
     Args:
+      vectors: one, or several that steer together; doses and coefficients are then those of the lead (`steer.groups`).
       unsteered: what came of the prompts without steering; none: found out in the same batch. Sweeps whose trials are
         compared with each other need the same, since sampled texts differ from batch to batch.
     """
-    coefficients = [0.0, *(vector.coefficient_of(dose) for dose in doses)]
-    arms = [Arm("steered", [Intervention.of(vector, coefficient)]) for coefficient in coefficients]
+    group = group_of(vectors)
+    coefficients = [0.0, *(group.lead.coefficient_of(dose) for dose in doses)]
+    arms = [Arm("steered", group.interventions(coefficient)) for coefficient in coefficients]
     limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
     if unsteered is None:
         texts, *tables = try_arms(loaded, concept, prompts, arms, **limits)
@@ -245,7 +250,7 @@ def sweep_doses(
     kls = kl_of(loaded, [arm.interventions for arm in arms[1:]], prompts, texts[0])
     return [
         DoseTrial(
-            dose=vector.dose(coefficient),
+            dose=group.lead.dose(coefficient),
             coefficient=coefficient,
             rate=float(rates[i]),
             effect=float(gains[i].mean()),
@@ -267,18 +272,21 @@ def choose_dose(trials: Sequence[DoseTrial], bounds: Bounds) -> DoseTrial:
     return max(sound, key=lambda trial: trial.rate) if sound else steered[0]
 
 
-def arms_of(vector: SteeringVector, coefficient: float, instruction: str, n_random: int, seed: int) -> list[Arm]:
+def arms_of(
+    vectors: SteeringVector | Sequence[SteeringVector], coefficient: float, instruction: str, n_random: int, seed: int
+) -> list[Arm]:
     """Unsteered, steered, unsteered but asked in words, and steered with random directions of the same norm.
 
     Args:
+      vectors, coefficient: one, or several that steer together, and the coefficient of their lead (`steer.groups`).
       instruction: put in front of the prompt in the prompt baseline, such as "Write joyfully."
     """
-    random = [replace(vector, direction=v) for v in _random_directions(n_random, len(vector.direction), seed)]
+    group, rng = group_of(vectors), np.random.default_rng(seed)
     return [
         Arm("unsteered", []),
-        Arm("steered", [Intervention.of(vector, coefficient)]),
+        Arm("steered", group.interventions(coefficient)),
         Arm("prompt", [], instruction),
-        *(Arm("random", [Intervention.of(each, coefficient)]) for each in random),
+        *(Arm("random", group.random(rng).interventions(coefficient)) for _ in range(n_random)),
     ]
 
 
@@ -436,11 +444,6 @@ def _logits(loaded: LoadedModel, batch: Batch) -> Float[Tensor, "text pos vocab"
 def _inputs(loaded: LoadedModel, batch: Batch) -> dict[str, Tensor]:
     inputs = {"input_ids": batch.ids, "attention_mask": batch.attend.long()}
     return {key: value.to(loaded.device) for key, value in inputs.items()}
-
-
-def _random_directions(n: int, d_model: int, seed: int) -> list[Float[np.ndarray, " d_model"]]:
-    values = np.random.default_rng(seed).standard_normal((n, d_model)).astype(np.float32)
-    return list(values / np.linalg.norm(values, axis=1, keepdims=True))
 
 
 def _bootstrap_interval(values: Float[np.ndarray, " n"], seed: int, draws: int = 2000) -> list[float]:

@@ -10,6 +10,9 @@ Flow:
 4. both ends and the chosen dose are measured on the other half, on which nothing was chosen. That is what is reported;
 5. window, coefficient and receipt go into the library. If no dose works, nothing does.
 
+Vectors NAME@HOOK_POINT are one group: a dose is that of its lead, the others keep their share of it (`steer.groups`),
+the concept is read as that of the last one, and each gets its own coefficient and window.
+
 From then on the runtime refuses coefficients beyond the window, either way, unless forced (`steer.plan`). Left out:
 operations that take away, which have a strength of 0 to 1 and no dose.
 """
@@ -26,7 +29,8 @@ from activations.errors import ConfigError, TextError
 from activations.models import LoadedModel, Status, load_model
 from activations.text import documents
 from steer.config import CalibrateConfig
-from steer.library import find_vector
+from steer.groups import Group, group_of
+from steer.library import find_vectors
 from steer.making.make import add_to_library, load_prompts
 from steer.measures.concepts import concept_of
 from steer.measures.effect import Arm, Bounds, DoseTrial, choose_dose, sweep_doses, try_arms
@@ -56,23 +60,24 @@ class Halves(NamedTuple):
 
 def calibrate_vector(
     config: CalibrateConfig, loaded: LoadedModel | None = None, *, on_status: Status | None = None
-) -> SteeringVector:
-    """Find the window of a vector of a library, and store it there with a coefficient and a receipt.
+) -> list[SteeringVector]:
+    """Find the window of a vector of a library, or of a group of them, and store it there with coefficient and receipt.
 
     Args:
       on_status: told in one line which doses are tried.
+    Returns: the vector, or those of its group in the order of a pass.
     Raises: ConfigError if no dose works, or the vector's operation has no dose.
     """
-    vector = find_vector(config.library, config.vector or None)
-    if vector.operation == "ablate":
+    vectors = find_vectors(config.library, config.vector or None)
+    if ablating := [vector.name for vector in vectors if vector.operation == "ablate"]:
         raise ConfigError(
-            f"vector '{vector.name}'",
+            f"vector '{ablating[0]}'",
             expected="an operation that adds, whose dose can be chosen",
             got="ablate, whose strength of 1 takes away all there is",
             fix="Calibrate a vector that adds.",
         )
     pairs = load_pairs(config.pairs) if config.pairs else None
-    concept, prompts = concept_of(vector, config.sae, pairs), halves_of(config)
+    concept, prompts = concept_of(vectors[-1], config.sae, pairs), halves_of(config)
     say = on_status or (lambda line: None)
     loaded = loaded or load_model(config.model, device=config.device, on_status=on_status)
     limits: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
@@ -81,17 +86,18 @@ def calibrate_vector(
 
     def sweep(doses: Sequence[float]) -> list[DoseTrial]:
         say(f"calibrate: doses {', '.join(f'{dose:.3g}' for dose in doses)} on {len(prompts.picked)} prompts")
-        return sweep_doses(loaded, vector, concept, prompts.picked, doses, unsteered=unsteered, **limits)
+        return sweep_doses(loaded, vectors, concept, prompts.picked, doses, unsteered=unsteered, **limits)
 
     found = search(sweep, config.doses, bounds, config.refine)
     if found.window is None:
-        raise _none_works(vector, found.trials, bounds)
+        raise _none_works(vectors, found.trials, bounds)
     doses = sorted({trial.dose for trial in found.window})
     limits["seed"] += 1
     say(f"calibrate: the window on {len(prompts.reported)} other prompts")
-    reported = sweep_doses(loaded, vector, concept, prompts.reported, doses, **limits)
-    calibrated = _stored(vector, found.window, {**receipt_of(found, reported, bounds), **_settings(config, prompts)})
-    add_to_library(config.library, calibrated)
+    reported = sweep_doses(loaded, vectors, concept, prompts.reported, doses, **limits)
+    receipt = {**figures_of(found, reported, bounds), **_settings(config, prompts)}
+    calibrated = _stored(group_of(vectors), found.window, receipt)
+    add_to_library(config.library, *calibrated)
     return calibrated
 
 
@@ -147,17 +153,12 @@ def edges(trials: Sequence[DoseTrial], window: Window) -> list[float]:
     return [math.sqrt(pair[0] * pair[1]) for pair in pairs if len(pair) == 2]
 
 
-def receipt_of(found: Found, reported: Sequence[DoseTrial], bounds: Bounds) -> dict[str, Any]:
+def figures_of(found: Found, reported: Sequence[DoseTrial], bounds: Bounds) -> dict[str, Any]:
     """What a calibration says of itself; its own figures are those of the half that nothing was chosen on."""
     window, by_dose = found.window, {round(trial.dose, 9): trial for trial in reported}
     assert window is not None
     low, chosen, high = (by_dose[round(trial.dose, 9)] for trial in window)
     return {
-        "kind": "calibration",
-        "coefficient": window.chosen.coefficient,
-        "dose": window.chosen.dose,
-        "window": [window.low.coefficient, window.high.coefficient],
-        "window_doses": [window.low.dose, window.high.dose],
         "ends_with_grid": [window.low == found.trials[1], window.high == found.trials[-1]],
         "holds": works(chosen, bounds),
         "effect": chosen.effect,
@@ -191,11 +192,24 @@ def halves_of(config: CalibrateConfig) -> Halves:
     return Halves(order[:middle][:n], order[middle:][:n])
 
 
-def _stored(vector: SteeringVector, window: Window, receipt: dict[str, Any]) -> SteeringVector:
-    """The calibrated vector, without what an earlier calibration said."""
-    others = [each for each in vector.receipts if each.get("kind") != "calibration"]
-    ends = window.low.coefficient, window.high.coefficient
-    return replace(vector, coefficient=window.chosen.coefficient, window=ends, receipts=[*others, receipt])
+def _stored(group: Group, window: Window, receipt: dict[str, Any]) -> list[SteeringVector]:
+    """The calibrated vectors, each with its own figures, and without what an earlier calibration said."""
+    chosen, low, high = (group.at(each.coefficient) for each in (window.chosen, window.low, window.high))
+    together = {each.name: {"coefficient": each.coefficient, "dose": each.dose(each.coefficient)} for each in chosen}
+    stored = []
+    for vector, *ends in zip(chosen, low, high, strict=True):
+        coefficients = sorted(end.coefficient for end in ends)
+        own = {
+            "kind": "calibration",
+            **together[vector.name],
+            "window": coefficients,
+            "window_doses": [vector.dose(end.coefficient) for end in ends],
+            **({"group": together} if len(chosen) > 1 else {}),
+            **receipt,
+        }
+        others = [each for each in vector.receipts if each.get("kind") != "calibration"]
+        stored.append(replace(vector, window=(coefficients[0], coefficients[1]), receipts=[*others, own]))
+    return stored
 
 
 def _settings(config: CalibrateConfig, prompts: Halves) -> dict[str, Any]:
@@ -216,7 +230,7 @@ def _sorted(trials: Sequence[DoseTrial]) -> list[DoseTrial]:
     return sorted(trials, key=lambda trial: trial.dose)
 
 
-def _none_works(vector: SteeringVector, trials: Sequence[DoseTrial], bounds: Bounds) -> ConfigError:
+def _none_works(vectors: Sequence[SteeringVector], trials: Sequence[DoseTrial], bounds: Bounds) -> ConfigError:
     sound = list(takewhile(bounds.allow, trials[1:]))
     if sound:
         best = max(sound, key=lambda trial: trial.effect)
@@ -227,7 +241,7 @@ def _none_works(vector: SteeringVector, trials: Sequence[DoseTrial], bounds: Bou
         got = f"none: at dose {first.dose:.3g} cost is up by {first.nll_rise:.2f}, repetition by"
         got += f" {first.repetition_rise:.2f}, KL {first.kl:.2f}"
     return ConfigError(
-        f"vector '{vector.name}'",
+        f"vector '{', '.join(vector.name for vector in vectors)}'",
         expected="a coefficient with an effect above 0 and text within bounds",
         got=got,
         fix="Nothing was changed. Try lower doses, more prompts, wider bounds, or make another vector.",

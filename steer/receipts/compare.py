@@ -1,7 +1,8 @@
 """Is a vector worth it? The same axis by a vector, by asking in words, by examples and by a fine-tune, side by side.
 
 Flow of `compare`, an axis at a time:
-1. make the conditions from the axis's contrast pairs (`steer.receipts.conditions`), the dose on prompts of its own;
+1. make the conditions from the axis's contrast pairs (`steer.receipts.conditions`); the vector's dose is the one of
+   which the measure of 3 says most, on prompts that nothing else looks at;
 2. continue held-out prompts under each of them; texts are kept as they come, so that an interrupted comparison goes on;
 3. measure each text: `value` is what the axis is about (`steer.making.axes`), read by something that knows nothing of
    the vector; and the cost under the unsteered model after the bare prompt, repetition and length, whatever stood in
@@ -13,7 +14,8 @@ Flow of `compare`, an axis at a time:
 6. a table, compare.json and a page with charts.
 
 Effects are differences from the unsteered model on the same prompts, with bootstrap 95% intervals over prompts (pairs
-of prompts for a disparity). Left out: judges that are language models; a search for the best instruction, examples or
+of prompts for a disparity). With several seeds all of it is done for each, and figures are means over seeds
+(`steer.receipts.over_seeds`). Left out: judges that are language models; a search for the best instruction, examples or
 fine-tune, which each are one reasonable choice.
 """
 
@@ -21,6 +23,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,10 @@ from steer.measures.openings import prompts, read_prompts, swapped_prompts
 from steer.measures.refusal import is_refusal
 from steer.receipts.compare_report import write_report
 from steer.receipts.conditions import Condition, make_conditions, rendered, steer_at
+from steer.receipts.over_seeds import over_seeds
 
+FORMAT = 2
+"""of result.json"""
 KL_TOKENS = 64
 """tokens of an unrelated text that are read"""
 READ_ROWS = 32
@@ -70,16 +76,31 @@ def compare(config: CompareAxisConfig, loaded: LoadedModel | None = None, on_sta
     config.save(config.out / "config.yaml")
     results = {}
     for name, axis in recipes.items():
-        results[name] = compare_axis(loaded, config, name, axis, say)
+        if config.seeds:
+            results[name] = over_seeds({seed: _of_seed(loaded, config, name, axis, seed, say) for seed in config.seeds})
+        else:
+            results[name] = compare_axis(loaded, config, name, axis, say)
+            del results[name]["per_text"]
         (config.out / "compare.json").write_text(json.dumps(results, indent=1) + "\n")
         write_report(config.out / "report.html", results)
     return results
 
 
+def _of_seed(
+    loaded: LoadedModel, config: CompareAxisConfig, name: str, axis: Axis, seed: int, say: Progress
+) -> dict[str, Any]:
+    """What `compare_axis` finds with one of several seeds, kept in a folder of its own."""
+    own = config.model_copy(update={"seed": seed, "seeds": (), "out": config.out / f"seed-{seed}"})
+    return compare_axis(loaded, own, name, axis, lambda line: say(f"seed {seed}, {line}"))
+
+
 def compare_axis(
     loaded: LoadedModel, config: CompareAxisConfig, name: str, axis: Axis, say: Progress
 ) -> dict[str, Any]:
-    """What was measured along one axis; read from disk if all of it was measured before."""
+    """What was measured along one axis; read from disk if all of it was measured before.
+
+    Returns: what compare.json has of it, and `per_text`: condition -> figure -> a number for each text or prompt.
+    """
     if axis.measure == "tokens":
         config = config.model_copy(update={"max_new_tokens": LONG * config.max_new_tokens})
     folder = config.out / name
@@ -87,9 +108,15 @@ def compare_axis(
     held, select = axis_prompts(config, axis)
     pairs = pairs_of(axis)
     say(f"{name}: making what is compared")
-    made = make_conditions(loaded, config, name, axis, pairs, [_given(loaded, axis, each) for each in select])
-    settings = config.model_dump(mode="json", exclude={"out", "axes", "device", "conditions"})
-    key = digest_of({"held": held, "made": [each.identity for each in made], "axis": vars(axis), **settings})
+    judge_of = cache(lambda: _judge(loaded, config, axis))  # not before it is needed: fitting one may take a while
+    given = [_given(loaded, axis, each) for each in select]
+    made = make_conditions(
+        loaded, config, name, axis, pairs, given, lambda texts, prompts: gains(loaded, axis, judge_of(), prompts, texts)
+    )
+    settings = config.model_dump(mode="json", exclude={"out", "axes", "device", "conditions", "seeds"})
+    key = digest_of(
+        {"format": FORMAT, "held": held, "made": [each.identity for each in made], "axis": vars(axis), **settings}
+    )
     result = folder / "result.json"
     if result.exists() and (kept := json.loads(result.read_text())).get("key") == key:
         return kept
@@ -98,12 +125,14 @@ def compare_axis(
         say(f"{name}: writing {len(held)} texts, {condition.name}")
         path = folder / f"texts-{condition.name}-{_texts_key(loaded, config, axis, condition, held)[:12]}.jsonl"
         texts[condition.name] = write_texts(loaded, config, axis, condition, held, path)
-    judge = _judge(loaded, config, axis)
+    judge = judge_of()
     say(f"{name}: measuring")
-    rows = _measured(loaded, config, axis, made, held, texts, judge)
+    rows, per_text = _measured(loaded, config, axis, made, held, texts, judge)
     kl, speed = _kl(loaded, config, made), _latency(loaded, config, axis, made, held)
     for condition in made:
-        rows[condition.name] |= {**kl[condition.name], **speed[condition.name], "cost": condition.cost}
+        per_text[condition.name]["kl"] = kl[condition.name]
+        drift = means({"kl": np.array(kl[condition.name])}, config.seed)
+        rows[condition.name] |= {**drift, **speed[condition.name], "cost": condition.cost}
     found = {
         "key": key,
         "axis": name,
@@ -117,6 +146,7 @@ def compare_axis(
         "max_new_tokens": config.max_new_tokens,
         "judge": None if judge is None else {"reads": judge.reads, **judge.quality},
         "conditions": rows,
+        "per_text": per_text,
         "examples": [
             {"prompt": prompt, **{each: texts[each][i] for each in texts}} for i, prompt in enumerate(held[:6])
         ],
@@ -235,6 +265,15 @@ def _values(
     return np.array([is_refusal(text) for text in texts], float)
 
 
+def gains(
+    loaded: LoadedModel, axis: Axis, judge: TextClassifier | None, given: Sequence[str], texts: Sequence[str]
+) -> Float[np.ndarray, " text"]:
+    """How far each text is where the axis leads, more being better; of a classifier the probability, not a verdict."""
+    if judge is not None:
+        return judge.probability(texts, given)
+    return wanted(axis) * _values(loaded, axis, judge, given, texts)
+
+
 def _lengths(loaded: LoadedModel, texts: Sequence[str]) -> Float[np.ndarray, " text"]:
     return np.array([len(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts], float)
 
@@ -247,11 +286,11 @@ def _measured(
     held: Sequence[str],
     texts: dict[str, list[str]],
     judge: TextClassifier | None,
-) -> dict[str, dict[str, Any]]:
-    """By condition, figures of its texts."""
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, list[float]]]]:
+    """By condition, figures of its texts, and those of each text."""
     given = [_given(loaded, axis, prompt) for prompt in held]
     own = _lengths(loaded, given)
-    is_swap, plain, rows = axis.measure == "disparity", None, {}
+    is_swap, plain, rows, per_text = axis.measure == "disparity", None, {}, {}
     for condition in made:
         written = texts[condition.name]
         tokens = [loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in written]
@@ -269,13 +308,15 @@ def _measured(
         else:
             value = _values(loaded, axis, judge, given, written)
             plain = value if plain is None else plain
-            row = means({"value": value, "effect": value - plain}, config.seed)
+            figures = {"value": value, "effect": value - plain, **figures}
+            row = {}
         rows[condition.name] = row | means(figures, config.seed)
-    return rows
+        per_text[condition.name] = {figure: values.tolist() for figure, values in figures.items()}
+    return rows, per_text
 
 
-def _kl(loaded: LoadedModel, config: CompareAxisConfig, made: Sequence[Condition]) -> dict[str, dict[str, Any]]:
-    """By condition, KL a token on unrelated texts, and its interval over texts."""
+def _kl(loaded: LoadedModel, config: CompareAxisConfig, made: Sequence[Condition]) -> dict[str, list[float]]:
+    """By condition, KL a token on each of the unrelated texts."""
     texts = [document.text for document in islice(documents("corpus"), config.kl_texts)]
     bos = loaded.tokenizer("")["input_ids"]
     bodies = [loaded.tokenizer(each, add_special_tokens=False)["input_ids"][:KL_TOKENS] for each in texts]
@@ -290,7 +331,7 @@ def _kl(loaded: LoadedModel, config: CompareAxisConfig, made: Sequence[Condition
                 moved = _next(loaded, rows)
             kl = (plain.exp() * (plain - moved)).sum(-1).clamp(min=0)
             per_text[condition.name] += [float(part.mean()) for part in kl.split([len(body) - 1 for body in some])]
-    return {name: means({"kl": np.array(values)}, config.seed) for name, values in per_text.items()}
+    return per_text
 
 
 def _next(loaded: LoadedModel, rows: Sequence[TokenRow]) -> Float[torch.Tensor, "token vocab"]:

@@ -13,12 +13,13 @@ Left out: what they do to texts (`steer.receipts.compare`).
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from activations.errors import CorruptArtefactError, MissingArtefactError
 from activations.fingerprints import digest, digest_of
@@ -30,12 +31,16 @@ from steer.library import load_library
 from steer.making.axes import Axis, shown_texts
 from steer.making.contrast import from_contrast
 from steer.making.make import add_to_library
-from steer.measures.effect import Bounds, choose_dose, contrast_reader, sweep_doses
+from steer.measures.concepts import judged
+from steer.measures.effect import Bounds, choose_dose, sweep_doses
 from steer.operations import Intervention, schedule
 from steer.pairs import ContrastPair
 from steer.receipts.lora import LoraAdapter, adapted, train
 from steer.runtime import steering
 from steer.vectors import SteeringVector
+
+Gain = Callable[[Sequence[str], Sequence[str]], Float[np.ndarray, " text"]]
+"""from texts and their prompts to how far each is where the axis leads; more is better"""
 
 DEPTH = 0.4
 """share of the blocks after which is steered, unless said otherwise"""
@@ -101,18 +106,20 @@ def make_conditions(
     axis: Axis,
     pairs: Sequence[ContrastPair],
     select: Sequence[str],
+    gain: Gain,
 ) -> list[Condition]:
     """The unsteered model, and what `config` compares it with, in that order.
 
     Args:
       pairs: those of the axis, the wanted side being the positive one.
       select: prompts that the dose is chosen on.
+      gain: what it is chosen by.
     Raises: whatever making a vector or a fine-tune does.
     """
     read = rendered(loaded, axis, pairs)
     vector = None
     if {"vector", "random"} & set(config.conditions):
-        vector = _vector(loaded, config, name, axis, read, select)
+        vector = _vector(loaded, config, name, axis, read, select, gain)
     made = [UNSTEERED]
     for each in config.conditions:
         if each == "vector":
@@ -154,9 +161,14 @@ def _vector(
     axis: Axis,
     pairs: Sequence[ContrastPair],
     select: Sequence[str],
+    gain: Gain,
 ) -> SteeringVector:
-    """The vector of an axis with its coefficient; the one in the library, if it was made in the same way."""
-    limits = config.model_dump(include={"doses", "max_nll_rise", "max_repetition_rise", "max_new_tokens"})
+    """The vector of an axis with its coefficient; the one in the library, if it was made in the same way.
+
+    The dose is the one of which the axis's own measure says most, which knows nothing of the vector.
+    """
+    settings = {"doses", "max_nll_rise", "max_repetition_rise", "max_new_tokens", "judge_texts", "judge_label"}
+    limits = config.model_dump(mode="json", include=settings) | {"chosen_by": axis.measure}
     texts = [[pair.prompt, pair.positive, pair.negative, pair.split] for pair in pairs]
     point = steer_at(loaded, config)
     key = _key(loaded, config, axis, point=point, pairs=texts, select=list(select), **limits)
@@ -171,7 +183,8 @@ def _vector(
     vector = replace(vector, name=name, operation=axis.operation, coefficient=1.0)
     if axis.operation == "add":
         limit: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
-        sweep = sweep_doses(loaded, vector, contrast_reader(vector), select, config.doses, **limit)
+        concept = judged(vector, lambda prompts, texts: gain(texts, prompts))
+        sweep = sweep_doses(loaded, vector, concept, select, config.doses, **limit)
         chosen = choose_dose(sweep, Bounds(config.max_nll_rise, config.max_repetition_rise))
         vector = replace(vector, coefficient=chosen.coefficient)
         vector.source["sweep"] = [trial._asdict() for trial in sweep]

@@ -16,8 +16,9 @@ questions. Flow, a part each:
     transfer     where pairs of another domain are given: whether the direction tells their sides apart, and what
                  steering does to continuations of their prompts
 
-Random directions count as one arm, the mean of them. Left out: choosing anything; the receipt of an earlier run with
-the same settings is replaced.
+Random directions count as one arm, the mean of them. Vectors NAME@HOOK_POINT are steered with together, the coefficient
+being that of their lead (`steer.groups`); concept and transfer are read as of the last one. Left out: choosing
+anything; the receipt of an earlier run with the same settings is replaced.
 """
 
 import math
@@ -36,7 +37,8 @@ from activations.text import documents
 from sae.metrics import means
 from steer.batches import costs
 from steer.config import ScoreConfig
-from steer.library import find_vector
+from steer.groups import Group, group_of
+from steer.library import find_vectors
 from steer.making.contrast import heldout_quality
 from steer.making.make import add_to_library, load_prompts
 from steer.measures.capability import Question, answered_rightly, asked, load_choices
@@ -64,7 +66,8 @@ Rows = dict[str, dict[str, Any]]
 class Material:
     """All that a vector is scored on, read before anything is computed."""
 
-    vector: SteeringVector
+    vectors: list[SteeringVector]
+    """one, or those of NAME@HOOK_POINT that steer together"""
     concept: Concept
     pairs: list[ContrastPair]
     """empty if there are none"""
@@ -78,41 +81,51 @@ class Material:
 def score_vector(
     config: ScoreConfig, loaded: LoadedModel | None = None, *, on_status: Status | None = None
 ) -> dict[str, Any]:
-    """Measure the vector of `config`, add the receipt to its library, and return it.
+    """Measure the vector of `config`, or the group of that name, add the receipt to its library, and return it.
 
     Args:
       on_status: told in one line which part is measured.
     Raises: ConfigError for a vector that has no coefficient yet, or whose concept nothing tells.
     """
     material = read_material(config)
-    vector = material.vector
-    coefficient = vector.coefficient if config.coefficient is None else config.coefficient
+    group = group_of(material.vectors)
+    coefficient = group.lead.coefficient if config.coefficient is None else config.coefficient
     loaded = loaded or load_model(config.model, device=config.device, on_status=on_status)
     settings = {**config.model_dump(mode="json", exclude={"library", "device"}), "coefficient": coefficient}
     receipt = {
         "kind": "score",
         "coefficient": coefficient,
-        "dose": vector.dose(coefficient),
+        "dose": group.lead.dose(coefficient),
         "instruction": material.instruction,
         "settings": settings,
         **measured(config, loaded, material, coefficient, on_status or (lambda line: None)),
     }
-    others = [each for each in vector.receipts if each.get("settings") != settings]
-    add_to_library(config.library, replace(vector, receipts=[*others, receipt]))
+    add_to_library(config.library, *_stored(group, coefficient, receipt))
     return receipt
+
+
+def _stored(group: Group, coefficient: float, receipt: dict[str, Any]) -> list[SteeringVector]:
+    """The vectors with the receipt, each with its own coefficient in it, and without that of an earlier run like it."""
+    stored = []
+    for vector, used in zip(group.vectors, group.at(coefficient), strict=True):
+        others = [each for each in vector.receipts if each.get("settings") != receipt["settings"]]
+        own = {**receipt, "coefficient": used.coefficient, "dose": used.dose(used.coefficient)}
+        stored.append(replace(vector, receipts=[*others, own]))
+    return stored
 
 
 def read_material(config: ScoreConfig) -> Material:
     """Vector and data; what is wrong with them is found here."""
-    vector = find_vector(config.library, config.vector or None)
-    if vector.coefficient == 0 and config.coefficient is None:
+    vectors = find_vectors(config.library, config.vector or None)
+    if config.coefficient is None and any(vector.coefficient == 0 for vector in vectors):
         raise ConfigError(
-            f"vector '{vector.name}'",
+            f"vector '{', '.join(vector.name for vector in vectors)}'",
             expected="a coefficient to score it at",
             got="none yet",
             fix="Run saekit vector calibrate first, or write --set coefficient=...",
         )
-    own = vector.source.get("contrast")
+    source = vectors[-1].source
+    own = source.get("contrast")
     spec = config.pairs or (own if own in contrast_names() else None)
     pairs = load_pairs(spec) if spec else []
     if config.prompts is None:
@@ -120,14 +133,14 @@ def read_material(config: ScoreConfig) -> Material:
     else:
         prompts = list(dict.fromkeys(document.text for document in documents(config.prompts)))
     return Material(
-        vector,
-        concept_of(vector, config.sae, pairs),
+        vectors,
+        concept_of(vectors[-1], config.sae, pairs),
         pairs,
         load_pairs(config.transfer) if config.transfer else [],
         prompts[: config.n_prompts],
         load_choices(config.choices)[: config.n_choices],
         load_refusal_prompts(config.refusal, config.refusal_split, config.n_refusal),
-        config.instruction or instruction_of(vector.source),
+        config.instruction or instruction_of(source),
     )
 
 
@@ -135,8 +148,8 @@ def measured(
     config: ScoreConfig, loaded: LoadedModel, material: Material, coefficient: float, say: Status
 ) -> dict[str, Any]:
     """Figures by part."""
-    vector, seed = material.vector, config.seed
-    arms = arms_of(vector, coefficient, material.instruction, config.n_random, seed)
+    seed = config.seed
+    arms = arms_of(material.vectors, coefficient, material.instruction, config.n_random, seed)
     found: dict[str, Any] = {}
     if "concept" in config.parts or config.judge is not None:
         say("score: concept")
@@ -259,7 +272,7 @@ def refusal_part(
 def transfer_part(config: ScoreConfig, loaded: LoadedModel, material: Material, arms: Sequence[Arm]) -> dict[str, Any]:
     """Whether the direction holds on pairs that it has nothing from, and what steering does to their prompts."""
     pairs = material.transfer
-    quality = heldout_quality(loaded, material.vector, pairs, config.seed)
+    quality = heldout_quality(loaded, material.vectors[-1], pairs, config.seed)
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))[: config.n_prompts]
     tokens = config.max_new_tokens
     outcome = try_arms(loaded, material.concept, prompts, arms, max_new_tokens=tokens, seed=config.seed + 2)

@@ -362,6 +362,9 @@ def test_an_instruction_becomes_a_vector(made: Made, saekit: Saekit, tmp_path: P
     assert "Answer tersely" in saekit(*arguments).err
     shown = saekit(*arguments, *sets("modifier=Be kind.", *MEASURE), "--json").json
     assert (shown["name"], shown["source"]["kind"], shown["instruction"]) == ("be-kind", "modifier", "Be kind.")
+    library = {"model": made.model, "library": shown["library"], "sae": tmp_path / "no sae"}
+    scored = saekit("vector", "score", *sets(**library, **SCORE, parts="[concept]"), "--json").json
+    assert (scored["instruction"], scored["n_prompts"]) == ("Be kind.", 2)
     ablated = [*belongs(made, tmp_path, "vector make", latent=5, operation="ablate"), *sets(*MEASURE)]
     shown = saekit(*ablated, "--json").json
     assert (shown["coefficient"], shown["instruction"][:12]) == (1.0, "Do not write")
@@ -487,6 +490,16 @@ def test_plain_output_is_for_people(made: Made, saekit: Saekit) -> None:
     assert saekit("chat", "Hello", "there", *limits).out == as_json["answer"] + "\n"
     shown = saekit("inspect", made.index, "--latent", 5).out
     assert "top_logits" in shown
+
+
+def test_numbers_are_rounded_where_they_are_shown_and_nowhere_else(capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"effect": 0.123456789, "effect_ci95": [0.123456789, (0.5, {"low": 1 / 3}), "x", 12345, None]}
+    show(result, as_json=False)
+    shown = capsys.readouterr().out.split("\n")
+    assert shown[0].split() == ["effect", "0.1235"]
+    assert shown[1].split(None, 1)[1].strip() == '[0.1235, [0.5, {"low": 0.3333}], "x", 12345, null]'
+    show(result, as_json=True)
+    assert json.loads(capsys.readouterr().out)["effect_ci95"][:1] == [0.123456789]
 
 
 def test_what_several_saes_share_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:

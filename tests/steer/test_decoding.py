@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig
 
 from activations.errors import ConfigError
@@ -39,8 +40,8 @@ def add(vector: SteeringVector) -> Intervention:
 
 
 @pytest.fixture
-def by_hand(tiny: LoadedModel, add: Intervention) -> Iterator[None]:
-    """A plain hook that adds the same to every token, but the first."""
+def by_hand(tiny: LoadedModel, add: Intervention) -> Iterator[RemovableHandle]:
+    """A plain hook that adds the same to every token, but the first; what removes it, and no hook of transformers."""
 
     def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         cached = hook.seen  # type: ignore[attr-defined]
@@ -50,16 +51,15 @@ def by_hand(tiny: LoadedModel, add: Intervention) -> Iterator[None]:
 
     hook.seen = 0  # type: ignore[attr-defined]
     handle = tiny.model.model.layers[1].register_forward_hook(hook)
-    yield
+    yield handle
     handle.remove()
 
 
 def test_beam_search_with_one_vector_everywhere_is_that_of_a_plain_hook(
-    tiny: LoadedModel, add: Intervention, prompt: torch.Tensor, by_hand: None
+    tiny: LoadedModel, add: Intervention, prompt: torch.Tensor, by_hand: RemovableHandle
 ) -> None:
     expected = tiny.model.generate(prompt, num_beams=4, **LIMITS)
-    for layer in tiny.model.model.layers:
-        layer._forward_hooks.clear()
+    by_hand.remove()
     with steering(tiny, [add]):
         found = tiny.model.generate(prompt, num_beams=4, **LIMITS)
     assert torch.equal(found, expected)

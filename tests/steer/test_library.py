@@ -1,5 +1,6 @@
 """Libraries: what was saved is loaded, and nothing else is."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from activations.errors import CorruptArtefactError, MissingArtefactError, UnknownNameError
+from activations.errors import ConfigError, CorruptArtefactError, MissingArtefactError, UnknownNameError
 from activations.store_schema import ModelRef
 from steer.library import find_vector, find_vectors, load_library, save_library
-from steer.vectors import SteeringVector
+from steer.vectors import Reader, SteeringVector
 
 RECEIPT = {"effect": 0.5, "random_control_effect": 0.0, "kl": 0.25, "examples": [{"prompt": "a"}]}
 
@@ -29,6 +30,33 @@ def test_round_trip(tmp_path_factory, d_model: int, seed: int, coefficient: floa
     np.testing.assert_array_equal(loaded.direction, direction)
     shared = {key: value for key, value in vars(loaded).items() if key != "direction"}
     assert shared == {key: value for key, value in vars(vector).items() if key != "direction"}
+
+
+def test_a_reader_comes_back(tmp_path: Path, vector: SteeringVector) -> None:
+    reader = Reader(np.flip(vector.direction), "resid_post.2", 0.25)
+    save_library(tmp_path, [replace(vector, reader=reader), replace(vector, name="plain")])
+    found = load_library(tmp_path)
+    again = found["up"].reader
+    assert again is not None
+    np.testing.assert_array_equal(again.direction, reader.direction)
+    assert (again.hook_point, again.midpoint) == ("resid_post.2", 0.25)
+    assert found["plain"].reader is None
+    save_library(tmp_path, [replace(vector, reader=replace(reader, direction=np.ones(31, np.float32)))])
+    with pytest.raises(CorruptArtefactError, match="direction"):
+        load_library(tmp_path)
+    with pytest.raises(ConfigError, match="names of its own"):
+        save_library(tmp_path, [replace(vector, name="up/reader"), replace(vector, reader=reader)])
+
+
+def test_a_library_from_before_readers_is_read(library: Path) -> None:
+    manifest = json.loads((library / "manifest.json").read_text())
+    del manifest["vectors"][0]["reader"]
+    tensors = (library / "vectors.safetensors").read_bytes()
+    manifest["content_sha256"] = hashlib.sha256(
+        tensors + json.dumps(manifest["vectors"], sort_keys=True).encode()
+    ).hexdigest()
+    (library / "manifest.json").write_text(json.dumps(manifest))
+    assert load_library(library)["up"].reader is None
 
 
 @pytest.fixture
@@ -121,6 +149,8 @@ def test_vectors_that_belong_together_are_found_by_one_name(tmp_path: Path, vect
     save_library(tmp_path, [vector, *parts, replace(vector, name="tones@resid_post.0")])
     assert [each.hook_point for each in find_vectors(tmp_path, "tone")] == [f"resid_post.{i}" for i in (1, 2, 10)]
     assert [each.name for each in find_vectors(tmp_path, "up")] == ["up"]
+    save_library(tmp_path, parts)
+    assert len(find_vectors(tmp_path, None)) == 3
     save_library(tmp_path, [*parts, replace(vector, name="tone")])
     assert [each.name for each in find_vectors(tmp_path, "tone")] == ["tone"]
     with pytest.raises(UnknownNameError, match="tone"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
@@ -16,7 +17,7 @@ from sae.artefact import SaeArtefact
 from steer.config import CombineConfig, MeasureConfig
 from steer.library import load_library, save_library
 from steer.making.arithmetic import check_together, combine, combined, unit, weighted, without
-from steer.measures.concepts import own_concept
+from steer.measures.concepts import concept_of, own_concept
 from steer.vectors import SteeringVector, from_latent, from_latents
 
 MEASURE = MeasureConfig(doses=(0.5,), select_prompts=2, heldout_prompts=2, max_new_tokens=3, n_random=1)
@@ -118,6 +119,29 @@ def test_each_remainder_is_measured_as_its_own_parent(
     assert [(each.name, each.source["concept"]) for each in made] == [("new-up", "up"), ("new-side", "side")]
 
 
+def test_a_combination_is_read_as_its_parent_ever_after(
+    tmp_path: Path, tiny: LoadedModel, vector: SteeringVector
+) -> None:
+    up, side = others(vector)
+    save_library(tmp_path, [up, side])
+    (made,) = combine(config(tmp_path, vectors={"side": 1.0, "up": 1.0}), tiny)
+    x = torch.randn(60, tiny.d_model, generator=torch.Generator().manual_seed(0))
+    found = concept_of(load_library(tmp_path)["new"], tmp_path / "no sae").shows(x)
+    assert found.tolist() == (x @ torch.from_numpy(side.direction) > 0).tolist()
+    assert found.tolist() != (x @ torch.from_numpy(made.direction) > 0).tolist()
+    artefact = sae(tiny.d_model)
+    artefact.save(tmp_path / "sae")
+    latent = from_latent(SaeArtefact.load(tmp_path / "sae"), 2, tiny.ref, 1.0)
+    save_library(tmp_path, [replace(side, source={"kind": "learned"}), replace(latent, name="up")])
+    combine(config(tmp_path, measured=False, sae=tmp_path / "sae"))
+    kept = load_library(tmp_path)["new"]
+    assert kept.receipts == []
+    assert (
+        concept_of(kept, tmp_path / "sae").shows(x).tolist()
+        == (x @ torch.from_numpy(artefact.W_enc[:, 2]) > 0).tolist()
+    )
+
+
 def test_what_cannot_be_read_is_stored_without_a_receipt(
     tmp_path: Path, tiny: LoadedModel, vector: SteeringVector
 ) -> None:
@@ -151,8 +175,6 @@ def sae(d_model: int) -> SaeArtefact:
 
 
 def test_the_concept_of_latents_is_their_weighted_activity(tiny: LoadedModel) -> None:
-    import torch
-
     artefact = sae(tiny.d_model)
     x = torch.randn(200, tiny.d_model, generator=torch.Generator().manual_seed(0))
     z = torch.relu(x @ torch.from_numpy(artefact.W_enc))

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,20 @@ import torch
 from activations.errors import TextError
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel
-from steer.making.modifier import READS, Answered, Request, answer, from_modifier, load_requests, request_prompt
+from steer.making import modifier
+from steer.making.modifier import (
+    READS,
+    Answered,
+    Request,
+    answer,
+    from_modifier,
+    from_places,
+    load_requests,
+    recovered,
+    request_prompt,
+)
+from steer.measures.effect import reread
+from steer.vectors import SteeringVector
 
 REQUESTS = [Request(text, split) for text, split in [
     ("Why do cats purr?", "fit"), ("How do I boil an egg?", "heldout"), ("What is a pond?", "fit"),
@@ -46,7 +60,7 @@ def test_each_reading_is_the_difference_that_it_says(tiny: LoadedModel) -> None:
 
 
 def test_a_vector_says_how_far_it_can_be_believed(tiny: LoadedModel) -> None:
-    vector, reader = from_modifier(tiny, "resid_post.2", "kind", REQUESTS, "Be kind.", max_new_tokens=6)
+    vector = from_modifier(tiny, "resid_post.2", "kind", REQUESTS, "Be kind.", max_new_tokens=6)
     source = vector.source
     assert np.linalg.norm(vector.direction) == pytest.approx(1, abs=1e-5)
     assert (source["kind"], source["modifier"], source["place"], source["read"]) == (
@@ -63,8 +77,50 @@ def test_a_vector_says_how_far_it_can_be_believed(tiny: LoadedModel) -> None:
         for some in ([(e, e.modified_answer) for e in fit], [(e, e.plain_answer) for e in fit])
     ]
     along = (sides[0] - sides[1]).mean(0)
+    reader = vector.reader
+    assert reader is not None
+    assert reader.hook_point == vector.hook_point
     np.testing.assert_allclose(reader.direction, along / np.linalg.norm(along), atol=1e-4)
-    assert reader.source["midpoint"] == pytest.approx(float((sum(sides) @ reader.direction).mean() / 2), abs=1e-3)
+    assert reader.midpoint == pytest.approx(float((sum(sides) @ reader.direction).mean() / 2), abs=1e-3)
+
+
+def test_the_place_is_chosen_on_requests_to_fit_and_reported_on_others(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(loaded: LoadedModel, vector: SteeringVector, some: list[Answered], dose: float, seed: int) -> Any:
+        is_fit, is_user = some[0].split == "fit", vector.source["place"] == "user"
+        best = 0.06 if is_fit else 0.25
+        gained = 0.5 if dose == best else 0.1
+        return {"gained_by_prompt": 1.0, "gained_by_vector": gained, "recovered": 0.2 if is_fit == is_user else 0.4}
+
+    monkeypatch.setattr(modifier, "recovered", fake)
+    vector = from_places(tiny, "resid_post.2", "kind", REQUESTS, "Be kind.", max_new_tokens=4)
+    alone = from_modifier(tiny, "resid_post.2", "kind", REQUESTS, "Be kind.", place="system", max_new_tokens=4)
+    assert vector.source["place"] == "system", "the better of 0.2 and 0.4 on the requests to fit"
+    assert vector.source["recovered_dose"] == 0.06, "the best for the requests to fit"
+    assert vector.source["gained_by_vector"] == 0.1
+    np.testing.assert_array_equal(vector.direction, alone.direction)
+    assert {place: (row["recovered_fit"], row["recovered"]) for place, row in vector.source["places"].items()} == {
+        "user": (0.2, 0.4), "system": (0.4, 0.2)
+    }  # fmt: skip
+    json.dumps(vector.source)
+
+
+def test_what_is_recovered_is_a_share_of_what_the_instruction_gains(tiny: LoadedModel, vector: SteeringVector) -> None:
+    some = [answered(tiny, text) for text, _ in REQUESTS]
+    found = recovered(tiny, vector, some, 0.3, 0)
+    costs = {}
+    for name, prompts in (("prompt", [each.modified for each in some]), ("plain", [each.plain for each in some])):
+        readings = reread(tiny, POINT, prompts, [each.modified_answer for each in some])
+        costs[name] = np.array([reading.nll for reading in readings])
+    gained = float((costs["plain"] - costs["prompt"]).mean())
+    assert found["gained_by_prompt"] == pytest.approx(gained, abs=1e-5)
+    expected = found["gained_by_vector"] / gained if gained > 0 else None
+    assert found["recovered"] == (expected if expected is None else pytest.approx(expected))
+    turned = [each._replace(modified=each.plain, plain=each.modified) for each in some]
+    again = recovered(tiny, vector, turned, 0.3, 0)
+    assert again["gained_by_prompt"] == pytest.approx(-gained, abs=1e-5)
+    assert {found["recovered"] is None, again["recovered"] is None} == {True, False}
 
 
 def test_where_the_instruction_stands(tiny: LoadedModel) -> None:

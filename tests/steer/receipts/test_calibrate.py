@@ -19,7 +19,7 @@ from sae.torch_view import TorchSae
 from steer.config import CalibrateConfig
 from steer.library import load_library, save_library
 from steer.measures.concepts import concept_of
-from steer.measures.effect import Bounds, Concept, DoseTrial, sweep_doses
+from steer.measures.effect import Arm, Bounds, Concept, DoseTrial, sweep_doses, try_arms
 from steer.operations import Intervention
 from steer.receipts import calibrate
 from steer.receipts.calibrate import calibrate_vector, edges, find_window, halves_of, search, works
@@ -151,7 +151,7 @@ def test_the_dose_is_picked_on_one_half_and_reported_on_the_other(
         return [PLAIN, *(trial(d, 0.9 - 0.1 * abs(d - best)) for d in tried)]
 
     monkeypatch.setattr(calibrate, "sweep_doses", fake)
-    made = calibrate_vector(config(library), tiny)
+    (made,) = calibrate_vector(config(library), tiny)
     receipt = made.receipts[-1]
     assert made.coefficient == pytest.approx(10.0), "the best of the first half, not of the second"
     assert receipt["effect"] == pytest.approx(0.8), "as the second half has it"
@@ -170,7 +170,7 @@ def test_the_reported_half_has_no_say_in_what_is_stored(library: Path, tiny: Loa
             patch.setattr(
                 calibrate, "halves_of", lambda _, o=other, s=shipped: s._replace(reported=[f"{o} {i}" for i in "abcd"])
             )
-            made.append(calibrate_vector(config(library), tiny))
+            made += calibrate_vector(config(library), tiny)
     one, two = made
     assert (one.coefficient, one.window) == (two.coefficient, two.window)
     assert one.receipts[-1]["picked"] == two.receipts[-1]["picked"]
@@ -178,7 +178,7 @@ def test_the_reported_half_has_no_say_in_what_is_stored(library: Path, tiny: Loa
 
 
 def test_what_is_reported_is_a_sweep_of_the_other_half(library: Path, tiny: LoadedModel, letters: Concept) -> None:
-    made = calibrate_vector(config(library), tiny)
+    (made,) = calibrate_vector(config(library), tiny)
     assert load_library(library)["push"].window == made.window
     receipt = json.loads(json.dumps(load_library(library)["push"].receipts[-1]))
     assert receipt == made.receipts[-1]
@@ -196,9 +196,43 @@ def test_what_is_reported_is_a_sweep_of_the_other_half(library: Path, tiny: Load
 
 def test_calibrating_again_replaces_only_the_old_calibration(library: Path, tiny: LoadedModel) -> None:
     calibrate_vector(config(library), tiny)
-    again = calibrate_vector(config(library, seed=1), tiny)
+    (again,) = calibrate_vector(config(library, seed=1), tiny)
     assert [each.get("kind") for each in again.receipts] == [None, "calibration"]
     assert again.receipts[-1]["seed"] == 1
+
+
+def group(pushing: SteeringVector, vector: SteeringVector) -> list[SteeringVector]:
+    """Two vectors of one name; the second has half the dose of the first, and is turned round."""
+    other = replace(vector, name="two@resid_post.1", coefficient=-1.0)
+    return [other, replace(pushing, name="two@resid_post.3", coefficient=4.0)]
+
+
+def test_a_group_is_calibrated_with_one_factor(
+    library: Path, tiny: LoadedModel, letters: Concept, pushing: SteeringVector, vector: SteeringVector
+) -> None:
+    save_library(library, [pushing, *group(pushing, vector)])
+    calibrate_vector(config(library, vector="two"), tiny)
+    kept = load_library(library)
+    low, high = kept["two@resid_post.1"], kept["two@resid_post.3"]
+    assert low.coefficient == pytest.approx(-high.coefficient / 4)
+    assert high.coefficient not in (0, 4.0)
+    assert low.window is not None
+    assert high.window is not None
+    assert low.window == pytest.approx((-high.window[1] / 4, -high.window[0] / 4))
+    for each in (low, high):
+        receipt = each.receipts[-1]
+        assert (receipt["coefficient"], receipt["dose"]) == (each.coefficient, each.dose(each.coefficient))
+        assert receipt["group"][each.name] == {"coefficient": each.coefficient, "dose": receipt["dose"]}
+    prompts = halves_of(config(library)).reported
+    tried = sorted({row["coefficient"] for row in receipt["reported"].values()})
+    arms = [Arm("", [Intervention.of(high, c), Intervention.of(low, -c / 4)] if c else []) for c in tried]
+    rates = try_arms(tiny, letters, prompts, arms, max_new_tokens=8, seed=1).rates.mean(axis=1)
+    assert receipt["effect"] == pytest.approx(rates[tried.index(high.coefficient)] - rates[0])
+    assert kept["push"].receipts == pushing.receipts
+    save_library(library, [pushing, *(replace(each, coefficient=0.0) for each in group(pushing, vector))])
+    made = calibrate_vector(config(library, vector="two"), tiny)
+    doses = [each.dose(each.coefficient) for each in made]
+    assert doses[0] == pytest.approx(doses[1]), "equal where nothing says otherwise"
 
 
 def test_nothing_changes_where_no_dose_works(library: Path, tiny: LoadedModel) -> None:

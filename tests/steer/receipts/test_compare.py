@@ -21,8 +21,9 @@ from steer.pairs import load_pairs
 from steer.receipts import compare as module
 from steer.receipts.compare import _judge as judge_of
 from steer.receipts.compare import _kl as kl_of
-from steer.receipts.compare import axis_prompts, compare, table, wanted, write_texts
+from steer.receipts.compare import axis_prompts, compare, gains, table, wanted, write_texts
 from steer.receipts.conditions import UNSTEERED, make_conditions
+from steer.receipts.over_seeds import crossed
 
 SMALL: dict[str, Any] = {
     "prompts": 6, "select_prompts": 2, "max_new_tokens": 5, "doses": (0.3,), "kl_texts": 3, "latency_rounds": 1,
@@ -112,11 +113,75 @@ def test_an_interrupted_comparison_keeps_whole_batches(
     assert asked == [2, 4, 2]
 
 
+def test_several_seeds_are_one_table_of_means(own: LoadedModel, tmp_path: Path) -> None:
+    settings = SMALL | {"axes": ("formality", "bias"), "conditions": ("random", "few_shot")}
+    found = compare(CompareAxisConfig(out=tmp_path / "all", seeds=(0, 1, 2), **settings), own)
+    assert json.loads((tmp_path / "all" / "compare.json").read_text()) == json.loads(json.dumps(found))
+    alone = [compare(CompareAxisConfig(out=tmp_path / f"{i}", seed=i, **settings), own) for i in range(3)]
+    for axis, result in found.items():
+        assert result["seeds"] == [0, 1, 2]
+        for name, row in result["conditions"].items():
+            rows = [each[axis]["conditions"][name] for each in alone]
+            for figure in ("value", "effect", "kl", "nll", "repetition", "tokens", "prompt_tokens"):
+                assert row[figure] == pytest.approx(np.mean([each[figure] for each in rows]), abs=1e-6), figure
+                if figure not in ("value", "effect") or axis != "bias":
+                    assert row[f"{figure}_ci95"][0] <= row[figure] + 1e-9 <= row[f"{figure}_ci95"][1] + 2e-9
+            assert [each[name] for each in result["by_seed"].values()] == [each["effect"] for each in rows]
+    assert len({json.dumps(each) for each in found["formality"]["by_seed"].values()}) > 1, "seeds differ"
+    assert found["bias"]["conditions"]["random"]["effect_ci95"] is None
+    assert {tuple(row) for rows in table(found).values() for row in rows.values()}
+    assert (tmp_path / "all" / "report.html").read_text().count("<svg") == 2
+
+
+def test_an_interval_is_as_wide_as_seeds_and_prompts_make_it() -> None:
+    rng = np.random.default_rng(0)
+    seeds, prompts = rng.standard_normal((12, 1)), rng.standard_normal((1, 40))
+    for by_seed, by_prompt in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
+        ends = crossed(by_seed * seeds + by_prompt * prompts, 0)
+        assert ends is not None
+        variance = by_seed * seeds.var() / 12 + by_prompt * prompts.var() / 40
+        assert ends[1] - ends[0] == pytest.approx(2 * 1.96 * variance**0.5, rel=0.12)
+    assert crossed(np.ones((1, 1)), 0) is None
+
+
+def by_length(texts: list[str], prompts: list[str]) -> np.ndarray:
+    return np.array([float(len(text)) for text in texts])
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_the_dose_is_chosen_by_the_measure_of_the_axis(own: LoadedModel, tmp_path: Path, best: int) -> None:
+    doses = (0.1, 0.2, 0.3)
+    settings = SMALL | {"doses": doses, "conditions": ("vector",), "max_nll_rise": 99, "max_repetition_rise": 9}
+    config, axis = CompareAxisConfig(out=tmp_path, **settings), AXES["formality"]
+    select = axis_prompts(config, axis)[1]
+
+    def gain(texts: list[str], prompts: list[str]) -> np.ndarray:
+        assert list(prompts) == select * 4, "unsteered, and each dose"
+        return np.repeat([0.0, *(float(i == best) for i in range(3))], len(select))
+
+    make_conditions(own, config, "formality", axis, pairs_of(axis), select, gain)
+    vector = load_library(tmp_path / "library")["formality"]
+    assert vector.dose(vector.coefficient) == pytest.approx(doses[best])
+
+
+def test_more_is_better_in_what_the_dose_is_chosen_by(own: LoadedModel) -> None:
+    def of(name: str, judge: Any = None) -> list[float]:
+        return gains(own, AXES[name], judge, ["Why?"] * 2, ["I cannot help with that.", "It is."]).tolist()
+
+    long, short = of("verbosity")
+    assert long > short > 0
+    assert of("brevity") == [-long, -short]
+    assert (of("refusal"), of("compliance")) == ([1, 0], [-1, 0])
+    judge = judge_of(own, CompareAxisConfig(), AXES["formality"])
+    assert judge is not None
+    assert of("formality", judge) == judge.probability(["I cannot help with that.", "It is."]).tolist()
+
+
 def conditions(own: LoadedModel, out: Path, name: str) -> dict[str, Any]:
     config = CompareAxisConfig(out=out, **SMALL)
     axis = AXES[name]
     select = axis_prompts(config, axis)[1]
-    return {each.name: each for each in make_conditions(own, config, name, axis, pairs_of(axis), select)}
+    return {each.name: each for each in make_conditions(own, config, name, axis, pairs_of(axis), select, by_length)}
 
 
 def test_kl_is_that_of_a_plain_loop(own: LoadedModel, tmp_path: Path) -> None:
@@ -142,7 +207,7 @@ def test_kl_is_that_of_a_plain_loop(own: LoadedModel, tmp_path: Path) -> None:
         sums["vector"].append(float((plain.exp() * (plain - moved)).sum(-1).mean()))
         sums["instruction"].append(float((plain.exp() * (plain - after)).sum(-1).mean()))
     for name, values in sums.items():
-        assert found[name]["kl"] == pytest.approx(np.mean(values), rel=1e-3)
+        assert found[name] == pytest.approx(values, rel=1e-3)
 
 
 def test_costs_are_those_of_reading_again(own: LoadedModel) -> None:
@@ -177,7 +242,7 @@ def test_examples_of_what_is_to_make_no_difference_are_whole_pairs(own: LoadedMo
         AXES["bias"],
         CompareAxisConfig(out=tmp_path, **(SMALL | {"few_shot": 3, "conditions": ("few_shot",)})),
     )
-    (_, few_shot) = make_conditions(own, config, "bias", axis, pairs_of(axis), [])
+    (_, few_shot) = make_conditions(own, config, "bias", axis, pairs_of(axis), [], by_length)
     one, other, last = few_shot.head.split("\n\n")
     (pair,) = [each for each in load_pairs("she_vs_he") if one == each.prompt + each.positive]
     assert (other, last) == (pair.prompt + pair.negative, "")

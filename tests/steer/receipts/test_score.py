@@ -243,3 +243,35 @@ def test_the_shipped_questions_are_enough() -> None:
     assert len(load_choices()) >= 60
     assert all(len(question.options) == 4 for question in load_choices())
     assert isinstance(load_pairs("formal_vs_casual")[0], ContrastPair)
+
+
+def test_a_group_is_scored_as_one(
+    tiny: LoadedModel, pushing: SteeringVector, vector: SteeringVector, letters: Concept, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(score, "concept_of", lambda *_: letters)
+    parts = [replace(vector, name="two@resid_post.1", coefficient=-1.0)]
+    parts += [replace(pushing, name="two@resid_post.3", coefficient=10.0)]
+    save_library(tmp_path, parts)
+    limits = {key: value for key, value in SMALL.items() if key not in ("judge", "transfer", "pairs", "coefficient")}
+    got = score_vector(ScoreConfig(library=tmp_path, parts=("concept",), **limits), tiny)
+    kept = load_library(tmp_path)
+    assert [each.receipts[-1]["coefficient"] for each in kept.values()] == [-1.0, 10.0]
+    assert [each.receipts[-1]["effect"] for each in kept.values()] == [got["effect"]] * 2
+    assert (got["coefficient"], got["dose"]) == (10.0, 1.25)
+    prompts = [example["prompt"] for example in got["examples"]]
+    rng, arms = np.random.default_rng(0), [Arm("unsteered", [])]
+    arms += [Arm("steered", [Intervention.of(each, each.coefficient) for each in parts])]
+    arms += [Arm("prompt", [], got["instruction"])]
+    for _ in range(2):
+        drawn = [rng.standard_normal(tiny.d_model).astype(np.float32) for _ in parts]
+        arms.append(Arm("random", [
+            Intervention.of(replace(each, direction=row / np.linalg.norm(row)), each.coefficient)
+            for each, row in zip(parts, drawn, strict=True)
+        ]))  # fmt: skip
+    rates = try_arms(tiny, letters, prompts, arms, max_new_tokens=6, seed=1).rates.mean(axis=1)
+    assert got["effect"] == pytest.approx(rates[1] - rates[0])
+    assert got["random_control_effect"] == pytest.approx(rates[3:].mean() - rates[0])
+    half = score_vector(ScoreConfig(library=tmp_path, parts=("concept",), coefficient=5.0, **limits), tiny)
+    assert half["coefficient"] == 5.0
+    assert load_library(tmp_path)["two@resid_post.1"].receipts[-1]["coefficient"] == -0.5
