@@ -33,7 +33,7 @@ def address(library: Path, tiny: LoadedModel) -> Iterator[str]:
 
 def written(page: Page) -> str:
     page.get_by_role("button", name="Run").click()
-    expect(page.locator(".bench [role=status]").first).to_have_text("done", timeout=30_000)
+    expect(page.locator(".bench [role=status]").first).to_contain_text("done", timeout=30_000)
     return page.locator("[data-row=steered]").text_content() or ""
 
 
@@ -60,7 +60,7 @@ def test_a_basket_is_written_changed_shared_and_saved(page: Page, library: Path)
     slider.fill("1.25")
     page.locator("[data-row=steered] mark").first.wait_for(state="attached", timeout=10_000)
     page.keyboard.press("Escape")
-    expect(page.locator(".bench [role=status]").first).to_have_text("stopped")
+    expect(page.locator(".bench [role=status]").first).to_contain_text("stopped")
     page.get_by_label("Name to save as").fill("found")
     page.get_by_role("button", name="Save").click()
     page.get_by_text("Saved found.").wait_for()
