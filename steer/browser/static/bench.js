@@ -5,9 +5,9 @@
 
 import { useEffect, useRef, useState } from "./vendor/hooks.js";
 import { get, post, stream } from "./api.js";
-import { Add, Item, Save, Texts, Together } from "./bench_parts.js";
+import { Add, Item, Save, Texts, Together, told } from "./bench_parts.js";
 import { note } from "./router.js";
-import { Empty, html, Problem, useKeys, Waiting } from "./ui.js";
+import { Empty, html, NumberField, Problem, useKeys, Waiting } from "./ui.js";
 
 const MOST = 8;
 const MOST_CHANGES = 100;
@@ -119,7 +119,7 @@ function Bench({ about, start, catalogue }) {
     const on = (event, data) => {
       if (mine.signal.aborted) return;
       isOver ||= event === "end" || event === "error";
-      if (event === "error" || event === "refused") setProblem(new Error(`${data.where}: expected ${data.expected}, got ${data.got}. ${data.fix}`));
+      if (event === "error" || event === "refused") setProblem(new Error(told(data)));
       if (event === "doses" && !isDetached.current) {
         if (data.planned) setNow(Object.fromEntries(keys.map((key, i) => [key, data.doses[i]])));
         else setSetting((before) => ({ ...before, changes: [...before.changes.filter(({ at }) => at < data.at), { at: data.at, doses: data.doses }] }));
@@ -139,9 +139,10 @@ function Bench({ about, start, catalogue }) {
   useKeys({ Escape: stop });
   const press = (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); runNow(); } };
 
-  const number = (key, label, step, most) => html`<label>${label} <input type="number" min="0" max=${most} step=${step} value=${setting[key]} onChange=${(event) => event.target.checkValidity() && event.target.value !== "" ? change({ [key]: Number(event.target.value) }) : event.target.reportValidity()}/></label>`;
+  const number = (key, label, step, most) => html`<label>${label} <${NumberField} min="0" max=${most} step=${step} required value=${setting[key]} onNumber=${(value) => change({ [key]: value })}/></label>`;
   const tick = (key, label, title) => html`<label class="row" title=${title}><input type="checkbox" checked=${setting[key]} onChange=${(event) => change({ [key]: event.target.checked })}/> ${label}</label>`;
   const { changes } = setting;
+  const isToldAtItem = weighed?.items?.some((why) => why && told(why) === problem?.message);
   const isReplayable = changes.length > 0 && changes.length <= MOST_CHANGES;
   return html`<section class="bench" onKeyDown=${press}>
     <div class="panel"><h2>Basket</h2>
@@ -151,16 +152,17 @@ function Bench({ about, start, catalogue }) {
       ${weighed?.error && html`<${Problem} error=${weighed.error}/>`}
       ${weighed?.together && html`<${Together} together=${weighed.together}/>`}
       ${about.role !== "viewer" && basket.length > 0 && html`<${Save} about=${about} damaged=${catalogue.problems} basket=${bare({ basket }).basket} entries=${basket.map(entryOf)} onSaved=${(kept) => setEntries((before) => [...before, ...kept])}/>`}
-      ${catalogue.problems.map(({ detail }) => html`<p class="problem">${detail.where}: expected ${detail.expected}, got ${detail.got}. ${detail.fix}</p>`)}
+      ${catalogue.problems.map(({ detail }) => html`<p class="problem">${told(detail)}</p>`)}
     </div>
     <div class="panel">
       <textarea ref=${prompt} rows="3" maxlength="8000" aria-label="Prompt" placeholder="What the model goes on with or answers" value=${setting.prompt} onInput=${(event) => change({ prompt: event.target.value })}></textarea>
-      <div class="row">${number("max_new_tokens", "Tokens", 1, 1024)}${number("temperature", "Temperature", 0.1, 10)}${number("seed", "Seed", 1, 2 ** 31 - 1)}${tick("chat", "chat", "As what a user says, in the model's chat template")}${tick("control", "random control", "A third text under random directions at the same doses")}${tick("force", "force", "Allow doses beyond calibrated windows and above 2")}
-        <span class="spacer"></span><button class="primary" title="Ctrl Enter" onClick=${runNow}>Run</button>${isReplayable && html`<button onClick=${() => write(setting)}>Replay</button>`}<button title="Escape" disabled=${!isRunning(run)} onClick=${stop}>Stop</button></div>
+      <div class="row">${number("max_new_tokens", "Tokens", 1, 1024)}${number("temperature", "Temperature", "any", 10)}${number("seed", "Seed", 1, 2 ** 31 - 1)}${tick("chat", "chat", "As what a user says, in the model's chat template")}${tick("control", "random control", "A third text under random directions at the same doses")}${tick("force", "force", "Allow doses beyond calibrated windows and above 2")}
+        <span class="spacer"></span>
+        <span class="row"><button class="primary" title="Ctrl Enter" onClick=${runNow}>Run</button>${isReplayable && html`<button onClick=${() => write(setting)}>Replay</button>`}<button title="Escape" disabled=${!isRunning(run)} onClick=${stop}>Stop</button></span></div>
       ${isReplayable && html`<p class="faint">Doses change after ${changes.map(({ at }) => at).join(", ")} tokens. Replay writes that text again, and so does this page's link; Run begins with the doses that are shown.</p>`}
       ${changes.length > MOST_CHANGES && html`<p class="faint">Doses changed ${changes.length} times, which is more than a link holds: this text cannot be written again.</p>`}
       ${isRunning(run) && isDetached.current && html`<p class="faint" data-says="detached">This text goes on with what it began with, and its doses can still be changed. What else you changed holds from the next run on.</p>`}
-      ${problem && html`<${Problem} error=${problem}/>`}
+      ${problem && !isToldAtItem && html`<${Problem} error=${problem}/>`}
       ${run && html`<${Texts} run=${run}/>`}
     </div></section>`;
 }

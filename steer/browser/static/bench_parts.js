@@ -2,14 +2,14 @@
 
 import { useState } from "./vendor/hooks.js";
 import { post } from "./api.js";
-import { figure, fixed, html, Problem } from "./ui.js";
+import { figure, fixed, html, NumberField, Problem } from "./ui.js";
 
 const WIDEST = 2;
 const OPERATIONS = ["add", "rotate", "ablate"];
 const SCOPES = ["all", "prompt", "generated", "system", "user", "assistant", "tool", "thinking", "final", "no-tool-calls"];
 const BOUND = /^(after|before):(\d+)$/;
 
-const told = ({ where, expected, got, fix }) => `${where}: expected ${expected}, got ${got}. ${fix}`;
+export const told = ({ where, expected, got, fix }) => `${where}: expected ${expected}, got ${got}. ${fix}`;
 const refOf = ({ vector, latent }) => vector ?? latent;
 
 // --- an item ---
@@ -21,13 +21,12 @@ export function Item({ item, number, entry, refused, force, onSlide, onChange, o
   const [low, high] = operation === "ablate" ? [0, 1] : reachOf(window, force);
   const dose = item.dose ?? entry?.dose ?? 0;
   const isOutside = window && (dose < window[0] || dose > window[1]);
-  const slide = (event) => event.target.value !== "" && onSlide(Number(event.target.value));
   return html`<div class="item" data-item=${ref}>
-    <div class="row"><b><span class="faint">${number}</span> <bdi>${entry?.name ?? ref}</bdi></b><span class="faint">${entry && `${entry.hook_point}, ${entry.headline}`}</span><span class="spacer"></span><button class="quiet" aria-label=${`Remove ${ref}`} onClick=${onRemove}>×</button></div>
-    <div class="row"><input type="range" aria-label=${`Dose of ${ref}`} min=${low} max=${high} step="0.01" list=${`marks-${number}`} value=${dose} onInput=${slide}/><input type="number" class="number" aria-label=${`${ref} in figures`} step="0.01" value=${Number(dose.toPrecision(3))} onChange=${slide}/></div>
+    <div class="title"><b><span class="faint">${number}</span> <bdi title=${ref}>${entry?.name ?? ref}</bdi></b><span class="faint" title=${entry?.headline}>${entry && `${entry.hook_point}, ${entry.headline}`}</span><button class="quiet" aria-label=${`Remove ${ref}`} onClick=${onRemove}>×</button></div>
+    <div class="row"><input type="range" aria-label=${`Dose of ${ref}`} min=${low} max=${high} step="0.01" list=${`marks-${number}`} value=${dose} onInput=${(event) => onSlide(Number(event.target.value))}/><${NumberField} class="number" aria-label=${`${ref} in figures`} step="any" min="-16" max="16" required value=${Number(dose.toPrecision(3))} onNumber=${onSlide}/></div>
     <datalist id=${`marks-${number}`}>${[...(window ?? []), entry?.dose ?? 0, 0].map((value) => html`<option value=${value}></option>`)}</datalist>
     ${window && html`<p class=${isOutside ? "warn" : "faint"}>${isOutside ? "outside its" : ""} calibrated window ${figure(window[0], 2)} to ${figure(window[1], 2)}</p>`}
-    <div class="row"><select aria-label="Operation" value=${operation} onChange=${(event) => onChange({ operation: event.target.value, dose: event.target.value === "ablate" ? 1 : operation === "ablate" ? 0.5 : item.dose })}>${OPERATIONS.map((name) => html`<option>${name}</option>`)}</select>
+    <div class="row limits"><select aria-label="Operation" value=${operation} onChange=${(event) => onChange({ operation: event.target.value, dose: event.target.value === "ablate" ? 1 : operation === "ablate" ? 0.5 : item.dose })}>${OPERATIONS.map((name) => html`<option>${name}</option>`)}</select>
       <${Scope} scope=${item.scope ?? entry?.scope ?? "all"} onChange=${(scope) => onChange({ scope })}/></div>
     <${Gate} gate=${item.gate} isOwn=${entry?.gated} onChange=${(gate) => onChange({ gate })}/>
     ${refused && html`<p class="problem" role="alert">${told(refused)}</p>`}</div>`;
@@ -43,19 +42,16 @@ function Scope({ scope, onChange }) {
   const words = scope.split(/\s+/).filter(Boolean);
   const bounds = Object.fromEntries(words.map((word) => word.match(BOUND)).filter(Boolean).map(([, name, value]) => [name, value]));
   const rest = words.filter((word) => !BOUND.test(word)).join(" ") || "all";
-  const say = (part, { after, before }) => onChange([part === "all" && (after || before) ? "" : part, after && `after:${after}`, before && `before:${before}`].filter(Boolean).join(" "));
-  const bound = (name, label, title) => html`<label title=${title}>${label} <input type="number" min="0" step="1" value=${bounds[name] ?? ""} onChange=${(event) => say(rest, { ...bounds, [name]: event.target.value })}/></label>`;
+  const say = (part, { after, before }) => onChange([part === "all" && (after ?? before) !== undefined ? "" : part, after !== undefined && `after:${after}`, before !== undefined && `before:${before}`].filter(Boolean).join(" "));
+  const bound = (name, label, title) => html`<label title=${title}>${label} <${NumberField} min="0" step="1" value=${bounds[name] ?? ""} onNumber=${(value) => say(rest, { ...bounds, [name]: value })}/></label>`;
   return html`<select aria-label="Scope" title="Which tokens are steered" value=${rest} onChange=${(event) => say(event.target.value, bounds)}>${[...new Set([...SCOPES, rest])].map((name) => html`<option>${name}</option>`)}</select>
     ${bound("after", "from", "Index of the first token that is steered; 0 is the prompt's first")}${bound("before", "to", "Index behind the last token that is steered")}`;
 }
 
 function Gate({ gate, isOwn, onChange }) {
-  const level = (key, label, title, given, fields = {}) => html`<label title=${title}>${label} <input type="number" ...${fields} value=${given} onChange=${(event) => {
-    const value = event.target.value === "" ? undefined : Number(event.target.value);
-    onChange(key === "on" && value === undefined ? undefined : { ...gate, [key]: value });
-  }}/></label>`;
-  return html`<div class="row gate">${level("on", "gate above", "Steer only while |cos(vector, h)| has risen above this", gate?.on ?? "", { step: "any", placeholder: isOwn ? "own" : "none" })}
-    ${gate && level("off", "shut at", "Stop at this or below; empty: at the same", gate.off ?? "", { step: "any", placeholder: String(gate.on) })}${gate && level("tokens", "for at least", "Tokens that it stays open at least", gate.tokens ?? 1, { min: 1, max: 1024, step: 1 })}</div>`;
+  const level = (key, label, title, given, fields = {}) => html`<label title=${title}>${label} <${NumberField} step="any" ...${fields} value=${given} onNumber=${(value) => onChange(key === "on" && value === undefined ? undefined : { ...gate, [key]: value })}/></label>`;
+  return html`<div class="row gate">${level("on", "gate above", "Steer only while |cos(vector, h)| has risen above this", gate?.on ?? "", { placeholder: isOwn ? "own" : "none" })}
+    ${gate && level("off", "shut at", "Stop at this or below; empty: at the same", gate.off ?? "", { placeholder: String(gate.on) })}${gate && level("tokens", "for at least", "Tokens that it stays open at least", gate.tokens ?? 1, { min: 1, max: 1024, step: 1, required: true })}</div>`;
 }
 
 export function Add({ entries, onAdd }) {
@@ -119,10 +115,11 @@ function stateOf(run) {
 
 export function Texts({ run }) {
   const fired = run.fired?.[0] ?? {};
-  const inPrompt = Object.entries(fired).map(([name, indices]) => `${name} on ${indices.filter((index) => index < run.n_prompt).length}`);
+  const isGated = run.steps.some(({ gates }) => Object.keys(gates[0] ?? {}).length > 0);
+  const inPrompt = Object.entries(fired).map(([name, indices]) => `${name} on ${indices.filter((index) => index < run.n_prompt).length}`).join(", ");
   return html`<p class="faint" role="status">${stateOf(run)}</p>
-    <div class="texts">${run.rows.map((name, row) => html`<div><h3>${name}</h3><div class="text" dir="auto" data-row=${name}>${written(run, name, row)}</div></div>`)}</div>
-    ${inPrompt.length > 0 && html`<p class="faint">Tokens on which a gate was open are marked; of the prompt's ${run.n_prompt}: ${inPrompt.join(", ")}.</p>`}`;
+    <div class="texts">${run.rows.map((name, row) => html`<div><h3>${name === "control" ? "random directions" : name}</h3><div class="text" dir="auto" data-row=${name}>${written(run, name, row)}</div></div>`)}</div>
+    ${isGated && html`<p class="faint">Tokens on which a gate is open are marked.${inPrompt && ` Of the prompt's ${run.n_prompt} tokens: ${inPrompt}.`}</p>`}`;
 }
 
 // A text by its tokens: plain as far as nothing is to be told of them, since there may be a thousand.
