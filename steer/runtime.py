@@ -169,8 +169,11 @@ class Steering(nn.Module):
         ]
 
     def latest(self) -> list[dict[str, tuple[float, bool]]]:
-        """For each sequence of the batch, by name of gate: its readout of the latest token, and whether it was open."""
-        n = int((self.seen > 0).sum())
+        """For each sequence of the batch, by name of gate: its readout of the latest token, and whether it was open.
+
+        Empty without gates. Of sequences that are padded behind, the readout is that of the padding.
+        """
+        n = int((self.seen > 0).sum()) if self._plan.gates else 0
         return [{name: found for site in self._sites for name, found in site.latest(i).items()} for i in range(n)]
 
     @contextmanager

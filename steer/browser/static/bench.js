@@ -11,6 +11,7 @@ import { Empty, html, NumberField, Problem, useKeys, Waiting } from "./ui.js";
 
 const MOST = 8;
 const MOST_CHANGES = 100;
+const OFFERED = 12;
 const START = { basket: [], prompt: "", chat: true, max_new_tokens: 60, temperature: 0.7, seed: 0, control: false, force: false, changes: [] };
 let newest = 0;
 
@@ -73,7 +74,10 @@ function Bench({ about, start, catalogue }) {
   const basket = setting.basket.map((item) => ({ ...item, dose: doseOf(item) }));
   for (const item of basket) shown.current[item.key] = item.dose ?? null;
   const weighing = JSON.stringify({ basket: bare({ basket }).basket, force: setting.force });
-  useEffect(() => { note(addressOf(setting)); }, [setting]);
+  useEffect(() => {
+    const timer = setTimeout(() => note(addressOf(setting)), 150);  // browsers refuse many addresses in a short time
+    return () => clearTimeout(timer);
+  }, [setting]);
   useEffect(() => () => controller.current?.abort(), []);
   useEffect(() => {
     let isWanted = true;
@@ -103,6 +107,7 @@ function Bench({ about, start, catalogue }) {
     else setNow({ ...now, [item.key]: dose });
   };
   const add = async (ref) => {
+    if (!ref.includes(":") && !entries.some((each) => each.ref === ref)) throw new Error(`${ref}: expected a vector of the open libraries or SOURCE:NUMBER, got neither. Choose from the list.`);
     const entry = entries.find((each) => each.ref === ref) ?? await get(`/api/bench/latent?ref=${encodeURIComponent(ref)}`);
     if (!entries.includes(entry)) setEntries((before) => [...before, entry]);
     const item = ref.includes(":") ? { latent: ref, dose: 0.5 } : { vector: ref, dose: entry.dose };
@@ -131,7 +136,7 @@ function Bench({ about, start, catalogue }) {
     setSetting(asked);
     setNow({});
     setMoves(0);
-    setRun({ state: "starting", keys, rows: [], steps: [], marks: [] });
+    setRun({ state: "starting", keys, most: asked.max_new_tokens, rows: [], steps: [], marks: [] });
     stream("/api/bench/stream", bare(asked), on, mine.signal)
       .then(() => isOver || on("error", { where: "server", expected: "a whole text", got: "an end within it", fix: "Run it again." }), (error) => { if (error.name !== "AbortError") { setProblem(error); setRun(null); } });
   };
@@ -146,9 +151,10 @@ function Bench({ about, start, catalogue }) {
   const isReplayable = changes.length > 0 && changes.length <= MOST_CHANGES;
   return html`<section class="bench" onKeyDown=${press}>
     <div class="panel"><h2>Basket</h2>
-      ${basket.length === 0 && html`<p class="faint">Add what steers: a vector of a library, or a latent as SOURCE:NUMBER.</p>`}
+      ${basket.length === 0 && html`<p class="faint">Add what steers: a vector of a library, or a latent as SOURCE:NUMBER.</p>
+        <p class="row">${entries.slice(0, OFFERED).map(({ ref, name, hook_point }) => html`<button class="tag" title=${`${ref} at ${hook_point}`} onClick=${() => add(ref)}>${name}</button>`)}</p>`}
       ${basket.map((item, i) => html`<${Item} key=${item.key} item=${item} number=${i + 1} entry=${entryOf(item)} refused=${weighed?.items?.[i]} force=${setting.force} onSlide=${(dose) => slide(item, dose)} onChange=${(fields) => put(item, fields)} onRemove=${() => change({ basket: basket.filter(({ key }) => key !== item.key) })}/>`)}
-      ${basket.length < MOST && html`<${Add} entries=${entries} onAdd=${(ref) => add(ref).then(() => setProblem(null), setProblem)}/>`}
+      ${basket.length < MOST && html`<${Add} entries=${entries} onAdd=${add}/>`}
       ${weighed?.error && html`<${Problem} error=${weighed.error}/>`}
       ${weighed?.together && html`<${Together} together=${weighed.together}/>`}
       ${about.role !== "viewer" && basket.length > 0 && html`<${Save} about=${about} damaged=${catalogue.problems} basket=${bare({ basket }).basket} entries=${basket.map(entryOf)} onSaved=${(kept) => setEntries((before) => [...before, ...kept])}/>`}

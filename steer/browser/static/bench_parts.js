@@ -56,15 +56,15 @@ function Gate({ gate, isOwn, onChange }) {
 
 export function Add({ entries, onAdd }) {
   const [text, setText] = useState("");
+  const [problem, setProblem] = useState(null);
   const submit = (event) => {
     event.preventDefault();
     const wanted = text.trim();
     const entry = entries.find(({ ref, name }) => ref === wanted || name === wanted);
-    if (wanted) onAdd(entry?.ref ?? wanted);
-    setText("");
+    if (wanted) onAdd(entry?.ref ?? wanted).then(() => { setText(""); setProblem(null); }, setProblem);
   };
   return html`<form class="row add" onSubmit=${submit}><input list="bench-vectors" aria-label="Add a vector" placeholder="vector, or SOURCE:latent" value=${text} onInput=${(event) => setText(event.target.value)}/><button>Add</button>
-    <datalist id="bench-vectors">${entries.map(({ ref, name }) => html`<option value=${ref}>${name}</option>`)}</datalist></form>`;
+    <datalist id="bench-vectors">${entries.map(({ ref, name }) => html`<option value=${ref}>${name}</option>`)}</datalist></form>${problem && html`<${Problem} error=${problem}/>`}`;
 }
 
 // --- what they do to each other ---
@@ -74,9 +74,9 @@ export function Together({ together }) {
   const { names, cosines, points, pairs } = together;
   const shares = Object.assign({}, ...Object.values(points).map((point) => point.shares));
   const sign = fixed(2, true);
-  return names.length > 0 && html`<h3>Together</h3>
-    ${names.length > 1 && html`<table class="cosines"><thead><tr><th>cosine</th>${names.map((name) => html`<th class="number" title=${name}>${name.split(" ")[0]}</th>`)}<th class="number" title="What is pushed along it over what was asked for: 1 if the others leave it alone">along it</th></tr></thead>
-      <tbody>${names.map((name, i) => html`<tr><th title=${name}><bdi>${name}</bdi></th>${cosines[i].map((value, k) => html`<td class=${`number ${value < 0 ? "against" : "with"}`} style=${{ "--heat": k === i ? 0 : Math.abs(value).toFixed(2) }} title=${`${name} and ${names[k]}`}>${k === i ? "·" : sign(value)}</td>`)}<td class="number">${name in shares ? `×${fixed(2)(shares[name])}` : "–"}</td></tr>`)}</tbody></table>`}
+  return names.length > 1 && html`<h3>Together</h3>
+    <table class="cosines"><thead><tr><th>cosine</th>${names.map((name) => html`<th class="number" title=${name}>${name.split(" ")[0]}</th>`)}<th class="number" title="What is pushed along it over what was asked for: 1 if the others leave it alone">along it</th></tr></thead>
+      <tbody>${names.map((name, i) => html`<tr><th title=${name}><bdi>${name}</bdi></th>${cosines[i].map((value, k) => html`<td class=${`number ${value < 0 ? "against" : "with"}`} style=${{ "--heat": k === i ? 0 : Math.abs(value).toFixed(2) }} title=${`${name} and ${names[k]}`}>${k === i ? "·" : sign(value)}</td>`)}<td class="number">${name in shares ? `×${fixed(2)(shares[name])}` : "–"}</td></tr>`)}</tbody></table>
     <table class="joint"><thead><tr><th>Hook point</th><th class="number">joint dose</th><th class="number">sum</th><th class="number" title="Of the cosines: 1 where all are at right angles, larger the more alike some are">condition</th><th class="number" title="Effective rank: directions that there are in effect">directions</th></tr></thead>
       <tbody>${Object.entries(points).map(([point, at]) => html`<tr><td>${point}</td><td class="number">${figure(at.joint_dose)}</td><td class="number">${figure(at.sum_of_doses)}</td><td class="number">${at.condition === null ? "∞" : figure(at.condition)}</td><td class="number">${figure(at.effective_rank)}</td></tr>`)}</tbody></table>
     ${pairs.map((pair) => html`<p class="faint">${pair}</p>`)}`;
@@ -105,12 +105,10 @@ export function Save({ about, damaged, basket, entries, onSaved }) {
 
 // --- texts ---
 
-const STATES = { starting: "starting", writing: "writing", done: "done", stopped: "stopped", failed: "failed" };
-
 function stateOf(run) {
   if (run.state === "waiting") return run.model === "ready" ? "waiting for somebody else's text" : "loading the model";
-  const n = run.steps.length;
-  return [STATES[run.state], n && `${n} tokens`, run.took && `${figure((1000 * n) / run.took, 2)} a second`].filter(Boolean).join(", ");
+  const n = Math.min(run.steps.length, run.most);  // a last step may be the end of a character that was begun
+  return [run.state, n && `${n} tokens`, run.took && `${figure((1000 * n) / run.took, 2)} a second`].filter(Boolean).join(", ");
 }
 
 export function Texts({ run }) {

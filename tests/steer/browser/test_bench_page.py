@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from activations.models import LoadedModel
 from steer.browser.app import create_app
@@ -14,7 +14,7 @@ from steer.browser.guard import Account
 from steer.browser.model import SharedModel
 from steer.browser.people import single
 from steer.browser.serve import LOOPBACK
-from steer.browser.sources import open_paths
+from steer.browser.sources import Opened, open_paths
 from steer.generate import generate
 from steer.library import find_vectors, load_library, save_library
 from steer.operations import Intervention
@@ -211,6 +211,25 @@ def test_a_latent_is_an_item_and_kept_with_a_vector_under_one_name(bench: Page, 
     assert (latent.hook_point, latent.coefficient, latent.source["latent"]) == ("resid_post.1", 2.0, 7)
     assert push.hook_point == "resid_post.3"
     assert written(bench)
+
+
+def test_what_is_not_there_is_told_and_what_is_there_is_offered(bench: Page) -> None:
+    bench.get_by_label("Add a vector").fill("nothing")
+    bench.get_by_role("button", name="Add", exact=True).click()
+    expect(bench.locator(".problem", has_text="nothing: expected a vector")).to_have_count(1)
+    bench.get_by_role("button", name="bounded").click()
+    expect(bench.get_by_label("Dose of 1/bounded")).to_have_count(1)
+
+
+def test_a_library_by_itself_begins_with_the_bench(chromium: Browser, library: Path, tiny: LoadedModel) -> None:
+    app = create_app(
+        Opened({}, (library,)), single(Account("ada", "admin"), TOKEN), LOOPBACK, SharedModel(None, "cpu", tiny)
+    )
+    with serving(app) as where, contextlib.closing(chromium.new_context(base_url=where)) as context:
+        page = context.new_page()
+        page.goto(f"/#token={TOKEN}")
+        add(page, "push")
+        expect(page.get_by_role("link", name="Bench")).to_have_attribute("aria-current", "page")
 
 
 def test_what_is_typed_stays_while_a_text_is_written(bench: Page) -> None:
