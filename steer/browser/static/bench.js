@@ -68,10 +68,12 @@ function Bench({ about, start, catalogue }) {
   const prompt = useRef(null);
   const shown = useRef({});
   const isDetached = useRef(false);
+  const latest = useRef({});  // what is shown now, for what was begun before
 
   const entryOf = (item) => entries.find(({ ref }) => ref === refOf(item));
   const doseOf = (item) => now[item.key] ?? item.dose;
   const basket = setting.basket.map((item) => ({ ...item, dose: doseOf(item) }));
+  latest.current = { setting, basket };
   for (const item of basket) shown.current[item.key] = item.dose ?? null;
   const weighing = JSON.stringify({ basket: bare({ basket }).basket, force: setting.force });
   useEffect(() => {
@@ -96,7 +98,7 @@ function Bench({ about, start, catalogue }) {
   // Anything but a dose: it holds from the next text on, and begins with the doses that are shown.
   const change = (fields) => {
     isDetached.current = true;
-    setSetting({ ...setting, basket, changes: [], ...fields });
+    setSetting({ ...latest.current.setting, basket: latest.current.basket, changes: [], ...fields });
     setNow({});
   };
   const put = (item, fields) => change({ basket: basket.map((each) => (each.key === item.key ? { ...each, ...fields } : each)) });
@@ -111,7 +113,7 @@ function Bench({ about, start, catalogue }) {
     const entry = entries.find((each) => each.ref === ref) ?? await get(`/api/bench/latent?ref=${encodeURIComponent(ref)}`);
     if (!entries.includes(entry)) setEntries((before) => [...before, entry]);
     const item = ref.includes(":") ? { latent: ref, dose: 0.5 } : { vector: ref, dose: entry.dose };
-    change({ basket: [...basket, keyed(item)] });
+    change({ basket: [...latest.current.basket, keyed(item)] });
   };
 
   const stop = () => { controller.current?.abort(); setRun((before) => isRunning(before) ? { ...before, state: "stopped", id: null } : before); };

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from activations.models import LoadedModel
 from steer.browser.app import create_app
@@ -211,6 +211,18 @@ def test_a_latent_is_an_item_and_kept_with_a_vector_under_one_name(bench: Page, 
     assert (latent.hook_point, latent.coefficient, latent.source["latent"]) == ("resid_post.1", 2.0, 7)
     assert push.hook_point == "resid_post.3"
     assert written(bench)
+
+
+def test_a_latent_that_comes_late_takes_nothing_back(bench: Page) -> None:
+    asked: list[Route] = []
+    bench.route("**/api/bench/latent*", lambda route: asked.append(route))
+    bench.get_by_label("Add a vector").fill("resid_post.1:7")
+    with bench.expect_request("**/api/bench/latent*"):
+        bench.get_by_role("button", name="Add", exact=True).click()
+    bench.get_by_label("Prompt").fill("the other river")
+    asked[0].continue_()
+    expect(bench.locator(".item")).to_have_count(1)
+    expect(bench.get_by_label("Prompt")).to_have_value("the other river")
 
 
 def test_what_is_not_there_is_told_and_what_is_there_is_offered(bench: Page) -> None:
