@@ -126,6 +126,12 @@ def composition(vectors: Sequence[SteeringVector], threshold: float = ALIKE) -> 
     return Composition(points, sorted(pairs, key=lambda pair: -abs(pair.cosine)), across)
 
 
+def cosines(vectors: Sequence[SteeringVector]) -> Float[np.ndarray, "n n"]:
+    """Of each with each, whatever their hook points."""
+    unit = _unit(vectors)
+    return unit @ unit.T
+
+
 def by_point(vectors: Sequence[SteeringVector]) -> dict[str, list[SteeringVector]]:
     """Vectors by hook point, in their order."""
     found: dict[str, list[SteeringVector]] = {}
@@ -228,8 +234,7 @@ def _independent(rows: Rows) -> Rows:
 
 
 def _at_point(hook_point: str, vectors: Sequence[SteeringVector]) -> AtPoint:
-    unit = _unit(vectors)
-    gram = unit @ unit.T
+    unit, gram = _unit(vectors), cosines(vectors)
     values = np.linalg.eigvalsh(gram).clip(min=0)
     condition = float(values[-1] / values[0]) if values[0] > DEPENDENT**2 * values[-1] else float("inf")
     share = values[values > 0] / values.sum()

@@ -33,7 +33,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -168,6 +168,14 @@ class Steering(nn.Module):
             for i, n in enumerate(lengths)
         ]
 
+    def latest(self) -> list[dict[str, tuple[float, bool]]]:
+        """For each sequence of the batch, by name of gate: its readout of the latest token, and whether it was open.
+
+        Empty without gates. Of sequences that are padded behind, the readout is that of the padding.
+        """
+        n = int((self.seen > 0).sum()) if self._plan.gates else 0
+        return [{name: found for site in self._sites for name, found in site.latest(i).items()} for i in range(n)]
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """The hooks, for as long as the context lasts."""
@@ -252,6 +260,7 @@ class _Site(nn.Module):
     """One hook point: what is read at it, and what acts on it."""
 
     ages: Int[Tensor, "sequence gate"]
+    readouts: Float[Tensor, "sequence gate"]
     log: Bool[Tensor, "sequence index gate"]
 
     def __init__(self, point: HookPoint, run: _Run, lanes: Sequence[Lane], gates: Sequence[Gate], max_batch: int):
@@ -265,6 +274,7 @@ class _Site(nn.Module):
         self._acting = [i for i, lane in enumerate(lanes) if lane.key.acts == point]
         self._lanes = list(lanes)
         self.register_buffer("ages", torch.zeros(max_batch, len(own), dtype=torch.long), persistent=False)
+        self.register_buffer("readouts", torch.zeros(max_batch, len(own)), persistent=False)
         n_logged = LOG_TOKENS + 1 if own else 0
         self.register_buffer("log", torch.zeros(max_batch, n_logged, len(own), dtype=torch.bool), persistent=False)
 
@@ -288,12 +298,18 @@ class _Site(nn.Module):
         """Which gates are open on which tokens; moves them on, and writes the log."""
         assert self.gates is not None
         table, batch = GateTable(*self.gates.tensors()), len(index)
-        ages = run_gates(table, read(table, x), index, self.ages[:batch], self._max_age)
-        self.ages[:batch] = ages[:, -1]
+        values = read(table, x)
+        ages = run_gates(table, values, index, self.ages[:batch], self._max_age)
+        self.ages[:batch], self.readouts[:batch] = ages[:, -1], values[:, -1]
         is_open = (ages > 0) & (index >= 0)[..., None]
         rows = torch.arange(batch, device=index.device)[:, None]
         self.log[rows, torch.where((index >= 0) & (index < LOG_TOKENS), index, LOG_TOKENS)] = is_open
         return is_open
+
+    def latest(self, row: int) -> dict[str, tuple[float, bool]]:
+        """By gate: its readout of the latest token, and whether it is open."""
+        pairs = zip(self._names, self.readouts[row].tolist(), (self.ages[row] > 0).tolist(), strict=True)
+        return {name: (value, is_open) for name, value, is_open in pairs}
 
     def fired(self, row: int, length: int) -> dict[str, list[int]]:
         """By gate: the tokens on which it was open, of the first `length`."""

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field
 
-from activations.errors import ConfigError, MissingArtefactError, UnknownNameError
+from activations.errors import ConfigError, MissingArtefactError, SaekitError, UnknownNameError
+from steer.browser.guard import detail_of
 from steer.browser.saes import Saes
 from steer.browser.sources import Opened, Source
 
 if TYPE_CHECKING:
+    from activations.models import LoadedModel
     from steer.chat.state import Steer
+    from steer.gates import Condition, Gate
     from steer.operations import Intervention
     from steer.vectors import SteeringVector
 
@@ -37,6 +40,10 @@ class Levels(BaseModel):
     off: Level | None = None
     tokens: int = Field(1, ge=1, le=1024)
 
+    def of(self, vector: SteeringVector) -> Gate:
+        """The gate of a vector's own energy. Raises: ConfigError if `off` is above `on`."""
+        return vector.energy_gate(self.on, self.off, self.tokens)
+
 
 class Item(BaseModel):
     """One thing that steers."""
@@ -52,6 +59,8 @@ class Item(BaseModel):
     gate: Levels | None = None
 
 
+Refused = dict[str, str]
+"""an error in its four parts"""
 Basket = Annotated[list[Item], Field(max_length=MOST_ITEMS)]
 
 
@@ -70,18 +79,38 @@ class Entry(BaseModel):
     headline: str
 
 
+class Problem(BaseModel):
+    """A library that cannot be read."""
+
+    library: int
+    name: str
+    detail: Refused
+
+
+class Catalogue(BaseModel):
+    """What the libraries hold."""
+
+    vectors: list[Entry]
+    problems: list[Problem]
+
+
 class Shelf:
     """Finds vectors."""
 
     def __init__(self, opened: Opened, saes: Saes):
         self.opened, self._saes = opened, saes
 
-    def catalogue(self) -> list[Entry]:
-        """Vectors of every library. Raises: as `load_library` does."""
+    def catalogue(self) -> Catalogue:
+        """Vectors of every library, and of those that cannot be read, why."""
         from steer.library import load_library
 
-        libraries = enumerate(self.opened.libraries)
-        return [entry_of(f"{i}/{name}", v) for i, path in libraries for name, v in load_library(path).items()]
+        found = Catalogue(vectors=[], problems=[])
+        for number, path in enumerate(self.opened.libraries):
+            try:
+                found.vectors += [entry_of(f"{number}/{name}", vector) for name, vector in load_library(path).items()]
+            except (SaekitError, OSError) as error:
+                found.problems.append(Problem(library=number, name=path.name, detail=_detail(path, error)))
+        return found
 
     def library(self, number: int) -> Path:
         """A library by its number. Raises: UnknownNameError."""
@@ -103,22 +132,18 @@ class Shelf:
         return self._latent(source, _number(latent))
 
     def steers(self, basket: Sequence[Item]) -> list[Steer]:
-        """What a basket does. Raises: as `find` does.
+        """What a basket does. Raises: as `find` does, and ConfigError for levels of a gate that contradict each other.
 
-        A gate is put onto the vector here, once: the runtime takes two of one name for a mistake, and a run asks for
-        its interventions again with each change of doses.
+        Names begin with the item's number, and so do those of its gates: the runtime takes two of one name for a
+        mistake, and one vector may be there twice. A gate is put onto the vector here, once, since a run asks for its
+        interventions again with each change of doses.
         """
-        from steer.chat.state import Steer
-
         found: dict[str, SteeringVector] = {}
         steers = []
         for number, item in enumerate(basket, 1):
             ref = item.vector or item.latent or ""
-            vector = found.setdefault(ref, self.find(item))
-            if (levels := item.gate) is not None:
-                gate = vector.energy_gate(levels.on, levels.off, levels.tokens)
-                vector = replace(vector, gate=replace(gate, name=f"{vector.name}, {number}"))
-            steers.append(Steer(ref, (vector,), item.dose, item.operation, item.scope))
+            vector = found[ref] = found.get(ref) or self.find(item)
+            steers.append(_steer(number, item, vector))
         return steers
 
     def _latent(self, name: str, latent: int) -> SteeringVector:
@@ -133,7 +158,6 @@ class Shelf:
 
     def _mean_norm(self, source: Source, hook_point: str, model: Any) -> float:
         """Of the store that the index was built from, or of a vector of the same place."""
-        from activations.errors import SaekitError
         from activations.store import ActivationStore
         from steer.library import load_library
 
@@ -141,9 +165,10 @@ class Shelf:
             with suppress(SaekitError, OSError):
                 return ActivationStore.open(source.store).stats(hook_point).mean_norm
         for path in self.opened.libraries:
-            for vector in load_library(path).values():
-                if (vector.hook_point, vector.model.fingerprint) == (hook_point, model.fingerprint):
-                    return vector.mean_norm
+            with suppress(SaekitError, OSError):
+                for vector in load_library(path).values():
+                    if (vector.hook_point, vector.model.fingerprint) == (hook_point, model.fingerprint):
+                        return vector.mean_norm
         fix = "Keep the store, or open a library with a vector of this hook point."
         raise MissingArtefactError(source.name, expected=f"the mean norm at {hook_point}", got="none", fix=fix)
 
@@ -156,15 +181,65 @@ def _number(text: str) -> int:
 
 def entry_of(ref: str, vector: SteeringVector) -> Entry:
     """A vector for the page."""
+    unit = 1.0 if vector.operation == "ablate" else vector.mean_norm
     low, high = vector.window or (0.0, 0.0)
-    window = None if vector.window is None else (low / vector.mean_norm, high / vector.mean_norm)
     receipts = len(vector.receipts)
     return Entry(
         ref=ref, name=vector.name, hook_point=vector.hook_point, coefficient=vector.coefficient,
-        dose=vector.coefficient if vector.operation == "ablate" else vector.coefficient / vector.mean_norm,
-        window=window, operation=vector.operation, scope=vector.scope, gated=vector.gate is not None,
+        dose=vector.coefficient / unit, window=None if vector.window is None else (low / unit, high / unit),
+        operation=vector.operation, scope=vector.scope, gated=vector.gate is not None,
         headline=f"{receipts} receipt{'' if receipts == 1 else 's'}" if receipts else "not measured",
     )  # fmt: skip
+
+
+def _steer(number: int, item: Item, vector: SteeringVector) -> Steer:
+    from steer.chat.state import Steer
+
+    name, levels = f"{number} {vector.name}", item.gate
+    gate = vector.gate if levels is None else levels.of(vector)
+    is_other = item.operation not in (None, vector.operation)
+    used = replace(vector, gate=_numbered(gate, number, {}), window=None if is_other else vector.window)
+    return Steer(name, (used,), item.dose, item.operation, item.scope)
+
+
+def _numbered(condition: Condition | None, number: int, known: dict[Gate, Gate]) -> Condition | None:
+    """The same with the number in front of the names of its gates."""
+    from steer.gates import Gate, joined, parts_of
+
+    if condition is None:
+        return None
+    if isinstance(condition, Gate):
+        return known.setdefault(condition, replace(condition, name=f"{number} {condition.name}"))
+    how, parts = parts_of(condition)
+    return joined(how, [each for part in parts if (each := _numbered(part, number, known)) is not None])
+
+
+def refusals(shelf: Shelf, basket: Sequence[Item], loaded: LoadedModel | None, *, force: bool) -> list[Refused | None]:
+    """What is wrong with each item by itself, in the four parts of an error; none: nothing.
+
+    Args:
+      loaded: the model; none: what it alone can tell is left out.
+    """
+    from steer.plan import Plan
+
+    found: list[Refused | None] = []
+    for number, item in enumerate(basket, 1):
+        try:
+            own = _steer(number, item, shelf.find(item)).interventions()
+            if loaded is not None:
+                Plan(loaded, (), [own], [1], (), force).contents((), [own], [1])
+        except SaekitError as error:
+            found.append(detail_of(error))
+        else:
+            found.append(None)
+    return found
+
+
+def _detail(path: Path, error: SaekitError | OSError) -> Refused:
+    if isinstance(error, SaekitError):
+        return detail_of(error)
+    fix = "See who may read it."
+    return {"where": str(path), "expected": "a library that can be read", "got": str(error.strerror), "fix": fix}
 
 
 def as_used(steer: Steer) -> list[SteeringVector]:

@@ -14,21 +14,33 @@ from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
-from activations.errors import ConfigError
-from steer.browser.basket import MOST_ITEMS, Basket, Entry, Item, Shelf, as_used, entry_of, interventions
+from activations.errors import ConfigError, MismatchError
+from steer.browser.basket import (
+    MOST_ITEMS,
+    Basket,
+    Catalogue,
+    Entry,
+    Item,
+    Shelf,
+    as_used,
+    entry_of,
+    interventions,
+    refusals,
+)
 from steer.browser.bench_runs import Asked, Doses, Run, Runs
-from steer.browser.guard import Annotator, Viewer
+from steer.browser.guard import Annotator, Viewer, detail_of
 from steer.browser.model import SharedModel
 from steer.browser.saes import Saes
 from steer.browser.sources import Opened
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}(@[a-z_]+\.[0-9]{1,4})?$")]
 
 
 class Weighed(BaseModel):
     """A basket whose parts are compared."""
 
     basket: Basket
+    force: bool = False
 
 
 class Kept(BaseModel):
@@ -44,7 +56,7 @@ def bench_router(opened: Opened, model: SharedModel, saes: Saes) -> APIRouter:
     router, shelf, runs, saving = APIRouter(prefix="/api/bench"), Shelf(opened, saes), Runs(model), threading.Lock()
 
     @router.get("/catalogue")
-    def catalogue(account: Viewer) -> list[Entry]:
+    def catalogue(account: Viewer) -> Catalogue:
         return shelf.catalogue()
 
     @router.get("/latent")
@@ -60,10 +72,9 @@ def bench_router(opened: Opened, model: SharedModel, saes: Saes) -> APIRouter:
 
     @router.post("/interference")
     def interference(account: Viewer, weighed: Weighed) -> dict[str, Any]:
-        from steer.composition import composition
-
-        used = [each for steer in shelf.steers(weighed.basket) for each in as_used(steer)]
-        return composition(used).as_json()
+        refused = refusals(shelf, weighed.basket, model.loaded, force=weighed.force)
+        sound = [item for item, why in zip(weighed.basket, refused, strict=True) if why is None]
+        return {"items": refused, "together": _together(shelf, sound)}
 
     @router.post("/save")
     def save(account: Annotator, kept: Kept) -> list[Entry]:
@@ -77,6 +88,17 @@ def bench_router(opened: Opened, model: SharedModel, saes: Saes) -> APIRouter:
     return router
 
 
+def _together(shelf: Shelf, basket: Basket) -> dict[str, Any]:
+    from steer.composition import composition, cosines
+
+    used = [each for steer in shelf.steers(basket) for each in as_used(steer)]
+    try:
+        found = composition(used).as_json()
+    except MismatchError as error:
+        return {"refused": detail_of(error)}
+    return {**found, "names": [each.name for each in used], "cosines": cosines(used).round(4).tolist() if used else []}
+
+
 def _save(shelf: Shelf, kept: Kept, author: str) -> list[Entry]:
     """Add to a library. Raises: ConfigError for a name that is taken, or a library that cannot be written."""
     from steer.library import load_library
@@ -85,19 +107,30 @@ def _save(shelf: Shelf, kept: Kept, author: str) -> list[Entry]:
     path = shelf.library(kept.library)
     if len(kept.names) != len(kept.basket) or len(set(kept.names)) != len(kept.names):
         raise ConfigError("names", expected="one for each item, all different", got=kept.names, fix="Correct them.")
-    taken = set(load_library(path)) & set(kept.names)
+    taken = {_base(name) for name in load_library(path)} & {_base(name) for name in kept.names}
     if taken:
         fix = "Choose another; nothing is overwritten."
         raise ConfigError("names", expected="names that are free", got=", ".join(sorted(taken)), fix=fix)
     vectors = []
-    for name, steer in zip(kept.names, shelf.steers(kept.basket), strict=True):
+    for name, item, steer in zip(kept.names, kept.basket, shelf.steers(kept.basket), strict=True):
         steer.interventions()  # refuses a scope or gate that is none before it is written
-        vector, used = steer.vectors[0], as_used(steer)[0]
-        source = {**vector.source, "bench": {"of": steer.name, "name": vector.name, "by": author}}
-        vectors.append(replace(used, name=name, source=source))
+        vector, used = shelf.find(item), as_used(steer)[0]
+        if name not in (_base(name), f"{_base(name)}@{vector.hook_point}"):
+            fix = "Leave out what is behind the @."
+            raise ConfigError("names", expected=f"a name, or NAME@{vector.hook_point}", got=name, fix=fix)
+        is_measured = (used.operation, used.scope) == (vector.operation, vector.scope) and item.gate is None
+        source = {**vector.source, "bench": {"of": vector.name, "sha256": vector.sha256, "by": author}}
+        gate = vector.gate if item.gate is None else item.gate.of(vector)
+        receipts = vector.receipts if is_measured else []
+        vectors.append(replace(used, name=name, source=source, gate=gate, receipts=receipts))
     try:
         add_to_library(path, *vectors)
     except OSError as error:
         got = error.strerror
         raise ConfigError("library", expected="one that can be written", got=got, fix="Open another.") from error
     return [entry_of(f"{kept.library}/{vector.name}", vector) for vector in vectors]
+
+
+def _base(name: str) -> str:
+    """What several vectors that belong together are called, as `steer.library.find_vectors` has it."""
+    return name.partition("@")[0]

@@ -1,7 +1,7 @@
 """Runs of the bench: one thread a run writes a batch of texts, and stops when nobody listens any more.
 
-Events, in order: `waiting` if another uses the model; `begin`; `token` with a piece for each row; `doses` where new
-doses begin, or `refused`; then `end` or `error`.
+Events, in order: `waiting` if another uses the model; `begin`; `token` with a piece for each row and what gates read on
+the token before it, the latest that the model has seen; `doses` where new doses begin, or `refused`; `end` or `error`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,26 @@ from steer.browser.model import SharedModel
 
 if TYPE_CHECKING:
     from steer.chat.state import Steer
+    from steer.generate import Stream
     from steer.operations import Intervention
+    from steer.runtime import Steering
 
 MOST_RUNS = 8
 """that write or wait at once"""
+MOST_CHANGES = 100
+"""of doses that are known beforehand"""
+
+
+class Doses(BaseModel):
+    """One for each item of the basket."""
+
+    doses: list[Dose | None] = Field(max_length=MOST_ITEMS)
+
+
+class Change(Doses):
+    """Other doses behind a token."""
+
+    at: int = Field(ge=1, le=1024, description="tokens that are written before")
 
 
 class Asked(BaseModel):
@@ -40,12 +56,8 @@ class Asked(BaseModel):
     seed: int = Field(0, ge=0, lt=2**31)
     control: bool = False
     force: bool = False
-
-
-class Doses(BaseModel):
-    """One for each item of the basket."""
-
-    doses: list[Dose | None] = Field(max_length=MOST_ITEMS)
+    changes: list[Change] = Field([], max_length=MOST_CHANGES)
+    """doses that change while it is written, as they did before; what is asked for meanwhile takes their place"""
 
 
 @dataclass(eq=False)
@@ -79,7 +91,9 @@ class Runs:
         self._model, self._runs, self._lock = model, dict[str, Run](), threading.Lock()
 
     def start(self, run: Run) -> AsyncIterator[str]:
-        """Begin to write. Raises: ConfigError if too many do."""
+        """Begin to write. Raises: ConfigError if too many do, or for changes of another number of doses."""
+        for change in run.asked.changes:
+            _check(change, run)
         with self._lock:
             if len(self._runs) >= MOST_RUNS:
                 raise ConfigError("bench", expected=f"at most {MOST_RUNS} runs", got="more", fix="Wait for one to end.")
@@ -92,9 +106,7 @@ class Runs:
         run = self._runs.get(id_)
         if run is None or run.account != account:
             raise UnknownNameError("run", expected="one of yours that goes on", got=repr(id_[:40]), fix="Run again.")
-        if len(doses.doses) != len(run.steers):
-            fix = "Give one for each item."
-            raise ConfigError("doses", expected=f"{len(run.steers)} doses", got=len(doses.doses), fix=fix)
+        _check(doses, run)
         run.wanted = doses.doses
 
     def _work(self, run: Run) -> None:
@@ -129,25 +141,40 @@ def _write(run: Run, loaded: Any) -> None:
     ) as stream:  # fmt: skip
         names = ["steered", "unsteered", "control"][: len(rows)]
         run.say("begin", {"id": run.id, "rows": names, "prompt_tokens": stream.prompt_lengths})
+        planned = {change.at: change.doses for change in asked.changes}
         for n, pieces in enumerate(stream.pieces, 1):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-            run.say("token", {"pieces": pieces})
+            run.say("token", {"pieces": pieces, "gates": _gates(stream.steered)})
             if run.stop.is_set():
                 return
-            doses, run.wanted = run.wanted, None
-            if doses is not None:
-                _change(run, stream, doses, n)
-        run.say("end", {"texts": texts, "fired": (stream.steered.fired() or [{}])[0]})
+            wanted, run.wanted = run.wanted, None
+            if wanted is not None:
+                planned = {}
+                _change(run, stream, wanted, n, is_planned=False)
+            elif n in planned:
+                _change(run, stream, planned[n], n, is_planned=True)
+        run.say("end", {"texts": texts, "fired": stream.steered.fired()})
 
 
-def _change(run: Run, stream: Any, doses: list[Dose | None], n: int) -> None:
+def _gates(steered: Steering) -> list[dict[str, tuple[float, bool]]]:
+    rows = steered.latest()
+    return [{name: (round(value, 4), is_open) for name, (value, is_open) in row.items()} for row in rows]
+
+
+def _change(run: Run, stream: Stream, doses: list[Dose | None], n: int, *, is_planned: bool) -> None:
     steers = [replace(steer, dose=dose) for steer, dose in zip(run.steers, doses, strict=True)]
     try:
         stream.steered.set(rows=run.rows(steers), prompt_lengths=stream.prompt_lengths)
     except SaekitError as error:
         run.say("refused", detail_of(error))
     else:
-        run.say("doses", {"at": n, "doses": doses})
+        run.say("doses", {"at": n, "doses": doses, "planned": is_planned})
+
+
+def _check(doses: Doses, run: Run) -> None:
+    if len(doses.doses) != len(run.steers):
+        fix = "Give one for each item."
+        raise ConfigError("doses", expected=f"{len(run.steers)} doses", got=len(doses.doses), fix=fix)
 
 
 async def _events(run: Run) -> AsyncIterator[str]:

@@ -30,7 +30,9 @@ class BrowseConfig(Config):
         default=None,
         description="SQLAlchemy URL of the database that keeps what people write; none: a file in the first index",
     )
-    model: str | None = Field(default=None, description="model spec for prompts and steering; none: the index's own")
+    model: str | None = Field(
+        default=None, description="model spec for prompts and steering; none: the index's own, or a library's"
+    )
     device: str = Field(default="auto", description="torch device of the model")
     export: Path | None = Field(
         default=None, description="write a folder of pages that need no server, and stop; none: serve"

@@ -41,6 +41,11 @@ class SharedModel:
         """Whether somebody who uses it now has to wait."""
         return self._loaded is None or self._used.locked()
 
+    @property
+    def loaded(self) -> LoadedModel | None:
+        """The model, if it is loaded, for what is read off it; to run it, see `using`."""
+        return self._loaded
+
     @contextmanager
     def using(self) -> Iterator[LoadedModel]:
         """The model, for whoever asked, alone until the context ends; blocks while it is loaded or used.

@@ -14,6 +14,7 @@ from contextlib import ExitStack, closing, suppress
 from activations.errors import ConfigError
 from steer.browser.config import BrowseConfig
 from steer.browser.guard import Account
+from steer.browser.library_model import model_of_libraries
 from steer.browser.model import SharedModel
 from steer.browser.people import opening_page, own_name, own_token, single, state_folder
 from steer.browser.sources import Opened, open_paths
@@ -69,8 +70,9 @@ def _say(address: str, config: BrowseConfig, as_json: bool) -> None:
 
 
 def _model_of(opened: Opened) -> str | None:
-    """The model that an index was made with."""
-    return next((source.model for source in opened.sources.values() if source.model), None)
+    """The model that an index was made with, or else a library."""
+    own = next((source.model for source in opened.sources.values() if source.model), None)
+    return own or model_of_libraries(opened.libraries)
 
 
 def _is_loopback(host: str) -> bool:

@@ -175,6 +175,7 @@ def test_only_tokens_behind_an_open_gate_change_and_the_log_says_which(tiny: Loa
         assert changed.nonzero()[:, 0].tolist() == steered_where
         assert torch.equal(captured[POINT][0][~changed], plain[POINT][0][~changed])
         assert steered.fired() == [{"mine": expected}]
+        assert steered.latest() == [{"mine": (pytest.approx(values[-1], abs=1e-5), len(values) - 1 in expected)}]
 
 
 def test_gate_states_survive_batches_padding_and_chunks(tiny: LoadedModel) -> None:

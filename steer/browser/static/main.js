@@ -65,7 +65,7 @@ function Login({ onEntered, error }) {
 
 function Shell({ about }) {
   const { parts, query } = useHere();
-  const [first = ""] = parts;
+  const [first = hasIndex(about) || !about.libraries.length ? "" : "bench"] = parts;
   return html`<header class="bar">
       <a class="brand" href="/">saekit</a>
       <nav aria-label="Views">${PAGES.filter(({ isFor }) => isFor(about)).map(({ path, name, also = [] }) => html`<a href=${path} aria-current=${path === `/${first}` || also.includes(first) ? "page" : undefined}>${name}</a>`)}</nav>

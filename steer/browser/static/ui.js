@@ -118,6 +118,17 @@ export function Interval({ value, low, high, chance }) {
 
 // --- actions ---
 
+// A field for a number, "" for none: what somebody is typing stays as it is, however often the page is drawn meanwhile, and
+// is told as soon as it is a number that the field may hold.
+export function NumberField({ value, onNumber, ...rest }) {
+  const [draft, setDraft] = useState(null);
+  const type = (event) => {
+    setDraft(event.target.value);
+    if (event.target.checkValidity() && (event.target.value !== "" || !rest.required)) onNumber(event.target.value === "" ? undefined : Number(event.target.value));
+  };
+  return html`<input type="number" ...${rest} value=${draft ?? value} onInput=${type} onBlur=${() => setDraft(null)}/>`;
+}
+
 // Puts text on the clipboard, also where the page came over plain HTTP, which gives pages no clipboard.
 export async function copy(text) {
   try {

@@ -13,7 +13,9 @@ import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from activations.models import LoadedModel
 from activations.store_schema import ModelRef
+from sae.artefact import SaeArtefact
 from sae.contexts import Context
 from sae.index_db import LatentRow, write_index
 from sae.labels.store import LabelStore, NewLabel
@@ -28,6 +30,9 @@ from steer.browser.sources import Opened, open_paths
 
 TOKEN = "t" * 32
 N_LATENTS = 300
+D_SAE = 24
+DENSITY = [0.5 if i % 6 == 0 else 0.001 * (i + 1) for i in range(D_SAE)]
+"""of the latents of an SAE that can be run"""
 OFFLINE = "ERR_INTERNET_DISCONNECTED"
 """what a test means that takes the page's network away"""
 TEXTS = (b" river", b" cat", b"<script>", b" 12", b"\n", b"&amp;", b" mill", b" dog", b"\xe2\x80\xae", b"\x1b[31m",
@@ -91,6 +96,25 @@ def scores_of(latent: int) -> list[Score]:
     beside = [Score("detection", control, "balanced_accuracy", 0.5, None, None, 20, 0, "judge")
               for control in ("shuffled", "tokens")]  # fmt: skip
     return [*own, *beside, Score("intruder", "contexts", "accuracy", 0.6, 0.4, 0.8, 20, 0, "tf-idf")]
+
+
+def write_run(folder: Path, loaded: LoadedModel) -> Path:
+    """A folder with an SAE of a model at resid_post.1 and an index that says it is of it."""
+    rng = np.random.default_rng(0)
+    W_dec = rng.standard_normal((D_SAE, loaded.d_model)).astype(np.float32)
+    zeros = {"b_enc": np.full(D_SAE, -0.5, np.float32), "b_dec": np.zeros(loaded.d_model, np.float32)}
+    SaeArtefact("standard", W_dec.T.copy(), W_dec=W_dec, metadata={"hook_point": "resid_post.1"}, **zeros).save(
+        folder / "sae"
+    )
+    sha = SaeArtefact.load(folder / "sae").sha256
+    info = {"d_sae": D_SAE, "hook_point": "resid_post.1", "sae_sha256": sha, "n_tokens": 1000, "sources": [],
+            "model": loaded.ref.model_dump(mode="json")}  # fmt: skip
+    rows = [
+        LatentRow(i, DENSITY[i], 3.0, 1.0 + i, [4], [(f" word{i}", 1.0)], [(" b", -1.0)], [], []) for i in range(D_SAE)
+    ]
+    write_index(folder / "index", info, rows, Vocabulary.of_tokenizer(loaded.tokenizer))
+    (folder / "index" / "index.yaml").write_text(f"sae: {folder / 'sae'}\n")
+    return folder
 
 
 @pytest.fixture

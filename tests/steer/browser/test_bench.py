@@ -4,10 +4,12 @@ import contextlib
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from activations.models import LoadedModel
@@ -17,6 +19,8 @@ from steer.browser.model import SharedModel
 from steer.browser.people import single
 from steer.browser.serve import LOOPBACK
 from steer.browser.sources import Opened
+from steer.composition import cosines
+from steer.gates import Gate
 from steer.generate import generate, streaming
 from steer.library import load_library, save_library
 from steer.operations import Intervention
@@ -26,7 +30,9 @@ from tests.steer.browser.conftest import TOKEN, serving
 
 @pytest.fixture
 def library(tmp_path: Path, pushing: SteeringVector, vector: SteeringVector) -> Path:
-    save_library(tmp_path / "library", [pushing, vector])
+    bounded = replace(pushing, name="bounded", coefficient=2.0, window=(1.0, 3.0), receipts=[{"effect": 0.1}])
+    save_library(tmp_path / "library", [pushing, vector, bounded])
+    save_library(tmp_path / "broken", [])
     return tmp_path / "library"
 
 
@@ -37,7 +43,9 @@ def shared(tiny: LoadedModel) -> SharedModel:
 
 @pytest.fixture
 def client(library: Path, shared: SharedModel) -> Iterator[httpx.Client]:
-    app = create_app(Opened({}, (library,)), single(Account("ada", "admin"), TOKEN), LOOPBACK, shared)
+    app = create_app(
+        Opened({}, (library, library.parent / "broken")), single(Account("ada", "admin"), TOKEN), LOOPBACK, shared
+    )
     with serving(app) as where, _client(where) as found:
         yield found
 
@@ -145,10 +153,85 @@ def test_what_is_hostile_is_refused(client: httpx.Client, body: dict[str, Any]) 
     assert 400 <= response.status_code < 500, response.text
 
 
-def test_interference_tells_the_joint_dose(client: httpx.Client) -> None:
+def test_interference_tells_the_joint_dose(
+    client: httpx.Client, pushing: SteeringVector, vector: SteeringVector
+) -> None:
     basket = [{"vector": "0/push", "dose": 0.5}, {"vector": "0/up", "dose": 1.0}]
     found = client.post("/api/bench/interference", json={"basket": basket}).json()
-    assert found["points"]["resid_post.3"]["joint_dose"] == pytest.approx(0.5)
+    assert found["items"] == [None, None]
+    assert found["together"]["points"]["resid_post.3"]["joint_dose"] == pytest.approx(0.5)
+    assert np.array(found["together"]["cosines"]) == pytest.approx(cosines([pushing, vector]), abs=1e-4)
+    assert found["together"]["names"] == ["1 push", "2 up"]
+
+
+def test_what_is_refused_is_told_at_its_item(client: httpx.Client) -> None:
+    basket = [{"vector": "0/push", "dose": 0.5}, {"vector": "0/gone"}, {"vector": "0/push", "scope": "nowhere"},
+              {"vector": "0/push", "gate": {"on": 0.1, "off": 0.2}}, {"vector": "0/push", "scope": "thinking"},
+              {"vector": "0/push", "dose": 3}, {"vector": "0/bounded", "dose": 0.5}]  # fmt: skip
+
+    wrong = [False, True, True, True, True, True, True]
+    for body, wanted in (({}, wrong), ({"force": True}, [*wrong[:5], False, False])):
+        found = client.post("/api/bench/interference", json={"basket": basket, **body}).json()
+        assert [item is not None for item in found["items"]] == wanted
+        assert found["together"]["names"][0] == "1 push"
+
+
+def test_a_vector_may_be_there_twice(client: httpx.Client) -> None:
+    item = {"vector": "0/push", "dose": 0.5}
+    found = client.post("/api/bench/interference", json={"basket": [item, item]}).json()["together"]
+    assert found["cosines"] == [[1, 1], [1, 1]]
+    assert found["points"]["resid_post.3"]["joint_dose"] == pytest.approx(1.0)
+    assert found["points"]["resid_post.3"]["condition"] is None
+
+
+def test_changes_of_doses_are_written_again(client: httpx.Client) -> None:
+    """Those that were made while a text was written, and what is asked for meanwhile comes before the rest of them."""
+    body = asked(basket=[{"vector": "0/push", "dose": 0.0}], max_new_tokens=20)
+    changes = [{"at": 4, "doses": [1.0]}, {"at": 9, "doses": [0.0]}]
+    with client.stream("POST", "/api/bench/stream", json=body | {"changes": changes}) as response:
+        got = list(events(response))
+    assert [data for name, data in got if name == "doses"] == [{**each, "planned": True} for each in changes]
+    replayed, unsteered = got[-1][1]["texts"]
+    once = run(client, body | {"changes": changes[:1]})["end"]["texts"][0]
+    assert len({replayed, unsteered, once}) == 3
+    pieces = [data["pieces"][0] for name, data in got if name == "token"]
+    plain = [data["pieces"][1] for name, data in got if name == "token"]
+    assert pieces[:4] == plain[:4]
+    for wrong in ([{"at": 4, "doses": []}], [{"at": 0, "doses": [1.0]}], [{"at": 4, "doses": [99]}]):
+        assert client.post("/api/bench/stream", json=body | {"changes": wrong}).status_code in (400, 422)
+
+
+def test_a_dose_that_is_refused_leaves_the_run(client: httpx.Client) -> None:
+    body = asked(changes=[{"at": 2, "doses": [3.0]}])
+    found = run(client, body)
+    assert "dose" in found["refused"]["expected"]
+    assert found["end"]["texts"] == run(client, asked())["end"]["texts"]
+
+
+def test_gates_tell_what_they_read(client: httpx.Client, tiny: LoadedModel, pushing: SteeringVector) -> None:
+    gate = {"on": 0.05, "off": 0.01, "tokens": 2}
+    body = asked(basket=[{"vector": "0/push", "dose": 0.0, "gate": gate}])
+    with client.stream("POST", "/api/bench/stream", json=body) as response:
+        got = list(events(response))
+    told = [data["gates"][0]["1 push"] for name, data in got if name == "token"]
+    rows = [[Intervention.of(pushing, 0.0, gate=pushing.energy_gate(0.05, 0.01, 2))]]
+    with streaming(tiny, ["the river"], max_new_tokens=12, temperature=0.0, rows=rows) as stream:
+        wanted = [stream.steered.latest()[0]["push"] for _ in stream.pieces]
+        n, fired = stream.prompt_lengths[0], stream.steered.fired()[0]["push"]
+    assert told == [[round(value, 4), is_open] for value, is_open in wanted]
+    assert {is_open for _, is_open in told} == {True, False}
+    assert [i for i, (_, is_open) in enumerate(told, n - 1) if is_open] == [i for i in fired if i >= n - 1]
+
+
+def test_one_damaged_library_does_not_hide_the_others(client: httpx.Client, library: Path) -> None:
+    manifest = library.parent / "broken" / "manifest.json"
+    found = client.get("/api/bench/catalogue").json()
+    assert ([entry["name"] for entry in found["vectors"]], found["problems"]) == (["push", "up", "bounded"], [])
+    manifest.write_text("{")
+    found = client.get("/api/bench/catalogue").json()
+    assert [entry["name"] for entry in found["vectors"]] == ["push", "up", "bounded"]
+    assert [(each["library"], each["name"]) for each in found["problems"]] == [(1, "broken")]
+    assert "JSON" in found["problems"][0]["detail"]["got"]
 
 
 def test_saving_adds_and_never_overwrites(client: httpx.Client, library: Path) -> None:
@@ -157,10 +240,35 @@ def test_saving_adds_and_never_overwrites(client: httpx.Client, library: Path) -
     saved = load_library(library)["mild"]
     assert (saved.coefficient, saved.source["bench"]["by"]) == (2.0, "ada")
     before = (library / "manifest.json").read_bytes()
-    for names in (["mild"], ["../x"], ["a/b"], [".."], [], ["a\\b"]):
+    for names in (
+        ["mild"],
+        ["mild@resid_post.3"],
+        ["x@resid_post.1"],
+        ["x@y"],
+        ["../x"],
+        ["a/b"],
+        [".."],
+        [],
+        ["a\\b"],
+    ):
         assert 400 <= client.post("/api/bench/save", json=body | {"names": names}).status_code < 500
     assert client.post("/api/bench/save", json=body | {"library": 9, "names": ["z"]}).status_code == 404
     assert (library / "manifest.json").read_bytes() == before
+
+
+def test_what_was_measured_stays_only_with_what_was_measured(client: httpx.Client, library: Path) -> None:
+    items = [{"dose": 0.3}, {"scope": "generated"}, {"operation": "rotate"}, {"gate": {"on": 0.4, "off": 0.3}}]
+    for number, item in enumerate(items):
+        body = {"library": 0, "basket": [{"vector": "0/bounded", **item}], "names": [f"n{number}@resid_post.3"]}
+        assert client.post("/api/bench/save", json=body).status_code == 200
+    saved = [load_library(library)[f"n{number}@resid_post.3"] for number in range(4)]
+    assert [len(vector.receipts) for vector in saved] == [1, 0, 0, 0]
+    assert [vector.window for vector in saved] == [(1.0, 3.0), (1.0, 3.0), None, (1.0, 3.0)]
+    assert [vector.scope for vector in saved] == ["all", "generated", "all", "all"]
+    gate = saved[3].gate
+    assert isinstance(gate, Gate)
+    assert (gate.on, gate.off, gate.name) == (0.4, 0.3, "bounded")
+    assert saved[0].gate is None
 
 
 def test_gates_open_and_shut_each_for_itself(client: httpx.Client) -> None:
@@ -170,8 +278,8 @@ def test_gates_open_and_shut_each_for_itself(client: httpx.Client) -> None:
     opened, shut = ({**item, "gate": {"on": on}} for on in (-1.0, 1e6))
     with_open = run(client, asked(basket=[opened], control=True))["end"]
     assert with_open["texts"][:2] == free
-    assert any(any(tokens) for tokens in with_open["fired"].values())
+    assert with_open["fired"][0]["1 push"]
     assert run(client, asked(basket=[shut]))["end"]["texts"] == [free[1], free[1]]
     both = run(client, asked(basket=[opened, shut]))["end"]
     assert both["texts"] == free
-    assert len(both["fired"]) == 2
+    assert (bool(both["fired"][0]["1 push"]), both["fired"][0]["2 push"]) == (True, [])

@@ -16,9 +16,7 @@ from playwright.sync_api import Browser, Page, expect
 from activations.errors import MismatchError
 from activations.models import LoadedModel
 from sae.artefact import SaeArtefact
-from sae.index_db import LatentRow, write_index
 from sae.torch_view import TorchSae
-from sae.vocabulary import Vocabulary
 from steer.browser.app import create_app
 from steer.browser.guard import Account
 from steer.browser.lists import Listing
@@ -30,32 +28,15 @@ from steer.browser.serve import LOOPBACK
 from steer.browser.sources import Opened, open_paths
 from steer.making.find import read_text
 
-from .conftest import TOKEN, serving
+from .conftest import D_SAE, DENSITY, TOKEN, serving, write_run
 
-D_SAE = 24
 TEXT = "the cat sat on the mat by 12"
-DENSITY = [0.5 if i % 6 == 0 else 0.001 * (i + 1) for i in range(D_SAE)]
 
 
 @pytest.fixture(scope="module")
 def run(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an SAE of the tiny model and an index that says it is of it."""
-    folder = tmp_path_factory.mktemp("prompts")
-    rng = np.random.default_rng(0)
-    W_dec = rng.standard_normal((D_SAE, tiny.d_model)).astype(np.float32)
-    zeros = {"b_enc": np.full(D_SAE, -0.5, np.float32), "b_dec": np.zeros(tiny.d_model, np.float32)}
-    SaeArtefact("standard", W_dec.T.copy(), W_dec=W_dec, metadata={"hook_point": "resid_post.1"}, **zeros).save(
-        folder / "sae"
-    )
-    sha = SaeArtefact.load(folder / "sae").sha256
-    info = {"d_sae": D_SAE, "hook_point": "resid_post.1", "sae_sha256": sha, "n_tokens": 1000, "sources": [],
-            "model": tiny.ref.model_dump(mode="json")}  # fmt: skip
-    rows = [
-        LatentRow(i, DENSITY[i], 3.0, 1.0 + i, [4], [(f" word{i}", 1.0)], [(" b", -1.0)], [], []) for i in range(D_SAE)
-    ]
-    write_index(folder / "index", info, rows, Vocabulary.of_tokenizer(tiny.tokenizer))
-    (folder / "index" / "index.yaml").write_text(f"sae: {folder / 'sae'}\n")
-    return folder
+    return write_run(tmp_path_factory.mktemp("prompts"), tiny)
 
 
 @pytest.fixture
