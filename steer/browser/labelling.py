@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from activations.errors import ConfigError
 from sae.annotation import sources
@@ -20,7 +20,7 @@ from sae.annotation.sessions import LabellingSession
 from sae.annotation.state import states
 from sae.annotation.store import AnnotationStore
 from sae.vocabulary import visible
-from steer.browser.guard import Annotator, Viewer
+from steer.browser.guard import Annotator, Body, Viewer
 from steer.browser.lists import Latent, SourceName
 from steer.browser.sources import Opened, Source
 
@@ -28,8 +28,7 @@ Number = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 SessionNumber = Annotated[int, Query(ge=0, le=MAX_INTEGER)]
 
 
-class _Asked(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Asked(Body):
     source: str = Field(max_length=200)
 
 
