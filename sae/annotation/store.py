@@ -126,6 +126,13 @@ class AnnotationStore:
             query = query.where((EventRow.author == viewer) | open_to(EventRow.session))
         return self._read(lambda connection: read_events(connection, query))
 
+    def revision(self) -> tuple[int, int]:
+        """Largest number of an event, and how many there are: what changes with each; (0, 0) without any."""
+        counted = sql.select(sql.func.coalesce(sql.func.max(EventRow.id), 0), sql.func.count())
+        query = counted.where(EventRow.sae_sha256 == self.sae_sha256)
+        newest, n = self._read(lambda connection: connection.execute(query).one())
+        return int(newest), int(n)
+
     def last(self, author: str, n: int = 10, *, session: int | None = None) -> list[tuple[Event, bool]]:
         """The last n events of an author that are no undo, newest first, and whether each still counts."""
         query = select_events(self.sae_sha256, newest_first=True).where(EventRow.author == author)

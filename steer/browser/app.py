@@ -79,7 +79,7 @@ def create_app(
     app.add_exception_handler(UnicodeEncodeError, _as_answer)
     app.add_exception_handler(HTTPException, _as_answer)
 
-    listings, saes = Listings(opened), Saes()
+    listings, saes = Listings(opened, labelling.standings), Saes()
     routers = [
         entry_router(opened, model, is_team=team is not None), lists_router(listings), features_router(listings),
         prompts_router(listings, model, saes), maps_router(opened), comparisons_router(comparisons),

@@ -72,8 +72,9 @@ def real(part: Any) -> Any:
 def _real(value: Any, most: int, values: tuple[Any, ...]) -> Any:
     if isinstance(value, str) and isinstance(values[0], str) and len(value) <= most:
         return values[len(value) % len(values)]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and isinstance(values[0], int) and 1 <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if isinstance(values[0], int) and 1 <= value <= most:
         return values[int(value) % len(values)]
     return value
 
