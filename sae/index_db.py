@@ -27,7 +27,8 @@ from activations.errors import CorruptArtefactError, MissingArtefactError, Saeki
 from sae.contexts import Context, pack_contexts, unpack_contexts
 from sae.histogram import quantile, share_below
 from sae.index_arrays import read_array, replace_arrays
-from sae.labels.tables import Label, explained, labels_of, listed, newest_labels, revision
+from sae.labels.explanations import Explanations
+from sae.labels.tables import Label, labels_of, listed, newest_labels, revision
 from sae.vocabulary import NO_TOKENS, Vocabulary
 
 FILE_NAME = "index.sqlite"
@@ -157,6 +158,7 @@ class FeatureIndex:
 
     def __init__(self, engine: Engine, info: dict[str, Any]):
         self._engine, self.info = engine, info
+        self._explanations = Explanations(str(info.get("sae_sha256", "")))
 
     @classmethod
     def open(cls, path: str | Path) -> "FeatureIndex":
@@ -282,9 +284,12 @@ class FeatureIndex:
             return newest_labels(session, self.info["sae_sha256"], latents)
 
     def explained(self) -> dict[int, float | None]:
-        """By latent that has an explanation, how good its best one is (`sae.labels.tables`)."""
+        """By latent that has an explanation, how good its best one is (`sae.labels.explanations`).
+
+        The first call reads all labels, each other what is new.
+        """
         with self._session() as session:
-            return explained(session, self.info["sae_sha256"])
+            return self._explanations.best(session)
 
     def labels_revision(self) -> tuple[int, int]:
         """What grows whenever a label or a score is written."""

@@ -4,7 +4,7 @@ Left out: transactions (`sae.annotation.store`) and what follows from events (`s
 """
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sql
 
@@ -13,8 +13,19 @@ from sae.annotation.events import ADJUDICATE, UNDO, Event, NewEvent
 from sae.annotation.publish import Said
 from sae.annotation.sessions import open_to
 from sae.annotation.state import label_of, undone
-from sae.annotation.tables import EventRow
+from sae.annotation.tables import EventRow, SessionRow
 
+
+class Read(NamedTuple):
+    """Which events were read."""
+
+    newest: int
+    n: int
+    blind: frozenset[int]
+    """sessions that were blind then"""
+
+
+NOTHING_READ = Read(0, 0, frozenset())
 _COLUMNS = [getattr(EventRow, field.name) for field in fields(Event)]
 
 
@@ -72,6 +83,30 @@ def said(
     for event in read_events(connection, query):
         found.setdefault((event.latent, event.author), []).append(event)
     return [Said(*place, label_of(*place, events)) for place, events in sorted(found.items())]
+
+
+def count_events(connection: sql.Connection, sae_sha256: str) -> tuple[int, int]:
+    """Largest number of an event, and how many there are."""
+    query = sql.select(sql.func.coalesce(sql.func.max(EventRow.id), 0), sql.func.count())
+    newest, n = connection.execute(query.where(EventRow.sae_sha256 == sae_sha256)).one()
+    return int(newest), int(n)
+
+
+def said_since(connection: sql.Connection, sae_sha256: str, before: Read) -> tuple[list[Said], Read]:
+    """What people stand behind where something is new since the events that were read before, and what is read now."""
+    hidden = sql.select(SessionRow.id).where(SessionRow.sae_sha256 == sae_sha256, ~open_to(SessionRow.id))
+    blind = frozenset(connection.scalars(hidden))
+    newest, n = count_events(connection, sae_sha256)
+    new = sql.select(EventRow.latent, EventRow.author).where(EventRow.sae_sha256 == sae_sha256)
+    places = [
+        (row.latent, row.author)
+        for row in connection.execute(new.where(EventRow.id > before.newest, EventRow.id <= newest))
+    ]
+    is_whole = blind == before.blind and before.n + len(places) == n and before.n > 0
+    if not is_whole:
+        return said(connection, sae_sha256), Read(newest, n, blind)
+    found = [each for place in sorted(set(places)) for each in said(connection, sae_sha256, *place)]
+    return found, Read(newest, n, blind)
 
 
 def _check_undo(found: list[Event], new: NewEvent) -> None:

@@ -13,6 +13,7 @@
 Left out: orders of queues (`sae.annotation.queues`), agreement, adjudication views, export.
 """
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -37,7 +38,17 @@ from sae.annotation.events import (
     check_name,
     refused_latent,
 )
-from sae.annotation.log import earlier, events_on, insert_event, read_events, said, select_events
+from sae.annotation.log import (
+    NOTHING_READ,
+    count_events,
+    earlier,
+    events_on,
+    insert_event,
+    read_events,
+    said,
+    said_since,
+    select_events,
+)
 from sae.annotation.pace import Pace, pace
 from sae.annotation.publish import check_person, publish
 from sae.annotation.sessions import (
@@ -66,6 +77,7 @@ class AnnotationStore:
         self.is_own = is_own
         """whether events are in the index's own database"""
         self._people: set[str] = set()
+        self._publishing, self._published = threading.Lock(), NOTHING_READ
 
     @classmethod
     def open(cls, index: str | Path, *, url: str | None = None) -> "AnnotationStore":
@@ -125,6 +137,10 @@ class AnnotationStore:
         if viewer is not None:
             query = query.where((EventRow.author == viewer) | open_to(EventRow.session))
         return self._read(lambda connection: read_events(connection, query))
+
+    def revision(self) -> tuple[int, int]:
+        """Largest number of an event, and how many there are: what changes with each; (0, 0) without any."""
+        return self._read(lambda connection: count_events(connection, self.sae_sha256))
 
     def last(self, author: str, n: int = 10, *, session: int | None = None) -> list[tuple[Event, bool]]:
         """The last n events of an author that are no undo, newest first, and whether each still counts."""
@@ -302,19 +318,24 @@ class AnnotationStore:
     def publish(self) -> int:
         """Bring people's labels into the index that are not there yet, as where events are elsewhere; how many.
 
-        Labels of sessions that are blind still are left out, adjudications are not.
+        Labels of sessions that are blind still are left out, adjudications are not. Where events are elsewhere only
+        those are read of which there is something new since the last call, or all where sessions began or ended to be
+        blind since, or where a database numbered events out of order.
         """
         if self.is_own:
             return self._write(lambda c: publish(c, self.sae_sha256, said(c, self.sae_sha256), _now()))
-        all_said = self._read(lambda connection: said(connection, self.sae_sha256))
-        engine = connect_index(self.index)
-        try:
-            with told(engine):
-                make_tables(engine, labels=True)
-                with engine.begin() as connection:
-                    return publish(connection, self.sae_sha256, all_said, _now())
-        finally:
-            engine.dispose()
+        with self._publishing:
+            now_said, read = self._read(lambda connection: said_since(connection, self.sae_sha256, self._published))
+            engine = connect_index(self.index)
+            try:
+                with told(engine):
+                    make_tables(engine, labels=True)
+                    with engine.begin() as connection:
+                        n = publish(connection, self.sae_sha256, now_said, _now())
+            finally:
+                engine.dispose()
+            self._published = read
+            return n
 
     def _record(self, connection: sql.Connection, new: NewEvent) -> Event:
         there = earlier(connection, self.sae_sha256, new)

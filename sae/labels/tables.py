@@ -159,30 +159,6 @@ def newest_labels(
     return {latent: text for latent, text in rows}  # the last of a latent stays
 
 
-def explained(session: orm.Session, sae_sha256: str) -> dict[int, float | None]:
-    """By latent that has an explanation, its best one's score: the mean balanced accuracy over DETECTING methods.
-
-    Only the newest explanation of each author and the newest score of each method and judge count; None without scores.
-    """
-    if not check_tables(session):
-        return {}
-    query = sql.select(LabelRow.latent, LabelRow.author, LabelRow.id).order_by(LabelRow.id)
-    rows = session.execute(query.where(LabelRow.sae_sha256 == sae_sha256, LabelRow.kind == EXPLANATION))
-    newest = {(latent, author): label for latent, author, label in rows}
-    best: dict[int, float | None] = {latent: None for latent, _ in newest}
-    of = {label: latent for (latent, _), label in newest.items()}
-    scored = sql.select(ScoreRow.label, ScoreRow.method, ScoreRow.judge, ScoreRow.value)
-    which = ScoreRow.control == EXPLANATION, ScoreRow.method.in_(DETECTING)
-    values: dict[int, dict[tuple[str, str], float]] = {}
-    for label, method, judge, value in session.execute(scored.where(*which).order_by(ScoreRow.id)):
-        if label in of:
-            values.setdefault(label, {})[method, judge] = value
-    for label, each in values.items():
-        mean, known = sum(each.values()) / len(each), best[of[label]]
-        best[of[label]] = mean if known is None else max(mean, known)
-    return best
-
-
 def revision(session: orm.Session) -> tuple[int, int]:
     """Numbers of the newest label and score, which grow with each; (0, 0) without any."""
     if not check_tables(session):

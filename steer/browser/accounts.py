@@ -6,20 +6,20 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 from pydantic import BaseModel, Field
 
-from steer.browser.guard import Admin, Role
+from steer.browser.guard import Admin, Body, Role
 from steer.browser.team import Team
 
 Name = Annotated[str, Path(min_length=1, max_length=64)]
 
 
-class NewAccount(BaseModel):
+class NewAccount(Body):
     """An account to be."""
 
     name: str = Field(min_length=1, max_length=64)
     role: Role
 
 
-class NewRole(BaseModel):
+class NewRole(Body):
     """What an account may do from now on."""
 
     role: Role

@@ -15,6 +15,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.gzip import GZipMiddleware
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from activations.errors import MismatchError, MissingArtefactError, SaekitError, StorageError, UnknownNameError
 from steer.browser.accounts import accounts_router
@@ -22,7 +24,7 @@ from steer.browser.bench import bench_router
 from steer.browser.comparisons import Comparisons, comparisons_router
 from steer.browser.entry import entry_router
 from steer.browser.features import features_router
-from steer.browser.guard import AccountOf, Gatekeeper, Pace, detail_of, refusal
+from steer.browser.guard import REFUSALS, AccountOf, Gatekeeper, Pace, detail_of, refusal
 from steer.browser.labelling import Labelling, labelling_router
 from steer.browser.labelling_results import results_router
 from steer.browser.lists import Listings, lists_router
@@ -67,7 +69,7 @@ def create_app(
 
     app = FastAPI(
         title="saekit browser", version=version("saekit"), docs_url=None, redoc_url=None, openapi_url=None,
-        lifespan=closing,
+        lifespan=closing, responses=REFUSALS,
     )  # fmt: skip
     app.state.account_of, app.state.pace = account_of, Pace()
     app.add_middleware(GZipMiddleware, minimum_size=1024)
@@ -75,8 +77,9 @@ def create_app(
     app.add_exception_handler(SaekitError, _as_answer)
     app.add_exception_handler(RequestValidationError, _as_answer)
     app.add_exception_handler(UnicodeEncodeError, _as_answer)
+    app.add_exception_handler(HTTPException, _as_answer)
 
-    listings, saes = Listings(opened), Saes()
+    listings, saes = Listings(opened, labelling.standings), Saes()
     routers = [
         entry_router(opened, model, is_team=team is not None), lists_router(listings), features_router(listings),
         prompts_router(listings, model, saes), maps_router(opened), comparisons_router(comparisons),
@@ -89,8 +92,7 @@ def create_app(
     @app.get("/{path:path}", include_in_schema=False)
     def page(path: str) -> Response:
         if path.startswith("api/"):
-            fix = "See /api/openapi.json."
-            raise refusal(404, f"/{path}", expected="a path of the API", got="another", fix=fix)
+            raise HTTPException(404)
         return FileResponse(str(STATIC / "index.html"), headers={"cache-control": "no-cache"})
 
     return app
@@ -103,8 +105,27 @@ async def _as_answer(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, UnicodeEncodeError):  # JSON can spell half a character, which nothing can store or compare
         where, expected, got = "request", "text of whole characters", repr(error.object)[:100]
         return JSONResponse({"detail": refusal(422, where, expected=expected, got=got, fix="Correct it.").detail}, 422)
+    if isinstance(error, HTTPException):
+        refused = _in_four_parts(request, error) if isinstance(error.detail, str) else error
+        return JSONResponse({"detail": refused.detail}, refused.status_code, refused.headers)
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where, got = ".".join(str(part) for part in first["loc"]), repr(first.get("input"))[:100]
     refused = refusal(422, where, expected=first["msg"], got=got, fix="Correct it.")
     return JSONResponse({"detail": refused.detail}, refused.status_code)
+
+
+def _in_four_parts(request: Request, error: HTTPException) -> HTTPException:
+    """What the framework refuses by itself; of a path the methods of all routes, since each knows of its own only."""
+    path, paths = request.url.path, request.app.openapi()["paths"]
+    allowed = sorted({method.upper() for each in paths if compile_path(each)[0].match(path) for method in paths[each]})
+    if error.status_code in (404, 405) and allowed:
+        methods, fix = ", ".join(allowed), "Use another method."
+        return refusal(
+            405, path, expected=f"the method {methods}", got=request.method, fix=fix, headers={"allow": methods}
+        )
+    if error.status_code == 404:
+        return refusal(404, path, expected="a path of the API", got="another", fix="See /api/openapi.json.")
+    return refusal(
+        error.status_code, path, expected="a request that can be read", got=error.detail, fix="Correct the request."
+    )

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 
 from activations.errors import ConfigError
 from sae.config import CompareConfig
-from steer.browser.guard import Viewer
+from steer.browser.guard import Body, Viewer
 from steer.browser.lists import Named, Offset, SourceName, named
 from steer.browser.sources import Opened, Source
 
@@ -30,7 +30,7 @@ ALONE = {"alone": "one", "alone_other": "other"}
 """classes of single latents: those of the one that nothing of the other is like, and the other way"""
 
 
-class Wanted(BaseModel):
+class Wanted(Body):
     """Which two are to be compared."""
 
     one: str = Field(max_length=200)
@@ -88,7 +88,9 @@ class Comparisons:
         return self.state(one, other)
 
     def state(self, one: str, other: str) -> State:
-        """How it stands."""
+        """How it stands. Raises: UnknownNameError."""
+        for name in (one, other):
+            self._opened.source(name)
         future = self._known.get((one, other))
         if future is None or future.cancelled():
             return State(state="not begun")

@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from steer.browser.guard import COOKIE, Viewer, refusal
+from steer.browser.guard import COOKIE, Body, Viewer, refusal
 from steer.browser.model import SharedModel
 from steer.browser.sources import Opened
 
@@ -24,7 +24,7 @@ class About(BaseModel):
     is_team: bool
 
 
-class Login(BaseModel):
+class Login(Body):
     """A token that is to be kept as a cookie."""
 
     token: str

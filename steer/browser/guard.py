@@ -19,6 +19,7 @@ from fastapi import Depends, HTTPException, Request
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
+from pydantic import BaseModel, ConfigDict, model_validator
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -40,6 +41,47 @@ SECURITY_HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
+
+
+class Body(BaseModel):
+    """What a request says, of exactly the types that its schema tells: no 0 for false, no field that is not read."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole(cls, given: Any) -> Any:
+        """Whole numbers however JSON spells them: 5.0 is 5 there."""
+        if not isinstance(given, dict):
+            return given
+        return {key: int(x) if isinstance(x, float) and x.is_integer() else x for key, x in given.items()}
+
+
+class Problem(BaseModel):
+    """Why a request is refused, in the four parts of every error."""
+
+    where: str
+    expected: str
+    got: str
+    fix: str
+
+
+class Refused(BaseModel):
+    """An answer that refuses something."""
+
+    detail: Problem
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Refused, "description": says}
+    for status, says in {
+        400: "it cannot be done", 401: "no token that is known", 403: "the role is not enough, or a header is missing",
+        404: "nothing of that name", 405: "not a method of this path", 409: "it does not fit what is there",
+        413: "too long, or of no length", 421: "not a name of this browser",
+        422: "not of the form that is described", 429: "too often", 503: "the storage does not answer",
+    }.items()
+}  # fmt: skip
+"""what any route may answer in place of what it is for, as the OpenAPI schema tells it"""
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,18 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from activations.errors import ConfigError
 from sae.annotation import sources
 from sae.annotation.events import ADJUDICATE, MAX_INTEGER, MAX_KEY, MAX_NAME, MAX_TEXT, Draft, NewEvent
 from sae.annotation.queues import Known, QueueSpec, order, verdicts_of
 from sae.annotation.sessions import LabellingSession
+from sae.annotation.standing import Standings
 from sae.annotation.state import states
 from sae.annotation.store import AnnotationStore
 from sae.vocabulary import visible
-from steer.browser.guard import Annotator, Viewer
+from steer.browser.guard import Annotator, Body, Viewer
 from steer.browser.lists import Latent, SourceName
 from steer.browser.sources import Opened, Source
 
@@ -28,8 +29,7 @@ Number = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 SessionNumber = Annotated[int, Query(ge=0, le=MAX_INTEGER)]
 
 
-class _Asked(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Asked(Body):
     source: str = Field(max_length=200)
 
 
@@ -106,6 +106,7 @@ class Labelling:
     def __init__(self, opened: Opened, url: str | None = None):
         self._opened, self._url = opened, url
         self._stores: dict[str, AnnotationStore] = {}
+        self._standings: dict[str, Standings] = {}
         self._lock = threading.Lock()
 
     def of(self, name: str) -> tuple[Source, AnnotationStore]:
@@ -115,6 +116,12 @@ class Labelling:
             if name not in self._stores:
                 self._stores[name] = AnnotationStore.open(source.path, url=self._url)
             return source, self._stores[name]
+
+    def standings(self, name: str) -> Standings:
+        """What people decided of a source's latents. Raises: as `of` does."""
+        store = self.of(name)[1]
+        with self._lock:
+            return self._standings.setdefault(name, Standings(store))
 
     def close(self) -> None:
         """Release the databases."""
@@ -140,6 +147,11 @@ def labelling_router(labelling: Labelling) -> APIRouter:
             annotators_per_latent=new.annotators_per_latent, blind=new.blind,
         )  # fmt: skip
         return session_out(store, made)
+
+    @router.get("/authors")
+    def authors(account: Viewer, source: SourceName) -> list[str]:
+        """Whose decisions a list can be asked for."""
+        return labelling.standings(source).authors(account.name)
 
     @router.post("/lease")
     def lease(account: Annotator, wanted: Wanted) -> dict[str, Any]:

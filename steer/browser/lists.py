@@ -4,12 +4,14 @@ Flow: 1. figures of all latents are read once a source, those of labels again wh
 becomes an order of all latents that match (`sae.latent_query`), of which the newest few are kept; 3. rows of a page are
 read from the database. Left out: one latent (`steer.browser.features`).
 
-A list by what people wrote of a latent, such as its status, is one more column in `Listing._figures`.
+What people decided is one more column, made for each question, since not everybody may see all of it while a session
+is blind (`sae.annotation.standing`).
 """
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -18,6 +20,7 @@ from jaxtyping import Float, Int, Int32
 from pydantic import BaseModel
 
 from activations.errors import ConfigError
+from sae.annotation.standing import Standings, bits_of
 from sae.histogram import STEPS
 from sae.index_db import FeatureIndex
 from sae.latent_query import GIVEN, NUMBER, LatentQuery, Range, order_of, rank_of
@@ -37,6 +40,9 @@ KEPT_ORDERS = 8
 MAX_LATENT = 2**31 - 1
 WORDS, FEW_WORDS = 6, 3
 Show = Literal["all", "live", "dead", "dense"]
+Status = Literal["undecided", "decided", "accepted", "rejected", "flagged", "skipped", "adjudicated"]
+HAS_STATUS = "has_status"
+"""a column of one question: whether a latent has the status that is asked for"""
 SHOWN: dict[Show, tuple[Range, ...]] = {
     "all": (), "live": (), "dead": (Range("density", 0, 0),), "dense": (Range("density", DENSE),)
 }  # fmt: skip
@@ -55,6 +61,8 @@ class ListQuery(BaseModel):
     descending: bool = False
     show: Show = "all"
     explained: bool | None = None
+    status: Status | None = Query(None, description="what people decided, as far as whoever asks may see it")
+    by: str = Query("", max_length=100, description="whose decision; nothing: anybody's")
     where: str = Query("", max_length=400, description="bounds of columns, such as density:0.001:0.1,score:0.8:")
 
     def latent_query(self) -> LatentQuery:
@@ -62,6 +70,8 @@ class ListQuery(BaseModel):
         ranges = [*SHOWN[self.show], *(_range(part) for part in self.where.split(",") if part)]
         if self.explained is not None:
             ranges.append(Range(EXPLAINED, float(self.explained), float(self.explained)))
+        if self.status is not None:
+            ranges.append(Range(HAS_STATUS, 1, 1))
         sort = self.sort or (GIVEN if self.q.strip() else NUMBER)
         return LatentQuery(sort, self.descending, tuple(ranges), live_only=self.show == "live")
 
@@ -132,8 +142,9 @@ class About(BaseModel):
 class Listing:
     """Lists of one source."""
 
-    def __init__(self, index: FeatureIndex):
-        self.index = index
+    def __init__(self, index: FeatureIndex, standings: Callable[[], Standings] | None = None):
+        """Args: standings: what people decided; none: a list by status is empty."""
+        self.index, self._standings = index, standings
         self._lock = threading.Lock()
         self._columns: dict[str, Float[np.ndarray, " d_sae"]] = {}
         self._revision: tuple[int, int] | None = None
@@ -148,15 +159,18 @@ class Listing:
                 self._orders.clear()
             return self._columns
 
-    def order(self, asked: ListQuery) -> Int32[np.ndarray, " n"]:
-        """All latents of a list. Raises: as `order_of` and `latent_query` do."""
+    def order(self, asked: ListQuery, viewer: str = "") -> Int32[np.ndarray, " n"]:
+        """All latents of a list, by what the viewer may see. Raises: as `order_of` and `latent_query` do."""
         query, columns = asked.latent_query(), self.columns()
-        key = query, asked.q
+        key, known = (query, asked.q), columns
+        if asked.status is not None:
+            has_status, revision = self._with_status(asked.status, asked.by, viewer)
+            key, known = (*key, asked.status, asked.by, viewer, revision), {**columns, HAS_STATUS: has_status}
         with self._lock:
             if key in self._orders:
                 self._orders.move_to_end(key)
                 return self._orders[key]
-        order = order_of(columns, query, self._found(asked.q))
+        order = order_of(known, query, self._found(asked.q))
         with self._lock:
             if columns is self._columns:
                 self._orders[key] = order
@@ -183,6 +197,13 @@ class Listing:
             for row in stored
         ]
 
+    def _with_status(self, status: Status, by: str, viewer: str) -> tuple[Float[np.ndarray, " d_sae"], Any]:
+        if self._standings is None:
+            return np.zeros(self.index.info["d_sae"], np.float32), None
+        marks, revision = self._standings().marks(viewer, by)
+        has = marks == 0 if status == "undecided" else (marks & bits_of(status)) > 0
+        return has.astype(np.float32), revision
+
     def _figures(self) -> dict[str, Float[np.ndarray, " d_sae"]]:
         d_sae, of_labels = self.index.info["d_sae"], (SCORE, EXPLAINED)
         stored = {name: column for name, column in self._columns.items() if name not in of_labels}
@@ -203,9 +224,12 @@ class Listing:
 class Listings:
     """Lists of every source that is open."""
 
-    def __init__(self, opened: Opened):
+    def __init__(self, opened: Opened, standings: Callable[[str], Standings]):
+        """Args: standings: what people decided of the latents of a source."""
         self._opened = opened
-        self._listings = {name: Listing(source.index) for name, source in opened.sources.items()}
+        self._listings = {
+            name: Listing(source.index, partial(standings, name)) for name, source in opened.sources.items()
+        }
 
     def source(self, name: str) -> Source:
         """A source by name. Raises: UnknownNameError."""
@@ -226,7 +250,7 @@ def lists_router(listings: Listings) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=200)] = 100,
     ) -> Page:  # fmt: skip
         listing = listings.of(asked.source)
-        order = listing.order(asked)
+        order = listing.order(asked, account.name)
         return Page(total=len(order), offset=offset, rows=listing.rows(order[offset : offset + limit]))
 
     @router.get("/latents/around")
@@ -234,7 +258,7 @@ def lists_router(listings: Listings) -> APIRouter:
         account: Viewer, asked: Annotated[ListQuery, Query()], latent: Latent,
         reach: Annotated[int, Query(ge=1, le=200)] = 50,
     ) -> Around:  # fmt: skip
-        order = listings.of(asked.source).order(asked)
+        order = listings.of(asked.source).order(asked, account.name)
         place = rank_of(order, latent)
         first = max((place or 0) - reach, 0)
         latents = order[first : (place or 0) + reach + 1].tolist()

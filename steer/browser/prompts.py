@@ -16,7 +16,7 @@ from fastapi import APIRouter
 from jaxtyping import Float, Int
 from pydantic import AfterValidator, BaseModel, Field
 
-from steer.browser.guard import Viewer
+from steer.browser.guard import Body, Viewer
 from steer.browser.lists import Listing, Listings, Named, named, number
 from steer.browser.model import SharedModel
 from steer.browser.saes import Saes
@@ -43,7 +43,7 @@ def _whole(text: str) -> str:
     return text
 
 
-class Prompt(BaseModel):
+class Prompt(Body):
     """What is run."""
 
     source: str = Field(max_length=200)

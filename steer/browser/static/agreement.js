@@ -8,6 +8,14 @@ import { Empty, fixed, html, Problem, Waiting } from "./ui.js";
 const FORMS = ["csv", "jsonl", "parquet"];
 const two = fixed(2);
 
+const THERE = [["model_id", "Model", "gemma-2-2b"], ["sae_id", "SAE", "12-gemmascope-res-16k"], ["author_id", "Author", "your user id there"]];
+
+// A plain form: what answers it is a file. Names are Neuronpedia's own.
+const ToNeuronpedia = ({ where }) => html`<form class="panel bounds" method="get" action="/api/label/export">
+  ${Object.entries({ ...where, form: "neuronpedia" }).map(([name, value]) => html`<input type="hidden" name=${name} value=${value}/>`)}
+  ${THERE.map(([name, says, such]) => html`<label for=${name}>${says}</label><input id=${name} class="wide" name=${name} required maxlength="200" placeholder=${such}/>`)}
+  <span class="faint whole">as Neuronpedia names them</span><button class="primary whole">Explanations</button></form>`;
+
 export function Agreement({ about, source, session }) {
   const [agreed, setAgreed] = useState(null);
   const [cases, setCases] = useState([]);
@@ -25,8 +33,9 @@ export function Agreement({ about, source, session }) {
   const line = (name, { value, low, high, latents }) => html`<tr><td>${name}</td><td class="number">${two(value)}</td><td class="number faint">${low === null || low === undefined ? "" : `${two(low)} to ${two(high)}`}</td><td class="number">${latents}</td></tr>`;
   return html`<div class="row"><h1><a href=${back}>Session ${session}</a>: agreement</h1><span class="spacer"></span>
       ${FORMS.map((form) => html`<a class="button" download href=${`/api/label/export${query({ ...where, form })}`}>${form}</a>`)}
+      <details class="filters"><summary>Neuronpedia</summary><${ToNeuronpedia} where=${where}/></details>
       ${isAdmin && html`<button onClick=${unblind}>End blindness</button>`}</div>
-    <table class="panel"><thead><tr><th></th><th class="number">value</th><th class="number">95%</th><th class="number">latents</th></tr></thead>
+    <table class="panel sessions"><thead><tr><th></th><th class="number">value</th><th class="number">95%</th><th class="number">latents</th></tr></thead>
       <tbody>${line("Krippendorff's α of verdicts", agreed.alpha)}${line("share of equal verdicts", agreed.equal_verdicts)}${line("share of equal texts, where all accepted", agreed.equal_texts)}
         ${agreed.kappas.map((each) => line(`Cohen's κ of ${each.a} and ${each.b}`, each))}</tbody></table>
     <h2>Where they differ</h2>

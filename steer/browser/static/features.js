@@ -34,7 +34,7 @@ function Listed({ names, source, query }) {
     <${Toolbar} names=${names} source=${source} query=${query} about=${about.data} total=${shown.total} onChange=${change}/>
     ${shown.error ? html`<${Problem} error=${shown.error}/>`
     : shown.total === undefined ? html`<${Waiting}/>`
-    : shown.total === 0 ? html`<${Empty} title="No latent is like that">${query.q || query.where || query.show || query.explained ? "Search for something else, or take filters away." : "The index is empty."}<//>`
+    : shown.total === 0 ? html`<${Empty} title="No latent is like that">${query.q || query.where || query.show || query.explained || query.status ? "Search for something else, or take filters away." : "The index is empty."}<//>`
     : html`<${Rows} key=${shown.path} path=${shown.path} isAsked=${shown.path === path} total=${shown.total} source=${source} query=${query} about=${about.data} onSort=${change}/>`}
     <${KeyHints} keys=${HINTS}/>
   </section>`;

@@ -2,10 +2,11 @@
 
 import { useEffect, useRef, useState } from "./vendor/hooks.js";
 import { bounds, COLUMNS, whereOf } from "./latent_lists.js";
-import { count, figure, html, useKeys } from "./ui.js";
+import { count, figure, html, useCached, useKeys } from "./ui.js";
 
 const TYPING_MS = 150;
 const SHOWN = { "": "all", live: "ever active", dead: "dead", dense: "dense (10%)" };
+const STATUSES = Object.fromEntries([["", "any"], ...["undecided", "decided", "accepted", "rejected", "flagged", "skipped", "adjudicated"].map((status) => [status, status])]);
 const EXPLAINED = { "": "any", true: "explained", false: "not explained" };
 
 export function Toolbar({ names, source, query, about, total, onChange }) {
@@ -16,10 +17,12 @@ export function Toolbar({ names, source, query, about, total, onChange }) {
       ${names.length > 1 && html`<${Choice} label="Source" value=${source} options=${Object.fromEntries(names.map((name) => [name, name]))} onChange=${(value) => onChange({ source: value })}/>`}
       <${Choice} label="Show" value=${query.show ?? ""} options=${SHOWN} onChange=${(show) => onChange({ show })}/>
       <${Choice} label="Label" value=${query.explained ?? ""} options=${EXPLAINED} onChange=${(explained) => onChange({ explained })}/>
+      <${Choice} label="People" value=${query.status ?? ""} options=${STATUSES} onChange=${(status) => onChange({ status, by: status ? query.by : "" })}/>
+      ${query.status && html`<${By} source=${source} by=${query.by ?? ""} onChange=${(by) => onChange({ by })}/>`}
       <${Order} query=${query} onChange=${onChange}/>
       <details class="filters"><summary>Bounds${n > 0 ? ` (${n})` : ""}</summary>
         <${Bounds} where=${where} columns=${about?.columns ?? {}} onChange=${(table) => onChange({ where: whereOf(table) })}/></details>
-      ${(n > 0 || query.q || query.show || query.explained) && html`<button class="quiet" onClick=${() => onChange({ q: "", show: "", explained: "", where: "" })}>Clear</button>`}
+      ${(n > 0 || query.q || query.show || query.explained || query.status) && html`<button class="quiet" onClick=${() => onChange({ q: "", show: "", explained: "", status: "", by: "", where: "" })}>Clear</button>`}
       <span class="spacer"></span>
       <span class="faint total" role="status">${total === undefined ? "" : total === about?.d_sae || !about ? `${count(total)} latents` : `${count(total)} of ${count(about.d_sae)}`}</span>
     </div>
@@ -46,6 +49,13 @@ function Search({ text, onChange }) {
 
 const Choice = ({ label, value, options, onChange }) => html`<label class="choice"><span>${label}</span>
   <select aria-label=${label} value=${value} onChange=${(event) => onChange(event.target.value)}>${Object.entries(options).map(([key, name]) => html`<option value=${key}>${name}</option>`)}</select></label>`;
+
+// Whose decision: names are asked for only once a status is chosen.
+function By({ source, by, onChange }) {
+  const authors = useCached(`/api/label/authors?source=${encodeURIComponent(source)}`);
+  const names = [...new Set([...(authors.data ?? []), ...(by ? [by] : [])])];
+  return html`<${Choice} label="By" value=${by} options=${{ "": "anybody", ...Object.fromEntries(names.map((name) => [name, name])) }} onChange=${onChange}/>`;
+}
 
 function Order({ query, onChange }) {
   const given = query.q ? { "": "best match", latent: "number" } : { "": "number" };

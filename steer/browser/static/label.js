@@ -94,6 +94,7 @@ function Desk({ about, source, session }) {
     setQueue(left);
     setShown(left[0] ?? null);
     forget("/api/latents");
+    forget("/api/label/authors");
     if (left.length < AHEAD) lease();
   };
   const last = merged(local, desk?.last ?? []);

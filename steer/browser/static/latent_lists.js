@@ -3,7 +3,7 @@
 import { useEffect, useReducer, useRef } from "./vendor/hooks.js";
 import { get, query as queryString } from "./api.js";
 
-const KEYS = ["q", "sort", "desc", "show", "explained", "where"];
+const KEYS = ["q", "sort", "desc", "show", "explained", "status", "by", "where"];
 
 export const COLUMNS = {
   density: { name: "Density", says: "share of tokens on which it is active" },
@@ -25,7 +25,7 @@ export const listOf = (query) => Object.fromEntries(KEYS.filter((key) => query[k
 
 export const asked = (source, query) => queryString({
   source, q: query.q, sort: query.sort, descending: query.desc ? "true" : "", show: query.show,
-  explained: query.explained, where: query.where,
+  explained: query.explained, status: query.status, by: query.status ? query.by : "", where: query.where,
 });
 
 export const featurePath = (source, latent) => `/api/feature${queryString({ source, latent })}`;

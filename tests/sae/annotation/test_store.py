@@ -1,5 +1,6 @@
 """Events are kept once, undone exactly, and what follows from them follows at once."""
 
+import random
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +16,8 @@ from activations.errors import (
     StorageError,
     UnknownNameError,
 )
-from sae.annotation.events import Draft, NewEvent
+from sae.annotation import log
+from sae.annotation.events import Draft, Event, NewEvent
 from sae.annotation.state import LatentState
 from sae.annotation.store import AnnotationStore
 from sae.index_db import FILE_NAME, FeatureIndex, write_index
@@ -206,6 +208,43 @@ def test_labels_of_a_team_are_published_when_asked(index: Path, team: str) -> No
         assert [label.author for label in read.labels(3)] == ["ann"]
         assert read.search("quaint") == [3]
         read.close()
+
+
+def test_labels_elsewhere_are_published_as_if_all_events_were_read_each_time(index: Path, tmp_path: Path) -> None:
+    rng, done = random.Random(0), list[Event]()
+    url = f"sqlite:///{tmp_path / 'team.sqlite'}"
+    with AnnotationStore.open(index, url=url) as store, AnnotationStore.open(index, url=url) as other:
+        sessions = [store.create_session(name, [1, 2, 3], annotators_per_latent=2, blind=True).id for name in "ab"]
+        for i in range(60):
+            do = doing(rng.choice([store, other]))  # another process records events too
+            if done and rng.random() < 0.3:
+                old = done.pop(rng.randrange(len(done)))
+                do(old.latent, old.author, "undo", session=old.session, undoes=old.id)
+            else:
+                action, session = rng.choice(["accept", "reject", "adjudicate"]), rng.choice([None, *sessions])
+                done.append(do(rng.randrange(1, 4), rng.choice(["ann", "bob"]), action, f"text {i}", session=session))
+            if i == 40:
+                other.unblind(sessions[0])
+            if rng.random() < 0.6:
+                store.publish()
+                with AnnotationStore.open(index, url=url) as anew:
+                    assert anew.publish() == 0, "nothing is left that reading all events would publish"
+
+
+def test_events_that_are_published_are_not_read_again(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with AnnotationStore.open(index, url=f"sqlite:///{tmp_path / 'team.sqlite'}") as store:
+        for latent in range(20):
+            doing(store)(latent, "ann", "accept", f"rivers {latent}")
+        assert store.publish() == 20
+        read: list[Event] = []
+        reads = log.read_events
+        monkeypatch.setattr(log, "read_events", lambda *of: read.extend(found := reads(*of)) or found)
+        doing(store)(3, "ann", "edit", "brooks")
+        read.clear()
+        assert store.publish() == 1
+        assert [(event.latent, event.text) for event in read] == [(3, "rivers 3"), (3, "brooks")]
 
 
 def test_a_persons_name_may_not_be_a_machines(own: AnnotationStore, index: Path) -> None:

@@ -1,9 +1,13 @@
 """The list and the page of a latent, in Chromium, with keys alone where a mouse is not needed."""
 
 import re
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
+
+from sae.annotation.events import NewEvent
+from sae.annotation.store import AnnotationStore
 
 from .conftest import N_LATENTS
 
@@ -82,6 +86,25 @@ def test_what_a_list_shows_is_in_its_address(page: Page) -> None:
     expect(page.locator(".entry:not(.head)")).to_have_text(before)
     page.get_by_title("Take this away").click()
     expect(page.locator(".total")).not_to_have_text(shown)
+
+
+def test_a_list_is_of_what_somebody_decided(page: Page, own_index: Path) -> None:
+    with AnnotationStore.open(own_index) as store:
+        for latent, author, action in ((3, "ada", "reject"), (4, "bob", "reject"), (5, "bob", "flag")):
+            store.record(NewEvent(f"{latent}", latent, author, action))
+    page.goto("/features")
+    page.get_by_label("People").select_option("rejected")
+    expect(page.locator(".total")).to_have_text("2 of 300")
+    page.get_by_label("By", exact=True).select_option("bob")
+    expect(page.locator(".total")).to_have_text("1 of 300")
+    assert {"status=rejected", "by=bob"} <= set(page.url.split("?")[1].split("&"))
+    page.reload()
+    expect(page.locator(".total")).to_have_text("1 of 300")
+    expect(page.get_by_label("By", exact=True)).to_have_value("bob")
+    page.get_by_label("People").select_option("undecided")
+    expect(page.locator(".total")).to_have_text("298 of 300")
+    page.get_by_role("button", name="Clear").click()
+    expect(page.locator(".total")).to_have_text("300 latents")
 
 
 def test_next_and_previous_follow_the_list_one_came_from(page: Page) -> None:

@@ -60,6 +60,34 @@ def events_of(index: Path) -> list[Any]:
         return store.events()
 
 
+def test_lists_by_status_hide_what_others_decided_while_a_session_is_blind(
+    client: Callable[[str], httpx.Client],
+) -> None:
+    ada, ann, viewer = client("ada"), client("ann0"), client("viewer")
+    session = create(ada, blind=True)
+    latent, other = ann.post("/api/label/lease", json={"source": SOURCE, "session": session, "n": 2}).json()["latents"]
+    for each, action in ((latent, "reject"), (other, "flag")):
+        assert ann.post("/api/label/events", json=event(session, each, action)).status_code == 200
+
+    def listed(who: httpx.Client, **asked: str) -> list[int]:
+        return [row["latent"] for row in who.get("/api/latents", params={"source": SOURCE, **asked}).json()["rows"]]
+
+    def authors(who: httpx.Client) -> list[str]:
+        return who.get("/api/label/authors", params={"source": SOURCE}).json()
+
+    assert (listed(ann, status="rejected"), listed(ann, status="flagged", by="ann0")) == ([latent], [other])
+    assert listed(ann, status="decided") == sorted([latent, other])
+    assert authors(ann) == ["ann0"]
+    for who in (ada, viewer):
+        assert (listed(who, status="decided"), listed(who, status="rejected", by="ann0"), authors(who)) == ([], [], [])
+        around = who.get("/api/latents/around", params={"source": SOURCE, "status": "decided", "latent": latent})
+        assert (around.json()["place"], around.json()["total"]) == (None, 0)
+    assert ada.post("/api/label/unblind", json={"source": SOURCE, "session": session}).status_code == 200
+    for who in (ada, viewer):
+        assert (listed(who, status="rejected", by="ann0"), authors(who)) == ([latent], ["ann0"])
+    assert viewer.get("/api/latents", params={"source": SOURCE, "status": "nonsense"}).status_code == 422
+
+
 def test_a_viewer_looks_and_writes_nothing(client: Callable[[str], httpx.Client]) -> None:
     session = create(client("ann0"))
     viewer = client("viewer")
@@ -121,6 +149,25 @@ def test_while_it_is_blind_nobody_sees_the_others(client: Callable[[str], httpx.
     ada.post("/api/label/unblind", json=asked)
     assert "secret" in look(two)
     assert two.get("/api/label/agreement", params=asked).json()["equal_verdicts"]["value"] == 0
+
+
+def test_labels_are_exported_as_neuronpedia_has_them(client: Callable[[str], httpx.Client]) -> None:
+    ada = client("ada")
+    session = create(ada)
+    asked = {"source": SOURCE, "session": session}
+    (latent,) = ada.post("/api/label/lease", json=asked | {"n": 1}).json()["latents"]
+    ada.post("/api/label/events", json=event(session, latent, "accept", text="rivers"))
+    there = {"form": "neuronpedia", "model_id": "gemma-2-2b", "sae_id": "12-res-16k", "author_id": "me"}
+    answer = ada.get("/api/label/export", params=asked | there)
+    assert 'filename="explanations-' in answer.headers["content-disposition"]
+    (record,) = map(json.loads, answer.text.splitlines())
+    kept = {name: record[name] for name in ("modelId", "layer", "index", "description", "authorId")}
+    assert kept == {
+        "modelId": "gemma-2-2b", "layer": "12-res-16k", "index": str(latent), "description": "rivers", "authorId": "me"
+    }  # fmt: skip
+    for missing in ("model_id", "sae_id", "author_id"):
+        refused = ada.get("/api/label/export", params=asked | there | {missing: " "})
+        assert (refused.status_code, refused.json()["detail"]["where"]) == (400, missing)
 
 
 def test_eight_at_once_neither_lose_nor_double_anything(client: Callable[[str], httpx.Client], own_index: Path) -> None:

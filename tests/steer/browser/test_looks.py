@@ -62,10 +62,15 @@ FOCUSED = """() => document.activeElement.getAttribute('aria-label')
   ?? document.activeElement.textContent.trim().slice(0, 12)"""
 
 
-@pytest.mark.parametrize("path", ["/features", "/feature/resid_post.1/15", "/feature/resid_post.1/9"])
+@pytest.mark.parametrize(
+    "path",
+    ["/features", "/feature/resid_post.1/15", "/feature/resid_post.1/9", "/map", "/compare", "/label", "/prompt",
+     "/bench"],
+)  # fmt: skip
 def test_everything_has_a_name_and_a_place(page: Page, path: str) -> None:
     page.goto(path)
-    expect(page.locator("#row-5, article.feature .panel").first).to_be_visible()
+    expect(page.locator("#row-5, article.feature .panel, main h1, main h2, main canvas").first).to_be_visible()
+    page.wait_for_load_state("networkidle")
     assert page.evaluate(NAMELESS, NAMED) == []
     assert page.evaluate(ORPHANS) == []
     assert page.locator("main").count() == 1
