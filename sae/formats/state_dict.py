@@ -25,13 +25,9 @@ def read_state_dict(path: Path, check: Check) -> dict[str, np.ndarray]:
 
     Raises: MissingArtefactError, CorruptArtefactError, NumericsError naming the tensor.
     """
-    _check_zip(path)
     import torch
 
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # the unpickler raises whatever a damaged file leads it into
-        raise corrupt(path, "tensors alone, as torch.save writes them", _first_line(error)) from error
+    state = load_torch(path)
     heads = _heads(path, state)
     check({name: head.shape for name, head in heads.items()})
     tensors = {}
@@ -41,6 +37,20 @@ def read_state_dict(path: Path, check: Check) -> dict[str, np.ndarray]:
         if tensor.is_floating_point():
             check_values(str(path), name, tensors[name])
     return tensors
+
+
+def load_torch(path: Path) -> Any:
+    """Whatever a file holds, of tensors, numbers, names and containers of them; tensors are mapped from the file.
+
+    Raises: MissingArtefactError, CorruptArtefactError.
+    """
+    _check_zip(path)
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # the unpickler raises whatever a damaged file leads it into
+        raise corrupt(path, "tensors alone, as torch.save writes them", _first_line(error)) from error
 
 
 def write_state_dict(path: Path, tensors: Mapping[str, np.ndarray | int | float]) -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from activations.errors import SaekitError
 from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from sae.checked_files import corrupt
@@ -38,6 +39,8 @@ def read_container(path: Path) -> Container:
             if tensor.tensor_type != gguf.GGMLQuantizationType.F32:
                 raise corrupt(path, "tensors of F32", f"{tensor.name} in {tensor.tensor_type.name}")
             tensors[tensor.name] = np.array(tensor.data)
+    except SaekitError:
+        raise
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, UnicodeDecodeError, MemoryError) as error:
         raise corrupt(path, "a GGUF file", f"{type(error).__name__}: {str(error)[:100]}") from error
     return Container(keys, tensors)

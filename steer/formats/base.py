@@ -140,6 +140,14 @@ def checked_size(path: Path, expected: str) -> int:
     return size
 
 
+def is_torch(path: Path) -> bool:
+    """Whether a file has the name and the beginning of one of torch.save."""
+    if path.suffix not in (".pt", ".pth") or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def checked_row(where: str, values: np.ndarray, model: ModelRef) -> Float[np.ndarray, " d_model"]:
     """A row as float32.
 
@@ -147,7 +155,7 @@ def checked_row(where: str, values: np.ndarray, model: ModelRef) -> Float[np.nda
     """
     if values.shape != (model.d_model,):
         raise refused(where, f"a row of {model.d_model}, the width of {model.id}", "x".join(map(str, values.shape)))
-    row = np.ascontiguousarray(values, np.float32)
+    row = np.array(values, np.float32)
     if not np.isfinite(row).all() or not row.any():
         raise corrupt(where, "finite values that are not all 0", "others")
     return row

@@ -15,8 +15,8 @@ import torch
 from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from sae.checked_files import corrupt
-from steer.formats._torch_files import is_torch, read_torch
-from steer.formats.base import Direction, check_expressible, checked_row, refused
+from sae.formats.state_dict import load_torch
+from steer.formats.base import Direction, check_expressible, checked_row, is_torch, refused
 from steer.vectors import SteeringVector
 
 TITLE = "hotwire table"
@@ -24,13 +24,13 @@ TITLE = "hotwire table"
 
 def matches(path: Path) -> bool:
     """A file of torch.save with one table."""
-    content = read_torch(path) if is_torch(path) else None
+    content = load_torch(path) if is_torch(path) else None
     return isinstance(content, torch.Tensor)
 
 
 def read(path: Path, model: ModelRef) -> list[Direction]:
     """Its rows that are not zero; scales are given in a request, so that of the file is 1."""
-    table = read_torch(path)
+    table = load_torch(path)
     if not isinstance(table, torch.Tensor) or not table.is_floating_point():
         raise corrupt(path, "a table of floats", type(table).__name__)
     if tuple(table.shape) != (model.n_layers, model.d_model):

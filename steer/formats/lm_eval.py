@@ -16,8 +16,16 @@ import torch
 from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from sae.checked_files import corrupt
-from steer.formats._torch_files import is_torch, read_torch
-from steer.formats.base import Direction, check_expressible, checked_layer, checked_number, checked_row, refused
+from sae.formats.state_dict import load_torch
+from steer.formats.base import (
+    Direction,
+    check_expressible,
+    checked_layer,
+    checked_number,
+    checked_row,
+    is_torch,
+    refused,
+)
 from steer.vectors import SteeringVector
 
 TITLE = "lm-eval steered"
@@ -27,13 +35,13 @@ KEYS = {"steering_vector", "action"}
 
 def matches(path: Path) -> bool:
     """A file of torch.save with entries of this kind."""
-    content = read_torch(path) if is_torch(path) else None
+    content = load_torch(path) if is_torch(path) else None
     return isinstance(content, dict) and bool(content) and all(_is_entry(each) for each in content.values())
 
 
 def read(path: Path, model: ModelRef) -> list[Direction]:
     """Its rows, at their coefficients."""
-    content = read_torch(path)
+    content = load_torch(path)
     if not isinstance(content, dict) or not content:
         raise corrupt(path, "a dict of hook points", type(content).__name__)
     return [_direction(f"{path}: {name}", str(name), entry, model) for name, entry in content.items()]

@@ -5,7 +5,6 @@ A .safetensors file also says in its metadata, as JSON under `saekit`, the opera
 """
 
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from activations.errors import HookPointError
 from activations.hook_points import SITES, HookPoint
 from activations.store_schema import ModelRef
 from sae.checked_files import corrupt, read_safetensors
+from sae.formats.npz import read_npz
 from steer.formats.base import (
     Direction,
     check_expressible,
@@ -44,7 +44,7 @@ def matches(path: Path) -> bool:
 def read(path: Path, model: ModelRef) -> list[Direction]:
     """Its rows."""
     checked_size(path, "a file of arrays")
-    rows, about = _npz(path) if path.suffix == ".npz" else (read_safetensors(path), _metadata(path))
+    rows, about = (read_npz(path), {}) if path.suffix == ".npz" else (read_safetensors(path), _metadata(path))
     if not rows:
         raise corrupt(path, "a row", "none")
     return [_direction(path, name, row, about, model) for name, row in rows.items()]
@@ -69,21 +69,6 @@ def write(vectors: Sequence[SteeringVector], path: Path, folded: bool) -> list[s
         }
         save_file(arrays, path, {KEY: json.dumps(said, sort_keys=True)})
     return [f"h + row at {', '.join(rows)}" if is_folded else f"{KEY} in its metadata says what each row is for"]
-
-
-def _npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            large = sum(each.file_size for each in archive.infolist())
-        if large > checked_size(path, "a file of arrays") * 64:
-            raise corrupt(path, "arrays that are not much larger than the file", f"{large} bytes")
-        with np.load(path, allow_pickle=False) as file:
-            rows = {name: np.asarray(file[name]) for name in file.files}
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError, NotImplementedError, RuntimeError) as error:
-        raise corrupt(path, "an .npz of arrays", f"{type(error).__name__}: {str(error)[:80]}") from error
-    if wrong := [name for name, row in rows.items() if row.dtype.kind != "f"]:
-        raise corrupt(path, "rows of floats", f"{wrong[0][:80]} of {rows[wrong[0]].dtype}")
-    return rows, {}
 
 
 def _metadata(path: Path) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import torch
 from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from sae.checked_files import corrupt
-from steer.formats._torch_files import is_torch, read_torch
-from steer.formats.base import Direction, check_expressible, checked_layer, checked_row, refused, scaled_rows
+from sae.formats.state_dict import load_torch
+from steer.formats.base import Direction, check_expressible, checked_layer, checked_row, is_torch, refused, scaled_rows
 from steer.vectors import SteeringVector
 
 TITLE = "steering-vectors"
@@ -31,7 +31,7 @@ def matches(path: Path) -> bool:
 
 def read(path: Path, model: ModelRef) -> list[Direction]:
     """Its rows."""
-    content = read_torch(path)
+    content = load_torch(path)
     if not isinstance(content, dict) or content.keys() != FIELDS or not isinstance(content["layer_activations"], dict):
         raise corrupt(path, f"a dict of {' and '.join(sorted(FIELDS))}", type(content).__name__)
     if content["layer_type"] != LAYER_TYPE:
@@ -58,5 +58,5 @@ def write(vectors: Sequence[SteeringVector], path: Path, folded: bool) -> list[s
 
 
 def _fields(path: Path) -> set[str]:
-    content = read_torch(path)
+    content = load_torch(path)
     return set(content) if isinstance(content, dict) else set()
