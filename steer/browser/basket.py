@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from activations.errors import ConfigError, MissingArtefactError, SaekitError, UnknownNameError
-from steer.browser.guard import detail_of
+from steer.browser.guard import Body, detail_of
 from steer.browser.saes import Saes
 from steer.browser.sources import Opened, Source
 
@@ -33,7 +33,7 @@ Dose = Annotated[float, Field(ge=-16, le=16, allow_inf_nan=False)]
 Level = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
 
-class Levels(BaseModel):
+class Levels(Body):
     """Energies between which a gate opens and shuts."""
 
     on: Level
@@ -45,7 +45,7 @@ class Levels(BaseModel):
         return vector.energy_gate(self.on, self.off, self.tokens)
 
 
-class Item(BaseModel):
+class Item(Body):
     """One thing that steers."""
 
     vector: Ref | None = None

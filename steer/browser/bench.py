@@ -10,9 +10,9 @@ import threading
 from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from activations.errors import ConfigError, MismatchError
 from steer.browser.basket import (
@@ -28,22 +28,23 @@ from steer.browser.basket import (
     refusals,
 )
 from steer.browser.bench_runs import Asked, Doses, Run, Runs
-from steer.browser.guard import Annotator, Viewer, detail_of
+from steer.browser.guard import Annotator, Body, Viewer, detail_of
 from steer.browser.model import SharedModel
 from steer.browser.saes import Saes
 from steer.browser.sources import Opened
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}(@[a-z_]+\.[0-9]{1,4})?$")]
+EVENTS = "text/event-stream"
 
 
-class Weighed(BaseModel):
+class Weighed(Body):
     """A basket whose parts are compared."""
 
     basket: Basket
     force: bool = False
 
 
-class Kept(BaseModel):
+class Kept(Body):
     """What is saved, and where."""
 
     library: int = Field(ge=0, le=10_000, description="number in the catalogue")
@@ -63,12 +64,12 @@ def bench_router(opened: Opened, model: SharedModel, saes: Saes) -> APIRouter:
     def latent(account: Viewer, ref: str) -> Entry:
         return entry_of(ref, shelf.find(Item(latent=ref[:300])))
 
-    @router.post("/stream")
+    @router.post("/stream", response_class=Response, responses={200: {"content": {EVENTS: {}}}})
     async def stream(account: Viewer, asked: Asked) -> StreamingResponse:
         steers = await asyncio.to_thread(shelf.steers, asked.basket)
         await asyncio.to_thread(interventions, steers)  # refuses before anything is streamed
         run = Run(asked, steers, account.name, asyncio.get_running_loop())
-        return StreamingResponse(runs.start(run), media_type="text/event-stream", headers={"cache-control": "no-store"})
+        return StreamingResponse(runs.start(run), media_type=EVENTS, headers={"cache-control": "no-store"})
 
     @router.post("/interference")
     def interference(account: Viewer, weighed: Weighed) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from activations.errors import ConfigError, SaekitError, UnknownNameError
 from steer.browser.basket import MOST_ITEMS, Basket, Dose, interventions, random_control
-from steer.browser.guard import detail_of
+from steer.browser.guard import Body, detail_of
 from steer.browser.model import SharedModel
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ MOST_CHANGES = 100
 """of doses that are known beforehand"""
 
 
-class Doses(BaseModel):
+class Doses(Body):
     """One for each item of the basket."""
 
     doses: list[Dose | None] = Field(max_length=MOST_ITEMS)
@@ -45,7 +45,7 @@ class Change(Doses):
     at: int = Field(ge=1, le=1024, description="tokens that are written before")
 
 
-class Asked(BaseModel):
+class Asked(Body):
     """What is written."""
 
     basket: Basket
