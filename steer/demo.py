@@ -230,6 +230,7 @@ def transcript(config: DemoConfig, summary: dict[str, Any]) -> str:
             f"{summary['wall_s']:.0f} s, {summary['peak_rss_mb']:,.0f} MB at most, {summary['device']}",
             f"\nlook at    {out / 'report.html'}",
             "try next",
+            f"  saekit browse {out}",
             f"  saekit chat --set library={out / 'library'} --set vectors={first['latent_or_vector']} "
             f'"Tell me about your day."',
             f"  saekit inspect {out / 'index'} --latent {other}",
