@@ -8,7 +8,6 @@ No such file proves which weights it is for, so that an imported vector is only 
 calibrate and score it before it is used. Left out: what each format is (`steer.formats`).
 """
 
-import hashlib
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +15,11 @@ import numpy as np
 
 from activations.errors import MismatchError, StorageError
 from activations.models import LoadedModel, load_model
+from sae.artefact import file_sha256
 from steer.config import ExportConfig, ImportConfig
 from steer.formats import detect, find
 from steer.formats.base import Direction
-from steer.library import find_vector, find_vectors
+from steer.library import find_vectors
 from steer.making.contrast import read_sides
 from steer.making.make import add_to_library
 from steer.pairs import load_pairs
@@ -36,7 +36,7 @@ def export_vectors(config: ExportConfig) -> dict[str, Any]:
     Raises: MismatchError for what the format cannot express or a target that is taken, StorageError.
     """
     format_ = find(config.to)
-    vectors = find_vectors(config.library, config.vector) if config.vector else [find_vector(config.library, None)]
+    vectors = find_vectors(config.library, config.vector)
     if config.coefficient is not None:
         vectors = [replace(vector, coefficient=config.coefficient) for vector in vectors]
     if config.out.exists():
@@ -65,7 +65,7 @@ def import_vectors(config: ImportConfig, loaded: LoadedModel | None = None) -> l
     read = read_sides(loaded, list(dict.fromkeys(points)), load_pairs(NORM_TEXTS))
     source = {
         "kind": "imported", "format": name, "file": config.file.name,
-        "file_sha256": hashlib.sha256(config.file.read_bytes()).hexdigest(),
+        "file_sha256": file_sha256(config.file),
     }  # fmt: skip
     vectors = [
         _vector(config, each, loaded, read[each.hook_point].mean_norm, source, alone=len(directions) == 1)

@@ -112,22 +112,26 @@ def check_expressible(
         seen.add(vector.hook_point)
 
 
+def strength_of(vectors: Sequence[SteeringVector], folded: bool) -> float:
+    """The strength at which rows do what the vectors do at their coefficients: the largest of these; 1 if folded in.
+
+    Without any coefficient it is 0.
+    """
+    largest = max((vector.coefficient for vector in vectors), key=abs)
+    return 1.0 if folded and largest else float(largest)
+
+
+def row_at(vector: SteeringVector, strength: float) -> Float[np.ndarray, " d_model"]:
+    """The row that does at a strength what the vector does at its coefficient: a unit if both are the same, or 0."""
+    return (vector.direction * (vector.coefficient / strength if strength else 1)).astype(np.float32)
+
+
 def scaled_rows(
     vectors: Sequence[SteeringVector], folded: bool
 ) -> tuple[dict[HookPoint, Float[np.ndarray, " d_model"]], float]:
-    """Rows by hook point, and the strength at which they do what the vectors do at their coefficients.
-
-    Folded, the strength is 1. Else it is the coefficient that is largest, and each row is as long as its vector's share
-    of that, so that a single vector keeps its length of 1. Without any coefficient rows are units, of strength 0.
-    """
-    largest = max((vector.coefficient for vector in vectors), key=abs)
-    strength = 1.0 if folded and largest else largest
-    return {
-        HookPoint.parse(vector.hook_point): (
-            vector.direction * (vector.coefficient / strength if strength else 1)
-        ).astype(np.float32)
-        for vector in vectors
-    }, strength
+    """Rows by hook point for one strength of all, and that strength."""
+    strength = strength_of(vectors, folded)
+    return {HookPoint.parse(vector.hook_point): row_at(vector, strength) for vector in vectors}, strength
 
 
 def checked_size(path: Path, expected: str) -> int:
@@ -166,6 +170,23 @@ def checked_layer(where: str, layer: int, model: ModelRef) -> int:
     if not 0 <= layer < model.n_layers:
         raise refused(where, f"a block from 0 to {model.n_layers - 1} of {model.id}", layer)
     return layer
+
+
+def table_rows(
+    path: Path, table: Float[np.ndarray, "layer d_model"], model: ModelRef, site: str, operation: str
+) -> list[Direction]:
+    """The rows of a table of one row a block, whose zeros do nothing.
+
+    Raises: CorruptArtefactError for a table of zeros alone, and as `checked_row`.
+    """
+    found = [
+        Direction(HookPoint(site, layer), checked_row(f"{path}: row {layer}", row, model), operation)
+        for layer, row in enumerate(table)
+        if row.any()
+    ]
+    if not found:
+        raise corrupt(path, "a row that is not zero", "none")
+    return found
 
 
 def checked_number(where: str, value: object) -> float:

@@ -13,15 +13,14 @@ import numpy as np
 
 from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
-from sae.checked_files import corrupt, read_json
-from steer.formats.base import Direction, check_expressible, checked_row, checked_size, checked_word, refused
+from sae.checked_files import read_json
+from steer.formats.base import Direction, check_expressible, checked_size, checked_word, refused, table_rows
 from steer.vectors import SteeringVector
 
 TITLE = "ds4 direction"
 FORMAT = "ds4-directional-steering-v1"
 SITES = {"ffn_out": "mlp_out", "attn_out": "attn_out"}
 FLAGS = {"ffn_out": "--dir-steering-ffn", "attn_out": "--dir-steering-attn"}
-DEFAULT_SHARE = 1.0
 LARGEST = 100.0
 """scale that the engine takes at most"""
 
@@ -44,16 +43,7 @@ def read(path: Path, model: ModelRef) -> list[Direction]:
             raise refused(beside, f"the format {FORMAT}", repr(about.get("format"))[:80])
         component = checked_word(f"{beside}: component", about.get("component", component), SITES)
     rows = np.fromfile(path, "<f4").reshape(model.n_layers, model.d_model)
-    found = [
-        Direction(
-            HookPoint(SITES[component], layer), checked_row(f"{path}: row {layer}", row, model), "ablate", DEFAULT_SHARE
-        )
-        for layer, row in enumerate(rows)
-        if row.any()
-    ]
-    if not found:
-        raise corrupt(path, "a row that is not zero", "none")
-    return found
+    return table_rows(path, rows, model, SITES[component], "ablate")
 
 
 def write(vectors: Sequence[SteeringVector], path: Path, folded: bool) -> list[str]:

@@ -16,7 +16,7 @@ from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from sae.checked_files import corrupt
 from sae.formats.state_dict import load_torch
-from steer.formats.base import Direction, check_expressible, checked_row, is_torch, refused
+from steer.formats.base import Direction, check_expressible, is_torch, refused, row_at, strength_of, table_rows
 from steer.vectors import SteeringVector
 
 TITLE = "hotwire table"
@@ -35,15 +35,7 @@ def read(path: Path, model: ModelRef) -> list[Direction]:
         raise corrupt(path, "a table of floats", type(table).__name__)
     if tuple(table.shape) != (model.n_layers, model.d_model):
         raise refused(path, f"{model.n_layers} x {model.d_model} for {model.id}", "x".join(map(str, table.shape)))
-    rows = np.asarray(table.float())
-    found = [
-        Direction(HookPoint("resid_post", layer), checked_row(f"{path}: row {layer}", row, model))
-        for layer, row in enumerate(rows)
-        if row.any()
-    ]
-    if not found:
-        raise corrupt(path, "a row that is not zero", "none")
-    return found
+    return table_rows(path, np.asarray(table.float()), model, "resid_post", "add")
 
 
 def write(vectors: Sequence[SteeringVector], path: Path, folded: bool) -> list[str]:
@@ -54,9 +46,9 @@ def write(vectors: Sequence[SteeringVector], path: Path, folded: bool) -> list[s
     model = vectors[0].model
     table, asked = np.zeros((model.n_layers, model.d_model), np.float32), []
     for vector in vectors:
-        layer, scale = HookPoint.parse(vector.hook_point).layer, float(vector.coefficient)
-        table[layer] = vector.direction * (scale if folded and scale else 1)
-        entry = {"id": path.stem, "layer": layer, "scale": 1.0 if folded and scale else scale}
+        scale, layer = strength_of([vector], folded), HookPoint.parse(vector.hook_point).layer
+        table[layer] = row_at(vector, scale)
+        entry = {"id": path.stem, "layer": layer, "scale": scale}
         asked.append(entry | ({"decode_only": True} if vector.scope == "generated" else {}))
     torch.save(torch.from_numpy(table), path)
     spec = json.dumps(asked[0] if len(asked) == 1 else asked)

@@ -25,6 +25,8 @@ from steer.formats.base import (
     checked_row,
     is_torch,
     refused,
+    row_at,
+    strength_of,
 )
 from steer.vectors import SteeringVector
 
@@ -64,24 +66,12 @@ def _entry(vector: SteeringVector, folded: bool) -> dict[str, Any]:
     if vector.operation == "ablate" and vector.coefficient != 1:
         where = f"vector '{vector.name}' as {TITLE}"
         raise refused(where, "an ablation of the whole share, 1", f"{vector.coefficient:g}")
-    row, coefficient = torch.from_numpy(vector.direction.copy()), float(vector.coefficient)
-    if vector.operation == "ablate":
-        return {
-            "steering_vector": row,
-            "steering_coefficient": 0.0,
-            "action": "clamp",
-            "bias": None,
-            "head_index": None,
-        }
-    if folded and coefficient:
-        row, coefficient = row * coefficient, 1.0
-    return {
-        "steering_vector": row,
-        "steering_coefficient": coefficient,
-        "action": "add",
-        "bias": None,
-        "head_index": None,
-    }
+    strength = strength_of([vector], folded)
+    row = torch.from_numpy(row_at(vector, strength))
+    how = {"action": "clamp", "steering_coefficient": 0.0} if vector.operation == "ablate" else {
+        "action": "add", "steering_coefficient": strength
+    }  # fmt: skip
+    return {"steering_vector": row, **how, "bias": None, "head_index": None}
 
 
 def _is_entry(entry: object) -> bool:

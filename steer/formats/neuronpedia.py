@@ -24,6 +24,8 @@ from steer.formats.base import (
     checked_size,
     checked_word,
     refused,
+    row_at,
+    strength_of,
 )
 from steer.vectors import SteeringVector
 
@@ -62,12 +64,12 @@ def write(vectors: Sequence[SteeringVector], path: Path, folded: bool) -> list[s
     vector, point = vectors[0], HookPoint.parse(vectors[0].hook_point)
     if vector.model.d_model > WIDEST:
         raise refused(path, f"a width of at most {WIDEST}", vector.model.d_model)
-    strength = float(vector.coefficient)
-    row = vector.direction.astype(np.float64) * (strength if folded and strength else 1)
+    strength = strength_of(vectors, folded)
     content = {
         "modelId": vector.model.id, "layerNumber": point.layer,
-        "hookType": next(name for name, site in SITES.items() if site == point.site), "vector": row.tolist(),
-        "vectorDefaultSteerStrength": 1.0 if folded and strength else strength, "vectorLabel": vector.name,
+        "hookType": next(name for name, site in SITES.items() if site == point.site),
+        "vector": row_at(vector, strength).tolist(), "vectorDefaultSteerStrength": strength,
+        "vectorLabel": vector.name,
     }  # fmt: skip
     path.write_text(json.dumps(content) + "\n")
     return [f"POST {path} to /api/vector/new, with modelId as Neuronpedia has it"]

@@ -27,6 +27,8 @@ from steer.formats.base import (
     checked_size,
     checked_word,
     refused,
+    row_at,
+    strength_of,
 )
 from steer.operations import VECTOR_OPERATIONS
 from steer.vectors import SteeringVector
@@ -58,16 +60,16 @@ def write(vectors: Sequence[SteeringVector], path: Path, folded: bool) -> list[s
     operations = ("add",) if is_npz or folded else tuple(VECTOR_OPERATIONS)
     check_expressible(vectors, f"{path.suffix} of {TITLE}", operations=operations, sites=tuple(SITES))
     is_folded = folded or is_npz
-    rows = {each.hook_point: each.direction * (each.coefficient or 1 if is_folded else 1) for each in vectors}
-    arrays = {name: np.ascontiguousarray(row, np.float32) for name, row in rows.items()}
+    strengths = {each.hook_point: strength_of([each], is_folded) for each in vectors}
+    rows = {each.hook_point: row_at(each, strengths[each.hook_point]) for each in vectors}
     if is_npz:
-        np.savez(path, **arrays)  # type: ignore[reportArgumentType]
+        np.savez(path, **rows)  # type: ignore[reportArgumentType]
     else:
         said = {
-            each.hook_point: {"operation": each.operation, "coefficient": 1.0 if folded else float(each.coefficient)}
+            each.hook_point: {"operation": each.operation, "coefficient": strengths[each.hook_point]}
             for each in vectors
         }
-        save_file(arrays, path, {KEY: json.dumps(said, sort_keys=True)})
+        save_file(rows, path, {KEY: json.dumps(said, sort_keys=True)})
     return [f"h + row at {', '.join(rows)}" if is_folded else f"{KEY} in its metadata says what each row is for"]
 
 
