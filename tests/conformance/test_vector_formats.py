@@ -238,17 +238,23 @@ def test_a_file_cut_anywhere_is_no_file(name: str, tmp_path: Path) -> None:
         detect(path)
 
 
+def write_gguf(path: Path, rows: dict[int, np.ndarray], keys: dict[str, str | int]) -> None:
+    """A file of directions by block, with keys, whether or not they are ones that are read."""
+    writer = gguf.GGUFWriter(path, "controlvector")
+    for key, value in keys.items():
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
+    for layer, row in rows.items():
+        writer.add_tensor(f"direction.{layer}", row)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def with_row(name: str, path: Path, row: np.ndarray) -> None:
     """A file of the format with this row, as its own writer would never write it."""
     if name in ("llama_cpp", "glp"):
-        writer = gguf.GGUFWriter(path, "controlvector")
-        if name == "glp":
-            writer.add_string("glp.mode", "add")
-        writer.add_tensor("direction.2", row)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        write_gguf(path, {2: row}, {"glp.mode": "add"} if name == "glp" else {})
     elif name == "ds4":
         np.concatenate([row, *[unit(0)] * 4]).astype("<f4").tofile(path)
     elif name == "neuronpedia":
@@ -342,13 +348,7 @@ def test_a_file_that_projects_is_not_read_as_one_that_adds(tmp_path: Path) -> No
     with pytest.raises(MismatchError, match="project"):
         find("llama_cpp").read(path, MODEL)
     for key, value in {"glp.mode": "rotate", "glp.rank": 2, "glp.hook_point": "somewhere"}.items():
-        writer = gguf.GGUFWriter(tmp_path / "other.gguf", "controlvector")
-        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
-        writer.add_tensor("direction.2", unit(0))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        write_gguf(tmp_path / "other.gguf", {2: unit(0)}, {key: value})
         with pytest.raises(MismatchError):
             find("glp").read(tmp_path / "other.gguf", MODEL)
 
@@ -366,13 +366,7 @@ def test_ds4_has_the_bytes_that_its_engine_wants(tmp_path: Path) -> None:
 
 
 def test_easysteer_counts_from_0(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "file.gguf", "controlvector")
-    for layer in range(MODEL.n_layers):
-        writer.add_tensor(f"direction.{layer}", unit(layer))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(tmp_path / "file.gguf", {layer: unit(layer) for layer in range(MODEL.n_layers)}, {})
     found = find("llama_cpp").read(tmp_path / "file.gguf", MODEL)
     assert [str(each.hook_point) for each in found] == [f"resid_post.{layer}" for layer in range(5)]
     np.testing.assert_array_equal(found[0].values, unit(0))
