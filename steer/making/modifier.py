@@ -13,8 +13,8 @@ Flow of `from_modifier`:
    tokens of a text the manner shows, a direction of its own, since that of the vector does not tell texts apart
    (docs/LOG.md); those held out say how well the reader does, and whether steering moves the model to the first answer;
 5. `recovered` is how much of what the instruction does for its own answers steering does without it, on held-out
-   requests, at the one of DOSES that does most on those to fit; `from_places`
-   makes a vector of the instruction in either turn, and takes the one that recovers more.
+   requests, at the one of DOSES that does most on those to fit; `from_places` makes a vector of the instruction in
+   either turn, and takes the one that recovers more.
 
 Left out: instructions of several turns, and vectors trained to match the prompt (`steer.making.learn`).
 """
@@ -60,6 +60,8 @@ PLACES = ("user", "system")
 ANSWER_ROWS = 16
 DOSES = (0.03, 0.06, 0.12, 0.25)
 """at which a vector is tried in place of its instruction"""
+COMPARED = ("gained_by_prompt", "gained_by_vector", "recovered", "recovered_fit", "recovered_dose", "reader_auroc")
+"""figures of either turn that stand side by side"""
 
 
 class Request(NamedTuple):
@@ -170,17 +172,14 @@ def from_modifier(
         **{key.replace("heldout_", "reader_"): own[key] for key in own if not key.startswith("anti_")},
         **means({"anti_steerable": anti.astype(float)}, seed),
     }
-    tried = {dose: recovered(loaded, vector, fit, dose, seed) for dose in DOSES}
+    tried = recovered(loaded, vector, fit, DOSES, seed)
     dose = max(DOSES, key=lambda dose: tried[dose]["gained_by_vector"])
     source |= {
-        **recovered(loaded, vector, heldout, dose, seed),
+        **recovered(loaded, vector, heldout, (dose,), seed)[dose],
         "recovered_fit": tried[dose]["recovered"],
         "recovered_dose": dose,
     }
     return vector
-
-
-COMPARED = ("gained_by_prompt", "gained_by_vector", "recovered", "recovered_fit", "recovered_dose", "reader_auroc")
 
 
 def from_places(loaded: LoadedModel, *arguments: Any, **options: Any) -> SteeringVector:
@@ -248,12 +247,12 @@ def _means(readings: Sequence[torch.Tensor]) -> Sides:
 
 
 def recovered(
-    loaded: LoadedModel, vector: SteeringVector, answered: Sequence[Answered], dose: float, seed: int
-) -> dict[str, Any]:
+    loaded: LoadedModel, vector: SteeringVector, answered: Sequence[Answered], doses: Sequence[float], seed: int
+) -> dict[float, dict[str, Any]]:
     """How much of what the instruction does for its own answers steering does without it, in nats a token.
 
-    Returns: `gained_by_prompt`, by how much likelier the instruction makes the answers written with it;
-      `gained_by_vector`, by how much steering at a dose does; `recovered`, the second over the first, none where the
+    Returns: by dose, `gained_by_prompt`, by how much likelier the instruction makes the answers written with it;
+      `gained_by_vector`, by how much steering at the dose does; `recovered`, the second over the first, none where the
       instruction gains nothing; each with a 95% bootstrap interval over answers.
     """
     point, texts = HookPoint.parse(vector.hook_point), [each.modified_answer for each in answered]
@@ -263,10 +262,17 @@ def recovered(
         return np.array([reading.nll for reading in reread(loaded, point, prompts, texts)])
 
     alone, instructed = costs(plain), costs([each.modified for each in answered])
-    push = Add(torch.from_numpy(vector.direction), vector.coefficient_of(dose))
-    with steering(loaded, [Intervention(push, point)]):
-        steered = costs(plain)
-    by_prompt, by_vector = alone - instructed, alone - steered
+    found = {}
+    for dose in doses:
+        push = Add(torch.from_numpy(vector.direction), vector.coefficient_of(dose))
+        with steering(loaded, [Intervention(push, point)]):
+            found[dose] = _compared(alone - instructed, alone - costs(plain), seed)
+    return found
+
+
+def _compared(
+    by_prompt: Float[np.ndarray, " answer"], by_vector: Float[np.ndarray, " answer"], seed: int
+) -> dict[str, Any]:
     found = means({"gained_by_prompt": by_prompt, "gained_by_vector": by_vector}, seed)
     share = _share(np.array([[by_prompt.sum(), by_vector.sum()]])).item()
     found["recovered"] = share if math.isfinite(share) else None

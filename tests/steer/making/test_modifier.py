@@ -1,6 +1,7 @@
 """Instructions as vectors: at which tokens they are read, and what is reported of them."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,11 @@ def test_a_vector_says_how_far_it_can_be_believed(tiny: LoadedModel) -> None:
 def test_the_place_is_chosen_on_requests_to_fit_and_reported_on_others(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fake(loaded: LoadedModel, vector: SteeringVector, some: list[Answered], dose: float, seed: int) -> Any:
+    def fake(loaded: Any, vector: SteeringVector, some: list[Answered], doses: Sequence[float], seed: int) -> Any:
         is_fit, is_user = some[0].split == "fit", vector.source["place"] == "user"
-        best = 0.06 if is_fit else 0.25
-        gained = 0.5 if dose == best else 0.1
-        return {"gained_by_prompt": 1.0, "gained_by_vector": gained, "recovered": 0.2 if is_fit == is_user else 0.4}
+        best, share = 0.06 if is_fit else 0.25, 0.2 if is_fit == is_user else 0.4
+        gained = {dose: 0.5 if dose == best else 0.1 for dose in doses}
+        return {x: {"gained_by_prompt": 1.0, "gained_by_vector": gained[x], "recovered": share} for x in doses}
 
     monkeypatch.setattr(modifier, "recovered", fake)
     vector = from_places(tiny, "resid_post.2", "kind", REQUESTS, "Be kind.", max_new_tokens=4)
@@ -108,7 +109,7 @@ def test_the_place_is_chosen_on_requests_to_fit_and_reported_on_others(
 
 def test_what_is_recovered_is_a_share_of_what_the_instruction_gains(tiny: LoadedModel, vector: SteeringVector) -> None:
     some = [answered(tiny, text) for text, _ in REQUESTS]
-    found = recovered(tiny, vector, some, 0.3, 0)
+    found = recovered(tiny, vector, some, (0.1, 0.3), 0)[0.3]
     costs = {}
     for name, prompts in (("prompt", [each.modified for each in some]), ("plain", [each.plain for each in some])):
         readings = reread(tiny, POINT, prompts, [each.modified_answer for each in some])
@@ -118,7 +119,7 @@ def test_what_is_recovered_is_a_share_of_what_the_instruction_gains(tiny: Loaded
     expected = found["gained_by_vector"] / gained if gained > 0 else None
     assert found["recovered"] == (expected if expected is None else pytest.approx(expected))
     turned = [each._replace(modified=each.plain, plain=each.modified) for each in some]
-    again = recovered(tiny, vector, turned, 0.3, 0)
+    again = recovered(tiny, vector, turned, (0.3,), 0)[0.3]
     assert again["gained_by_prompt"] == pytest.approx(-gained, abs=1e-5)
     assert {found["recovered"] is None, again["recovered"] is None} == {True, False}
 
