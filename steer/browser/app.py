@@ -24,7 +24,7 @@ from steer.browser.bench import bench_router
 from steer.browser.comparisons import Comparisons, comparisons_router
 from steer.browser.entry import entry_router
 from steer.browser.features import features_router
-from steer.browser.guard import REFUSALS, AccountOf, Gatekeeper, Pace, detail_of, refusal
+from steer.browser.guard import REFUSALS, AccountOf, Gatekeeper, Pace, answer_of, refusal
 from steer.browser.labelling import Labelling, labelling_router
 from steer.browser.labelling_results import results_router
 from steer.browser.lists import Listings, lists_router
@@ -101,18 +101,16 @@ def create_app(
 async def _as_answer(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, SaekitError):
         status = next((code for kind, code in STATUSES.items() if isinstance(error, kind)), 400)
-        return JSONResponse({"detail": detail_of(error)}, status)
+        return answer_of(refusal(status, error.where, expected=error.expected, got=error.got, fix=error.fix))
     if isinstance(error, UnicodeEncodeError):  # JSON can spell half a character, which nothing can store or compare
-        where, expected, got = "request", "text of whole characters", repr(error.object)[:100]
-        return JSONResponse({"detail": refusal(422, where, expected=expected, got=got, fix="Correct it.").detail}, 422)
+        expected, got = "text of whole characters", repr(error.object)[:100]
+        return answer_of(refusal(422, "request", expected=expected, got=got, fix="Correct it."))
     if isinstance(error, HTTPException):
-        refused = _in_four_parts(request, error) if isinstance(error.detail, str) else error
-        return JSONResponse({"detail": refused.detail}, refused.status_code, refused.headers)
+        return answer_of(_in_four_parts(request, error) if isinstance(error.detail, str) else error)
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where, got = ".".join(str(part) for part in first["loc"]), repr(first.get("input"))[:100]
-    refused = refusal(422, where, expected=first["msg"], got=got, fix="Correct it.")
-    return JSONResponse({"detail": refused.detail}, refused.status_code)
+    return answer_of(refusal(422, where, expected=first["msg"], got=got, fix="Correct it."))
 
 
 def _in_four_parts(request: Request, error: HTTPException) -> HTTPException:

@@ -20,6 +20,7 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from pydantic import BaseModel, ConfigDict, model_validator
+from starlette import exceptions
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -174,9 +175,13 @@ def _is_small(headers: Headers) -> bool:
     return length.isascii() and length.isdigit() and int(length) <= MAX_BODY
 
 
+def answer_of(refused: exceptions.HTTPException) -> JSONResponse:
+    """What is answered in place of what was asked for."""
+    return JSONResponse({"detail": refused.detail}, refused.status_code, refused.headers)
+
+
 def _refused(status: int, expected: str, got: str) -> JSONResponse:
-    error = refusal(status, "request", expected=expected, got=got, fix="Correct the request.")
-    return JSONResponse({"detail": error.detail}, status)
+    return answer_of(refusal(status, "request", expected=expected, got=got, fix="Correct the request."))
 
 
 def token_of(request: Request) -> str | None:
