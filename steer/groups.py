@@ -36,10 +36,7 @@ class Group(NamedTuple):
 
     def random(self, rng: np.random.Generator) -> "Group":
         """The same with random unit directions."""
-        drawn = [rng.standard_normal(len(each.direction)).astype(np.float32) for each in self.vectors]
-        rows = [row / np.linalg.norm(row) for row in drawn]
-        vectors = [replace(each, direction=row) for each, row in zip(self.vectors, rows, strict=True)]
-        return self._replace(vectors=vectors)
+        return self._replace(vectors=[each.random(rng) for each in self.vectors])
 
 
 def group_of(vectors: SteeringVector | Sequence[SteeringVector]) -> Group:

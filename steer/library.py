@@ -96,6 +96,11 @@ def named(vectors: Mapping[str, SteeringVector], path: str | Path, name: str) ->
     return vectors[name]
 
 
+def group_name(name: str) -> str:
+    """What vectors NAME@HOOK_POINT that belong together are called; of any other name, itself."""
+    return name.partition("@")[0]
+
+
 def find_vectors(path: str | Path, name: str | None) -> list[SteeringVector]:
     """The vector of this name, or else those of NAME@HOOK_POINT, in the order of a pass; the first if there is no name.
 
@@ -103,7 +108,7 @@ def find_vectors(path: str | Path, name: str | None) -> list[SteeringVector]:
     """
     vectors = load_library(path)
     if name is None:
-        name = next(iter(vectors), "").partition("@")[0]
+        name = group_name(next(iter(vectors), ""))
     parts = [vector for each, vector in vectors.items() if each.startswith(f"{name}@")]
     if name in vectors or not parts:
         return [named(vectors, path, name)]

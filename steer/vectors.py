@@ -80,6 +80,11 @@ class SteeringVector:
             return Reader(self.direction, self.hook_point, self.source["midpoint"])
         return self.reader
 
+    def random(self, rng: np.random.Generator) -> "SteeringVector":
+        """The same with a random unit direction."""
+        drawn = rng.standard_normal(len(self.direction)).astype(np.float32)
+        return replace(self, direction=drawn / np.linalg.norm(drawn))
+
     def dose(self, coefficient: float) -> float:
         """|coefficient| in units of the mean norm of the residual stream."""
         return abs(coefficient) / self.mean_norm

@@ -260,7 +260,5 @@ def random_control(steers: Sequence[Steer], seed: int) -> list[Intervention]:
 
     rng, found = np.random.default_rng(seed), []
     for used in (each for steer in steers for each in as_used(steer)):
-        drawn = rng.standard_normal(len(used.direction)).astype(np.float32)
-        turned = replace(used, direction=drawn / np.linalg.norm(drawn))
-        found.append(Intervention.of(turned, used.coefficient, scope=Scope.parse(used.scope)))
+        found.append(Intervention.of(used.random(rng), used.coefficient, scope=Scope.parse(used.scope)))
     return found

@@ -102,13 +102,13 @@ def _together(shelf: Shelf, basket: Basket) -> dict[str, Any]:
 
 def _save(shelf: Shelf, kept: Kept, author: str) -> list[Entry]:
     """Add to a library. Raises: ConfigError for a name that is taken, or a library that cannot be written."""
-    from steer.library import load_library
+    from steer.library import group_name, load_library
     from steer.making.make import add_to_library
 
     path = shelf.library(kept.library)
     if len(kept.names) != len(kept.basket) or len(set(kept.names)) != len(kept.names):
         raise ConfigError("names", expected="one for each item, all different", got=kept.names, fix="Correct them.")
-    taken = {_base(name) for name in load_library(path)} & {_base(name) for name in kept.names}
+    taken = {group_name(name) for name in load_library(path)} & {group_name(name) for name in kept.names}
     if taken:
         fix = "Choose another; nothing is overwritten."
         raise ConfigError("names", expected="names that are free", got=", ".join(sorted(taken)), fix=fix)
@@ -116,7 +116,7 @@ def _save(shelf: Shelf, kept: Kept, author: str) -> list[Entry]:
     for name, item, steer in zip(kept.names, kept.basket, shelf.steers(kept.basket), strict=True):
         steer.interventions()  # refuses a scope or gate that is none before it is written
         vector, used = shelf.find(item), as_used(steer)[0]
-        if name not in (_base(name), f"{_base(name)}@{vector.hook_point}"):
+        if name not in (group_name(name), f"{group_name(name)}@{vector.hook_point}"):
             fix = "Leave out what is behind the @."
             raise ConfigError("names", expected=f"a name, or NAME@{vector.hook_point}", got=name, fix=fix)
         is_measured = (used.operation, used.scope) == (vector.operation, vector.scope) and item.gate is None
@@ -130,8 +130,3 @@ def _save(shelf: Shelf, kept: Kept, author: str) -> list[Entry]:
         got = error.strerror
         raise ConfigError("library", expected="one that can be written", got=got, fix="Open another.") from error
     return [entry_of(f"{kept.library}/{vector.name}", vector) for vector in vectors]
-
-
-def _base(name: str) -> str:
-    """What several vectors that belong together are called, as `steer.library.find_vectors` has it."""
-    return name.partition("@")[0]

@@ -35,7 +35,7 @@ from steer.chat.state import (
 )
 from steer.config import ChatConfig
 from steer.generate import Stream, streaming
-from steer.library import find_vectors, load_library
+from steer.library import find_vectors, group_name, load_library
 from steer.runtime import steering
 from steer.vectors import SteeringVector
 
@@ -233,7 +233,7 @@ def _chosen(config: ChatConfig) -> list[tuple[str, float | None]]:
         if first is None:
             fix = "Make one with: saekit vector make"
             raise MissingArtefactError(config.library, expected="a library with a vector", got="none in it", fix=fix)
-        return [(first.partition("@")[0], None)]
+        return [(group_name(first), None)]
     added = [commands.parse(f"/add {words}") for words in config.vectors]
     return [(each.name, each.dose) for each in added if isinstance(each, commands.Add)]
 

@@ -22,7 +22,7 @@ from sae.belongs import check_belongs, check_store
 from sae.torch_view import TorchSae
 from steer.config import MeasureConfig, VectorConfig
 from steer.latents import Places, places_of
-from steer.library import load_library, save_library
+from steer.library import group_name, load_library, save_library
 from steer.making.contrast import from_contrast
 from steer.making.modifier import from_modifier, from_places, load_requests, request_prompt
 from steer.measures.concepts import instruction_of
@@ -211,7 +211,7 @@ def add_to_library(path: Path, *vectors: SteeringVector, instead_of: str | None 
     except MissingArtefactError:
         library = {}
     if instead_of is not None:
-        library = {name: each for name, each in library.items() if name.partition("@")[0] != instead_of}
+        library = {name: each for name, each in library.items() if group_name(name) != instead_of}
     library |= {vector.name: vector for vector in vectors}
     save_library(path, _in_order(list(library.values())))
 

@@ -127,8 +127,7 @@ def make_conditions(
             made.append(_steered("vector", loaded, vector, vector.source["cost"]))
         elif each == "random":
             assert vector is not None
-            drawn = np.random.default_rng(config.seed).standard_normal(loaded.d_model).astype(np.float32)
-            made.append(_steered("random", loaded, replace(vector, direction=drawn / np.linalg.norm(drawn)), {}))
+            made.append(_steered("random", loaded, vector.random(np.random.default_rng(config.seed)), {}))
         elif each == "instruction":
             head = f"{axis.instruction}\n\n"
             made.append(Condition("instruction", head, head=head, cost=_cost(0.0, 0, len(head.encode()))))
