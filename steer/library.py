@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from activations.errors import ConfigError, CorruptArtefactError, MissingArtefactError, UnknownNameError
+from activations.errors import ConfigError, CorruptArtefactError, MissingArtefactError, StorageError, UnknownNameError
 from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from sae.checked_files import JSON_BYTES
@@ -53,7 +53,8 @@ def save_library(path: Path, vectors: Sequence[SteeringVector]) -> str:
 def load_library(path: str | Path) -> dict[str, SteeringVector]:
     """Read the library at `path`, by vector name.
 
-    Raises: MissingArtefactError if there is none, CorruptArtefactError if it is damaged or was changed by hand.
+    Raises: MissingArtefactError if there is none, StorageError if it cannot be read, CorruptArtefactError if it is
+      damaged or was changed by hand.
     """
     path = Path(path)
     try:
@@ -65,6 +66,9 @@ def load_library(path: str | Path) -> dict[str, SteeringVector]:
         raise MissingArtefactError(
             path, expected="a library", got=f"no {Path(error.filename).name}", fix="Make one with: saekit vector make"
         ) from error
+    except OSError as error:
+        fix = "See who may read it."
+        raise StorageError(path, expected="a library that can be read", got=error.strerror, fix=fix) from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _damaged(path, "a manifest that is not JSON") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

@@ -108,8 +108,8 @@ class Shelf:
         for number, path in enumerate(self.opened.libraries):
             try:
                 found.vectors += [entry_of(f"{number}/{name}", vector) for name, vector in load_library(path).items()]
-            except (SaekitError, OSError) as error:
-                found.problems.append(Problem(library=number, name=path.name, detail=_detail(path, error)))
+            except SaekitError as error:
+                found.problems.append(Problem(library=number, name=path.name, detail=detail_of(error)))
         return found
 
     def library(self, number: int) -> Path:
@@ -165,7 +165,7 @@ class Shelf:
             with suppress(SaekitError, OSError):
                 return ActivationStore.open(source.store).stats(hook_point).mean_norm
         for path in self.opened.libraries:
-            with suppress(SaekitError, OSError):
+            with suppress(SaekitError):
                 for vector in load_library(path).values():
                     if (vector.hook_point, vector.model.fingerprint) == (hook_point, model.fingerprint):
                         return vector.mean_norm
@@ -233,13 +233,6 @@ def refusals(shelf: Shelf, basket: Sequence[Item], loaded: LoadedModel | None, *
         else:
             found.append(None)
     return found
-
-
-def _detail(path: Path, error: SaekitError | OSError) -> Refused:
-    if isinstance(error, SaekitError):
-        return detail_of(error)
-    fix = "See who may read it."
-    return {"where": str(path), "expected": "a library that can be read", "got": str(error.strerror), "fix": fix}
 
 
 def as_used(steer: Steer) -> list[SteeringVector]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from activations.errors import ConfigError, CorruptArtefactError, MissingArtefactError, UnknownNameError
+from activations.errors import ConfigError, CorruptArtefactError, MissingArtefactError, StorageError, UnknownNameError
 from activations.store_schema import ModelRef
 from steer.library import find_vector, find_vectors, load_library, save_library
 from steer.vectors import Reader, SteeringVector
@@ -155,3 +155,9 @@ def test_vectors_that_belong_together_are_found_by_one_name(tmp_path: Path, vect
     assert [each.name for each in find_vectors(tmp_path, "tone")] == ["tone"]
     with pytest.raises(UnknownNameError, match="tone"):
         find_vectors(tmp_path, "ton")
+
+
+def test_a_library_that_cannot_be_read_is_said_to_be_so(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(StorageError, match="can be read"):
+        load_library(tmp_path)
