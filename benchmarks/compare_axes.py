@@ -19,9 +19,9 @@ from typing import Any
 from _results import device_name, record
 
 from activations.models import load_model
-from steer.config import CompareAxisConfig
 from steer.making.axes import AXES
 from steer.receipts.compare import compare
+from steer.receipts.config import CompareAxisConfig
 
 KEPT = (
     "value", "effect", "effect_ci95", "ratio", "ratio_ci95", "kl", "nll", "repetition", "tokens", "latency_ms",

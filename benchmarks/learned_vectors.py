@@ -19,7 +19,7 @@ from typing import Any
 from _results import device_name, record
 
 from activations.models import LoadedModel, load_model
-from steer.config import LearnConfig
+from steer.making.config import LearnConfig
 from steer.making.learn import learn
 
 CONTEXTS = Path(__file__).resolve().parents[1] / "configs" / "contexts"

@@ -16,22 +16,9 @@ from activations.config import Config, HarvestConfig
 from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
 from sae.labels.config import LabelConfig
 from steer.browser.config import BrowseConfig
-from steer.config import (
-    CalibrateConfig,
-    ChatConfig,
-    CombineConfig,
-    CompareAxisConfig,
-    DemoConfig,
-    ExportConfig,
-    FindConfig,
-    GateConfig,
-    ImportConfig,
-    InterferenceConfig,
-    LayersConfig,
-    LearnConfig,
-    ScoreConfig,
-    VectorConfig,
-)
+from steer.config import ChatConfig, DemoConfig, ExportConfig, ImportConfig
+from steer.making.config import CombineConfig, FindConfig, GateConfig, LayersConfig, LearnConfig, VectorConfig
+from steer.receipts.config import CalibrateConfig, CompareAxisConfig, InterferenceConfig, ScoreConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -34,7 +34,8 @@ from sae.config import EvaluateConfig, IndexConfig, SaeConfig, TrainConfig
 from sae.evaluate import evaluate
 from sae.index import build_index
 from sae.index_db import FeatureIndex, LatentRow
-from steer.config import DemoConfig, VectorConfig
+from steer.config import DemoConfig
+from steer.making.config import VectorConfig
 from steer.making.make import load_prompts, make_vector
 from steer.making.select import Trial, candidates, try_latents
 from steer.report import write_report

@@ -7,19 +7,9 @@ from typing import Annotated
 
 import typer
 
-from steer.config import (
-    CalibrateConfig,
-    CombineConfig,
-    CompareAxisConfig,
-    FindConfig,
-    GateConfig,
-    InterferenceConfig,
-    LayersConfig,
-    LearnConfig,
-    ScoreConfig,
-    VectorConfig,
-)
+from steer.making.config import CombineConfig, FindConfig, GateConfig, LayersConfig, LearnConfig, VectorConfig
 from steer.options import AsJson, ConfigOption, ConfigPath, DryRun, Overrides
+from steer.receipts.config import CalibrateConfig, CompareAxisConfig, InterferenceConfig, ScoreConfig
 from steer.show import show, status
 
 app = typer.Typer(help="Make steering vectors, choose their dose, and measure what they do.", no_args_is_help=True)

@@ -24,8 +24,8 @@ from activations.errors import ConfigError, MismatchError, NumericsError
 from activations.models import LoadedModel, load_model
 from sae.artefact import SaeArtefact
 from sae.belongs import check_sae
-from steer.config import CombineConfig
 from steer.library import load_library, named
+from steer.making.config import CombineConfig
 from steer.making.make import add_to_library, dose_and_measure
 from steer.measures.concepts import own_concept, read_as
 from steer.measures.effect import Concept

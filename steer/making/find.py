@@ -34,8 +34,8 @@ from sae.artefact import SaeArtefact
 from sae.belongs import check_index, check_sae, check_store
 from sae.index_db import FeatureIndex
 from sae.torch_view import TorchSae
-from steer.config import FindConfig
 from steer.latents import places_of
+from steer.making.config import FindConfig
 
 SHOWN_TOKENS = 3
 

@@ -18,9 +18,9 @@ from activations.errors import ConfigError, MismatchError, TextError
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel, load_model
 from activations.text import read_file
-from steer.config import GateConfig
 from steer.gates import Gate, Readout, calibrate, cosine, energy, peak, probe
 from steer.library import find_vectors
+from steer.making.config import GateConfig
 from steer.making.make import add_to_library
 from steer.vectors import SteeringVector
 

@@ -25,8 +25,8 @@ from activations.hook_points import HookPoint
 from activations.models import LoadedModel, load_model
 from sae.charts import BLUE, GREY, ORANGE, figure, svg
 from sae.metrics import means
-from steer.config import LayersConfig
 from steer.generate import generate_conditions
+from steer.making.config import LayersConfig
 from steer.making.contrast import (
     Read,
     direction_of,

@@ -42,7 +42,7 @@ from activations.models import LoadedModel, load_model
 from activations.text import read_file
 from activations.tokens import special_ids
 from sae.metrics import bootstrap
-from steer.config import LearnConfig
+from steer.making.config import LearnConfig
 from steer.making.distil import (
     Batch,
     Descent,

@@ -20,9 +20,9 @@ from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from sae.belongs import check_belongs, check_store
 from sae.torch_view import TorchSae
-from steer.config import MeasureConfig, VectorConfig
 from steer.latents import Places, places_of
 from steer.library import group_name, load_library, save_library
+from steer.making.config import MeasureConfig, VectorConfig
 from steer.making.contrast import from_contrast
 from steer.making.modifier import from_modifier, from_places, load_requests, request_prompt
 from steer.measures.concepts import instruction_of

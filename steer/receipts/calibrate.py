@@ -28,13 +28,13 @@ import numpy as np
 from activations.errors import ConfigError, TextError
 from activations.models import LoadedModel, Status, load_model
 from activations.text import documents
-from steer.config import CalibrateConfig
 from steer.groups import Group, group_of
 from steer.library import find_vectors
 from steer.making.make import add_to_library, load_prompts
 from steer.measures.concepts import concept_of
 from steer.measures.effect import Arm, Bounds, DoseTrial, choose_dose, sweep_doses, try_arms
 from steer.pairs import load_pairs
+from steer.receipts.config import CalibrateConfig
 from steer.vectors import SteeringVector
 
 Sweep = Callable[[Sequence[float]], list[DoseTrial]]

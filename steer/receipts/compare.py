@@ -39,7 +39,6 @@ from activations.models import LoadedModel, load_model
 from activations.text import documents
 from sae.metrics import means
 from steer.batches import TokenRow, costs, logits_of, padded
-from steer.config import CompareAxisConfig
 from steer.making.axes import Axis, axis_of, pairs_of
 from steer.measures.classifier import TextClassifier, examples_of, fit, late_reader, load_examples
 from steer.measures.disparity import disparity, outcomes_of
@@ -48,6 +47,7 @@ from steer.measures.openings import prompts, read_prompts, swapped_prompts
 from steer.measures.refusal import is_refusal
 from steer.receipts.compare_report import write_report
 from steer.receipts.conditions import Condition, make_conditions, rendered, steer_at
+from steer.receipts.config import CompareAxisConfig
 from steer.receipts.over_seeds import over_seeds
 
 FORMAT = 2

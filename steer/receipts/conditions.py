@@ -26,7 +26,6 @@ from activations.fingerprints import digest, digest_of
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel, chat_prompt
 from activations.tokens import without_bos
-from steer.config import CompareAxisConfig
 from steer.library import load_library
 from steer.making.axes import Axis, shown_texts
 from steer.making.contrast import from_contrast
@@ -35,6 +34,7 @@ from steer.measures.concepts import judged
 from steer.measures.effect import Bounds, choose_dose, sweep_doses
 from steer.operations import Intervention, schedule
 from steer.pairs import ContrastPair
+from steer.receipts.config import CompareAxisConfig
 from steer.receipts.lora import LoraAdapter, adapted, train
 from steer.runtime import steering
 from steer.vectors import SteeringVector

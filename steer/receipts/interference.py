@@ -35,13 +35,13 @@ from activations.errors import ConfigError
 from activations.models import LoadedModel, Status, load_model
 from sae.metrics import RESAMPLES, draw
 from steer.composition import composition, joint_doses, orthogonalised, within_budget
-from steer.config import InterferenceConfig
 from steer.generate import generate_conditions
 from steer.library import load_library, named
 from steer.making.make import load_prompts
 from steer.measures.concepts import concept_of
 from steer.measures.effect import Concept, kl_of, rate, reread, states
 from steer.operations import Intervention
+from steer.receipts.config import InterferenceConfig
 from steer.vectors import SteeringVector
 
 CONTROL = "random_company"

@@ -25,7 +25,7 @@ from torch.nn import functional
 from activations.errors import ConfigError, CorruptArtefactError, NumericsError
 from activations.models import LoadedModel
 from steer.batches import IGNORED, logits_of, padded, token_rows
-from steer.config import LoraTraining
+from steer.receipts.config import LoraTraining
 
 
 @dataclass(frozen=True, eq=False)

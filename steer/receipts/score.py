@@ -36,7 +36,6 @@ from activations.models import LoadedModel, Status, load_model
 from activations.text import documents
 from sae.metrics import means
 from steer.batches import costs
-from steer.config import ScoreConfig
 from steer.groups import Group, group_of
 from steer.library import find_vectors
 from steer.making.contrast import heldout_quality
@@ -48,6 +47,7 @@ from steer.measures.effect import Arm, Concept, Outcome, arms_of, drift, example
 from steer.measures.judge import judge_texts, open_judge
 from steer.measures.refusal import RefusalPrompt, load_refusal_prompts, refusals
 from steer.pairs import ContrastPair, contrast_names, load_pairs
+from steer.receipts.config import ScoreConfig
 from steer.runtime import steering
 from steer.vectors import SteeringVector
 

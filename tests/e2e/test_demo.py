@@ -14,10 +14,11 @@ from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from sae.index_db import FeatureIndex
 from steer import demo
-from steer.config import ChatConfig, DemoConfig, MeasureConfig
+from steer.config import ChatConfig, DemoConfig
 from steer.demo import run_demo, transcript
 from steer.generate import generate
 from steer.library import load_library
+from steer.making.config import MeasureConfig
 from steer.operations import Intervention
 from steer.runtime import steering
 

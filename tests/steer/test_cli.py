@@ -22,9 +22,9 @@ from activations.models import load_model
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from steer import cli, vector_cli
-from steer.config import VectorConfig
 from steer.gates import Gate
 from steer.library import load_library, save_library
+from steer.making.config import VectorConfig
 from steer.making.make import KINDS
 from steer.operations import VECTOR_OPERATIONS
 from steer.show import show

@@ -14,9 +14,9 @@ from numpy.testing import assert_allclose
 from activations.errors import ConfigError, MismatchError, NumericsError, UnknownNameError
 from activations.models import LoadedModel
 from sae.artefact import SaeArtefact
-from steer.config import CombineConfig, MeasureConfig
 from steer.library import load_library, save_library
 from steer.making.arithmetic import check_together, combine, combined, unit, weighted, without
+from steer.making.config import CombineConfig, MeasureConfig
 from steer.measures.concepts import concept_of, own_concept
 from steer.vectors import SteeringVector, from_latent, from_latents
 

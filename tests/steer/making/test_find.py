@@ -16,7 +16,7 @@ from activations.hooks import capture
 from activations.models import LoadedModel
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
-from steer.config import FindConfig
+from steer.making.config import FindConfig
 from steer.making.find import Found, Usual, as_result, find_latents, read_text, usual_in
 
 POINT = HookPoint("resid_post", 1)

@@ -9,9 +9,9 @@ import torch
 
 from activations.errors import ConfigError, MismatchError, TextError
 from activations.models import LoadedModel
-from steer.config import GateConfig
 from steer.gates import Gate, calibrate, cosine, peak
 from steer.library import load_library, save_library
+from steer.making.config import GateConfig
 from steer.making.gate_vector import gate_vector
 from steer.operations import Intervention
 from steer.runtime import steering

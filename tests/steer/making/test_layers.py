@@ -9,7 +9,7 @@ import pytest
 from activations.errors import HookPointError, TextError
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel
-from steer.config import LayersConfig
+from steer.making.config import LayersConfig
 from steer.making.contrast import fit_quality, from_contrast, read_sides
 from steer.making.layers import LayerTrial, as_result, choose_layer, sweep_layers
 from steer.measures.effect import states

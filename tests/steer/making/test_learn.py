@@ -14,8 +14,8 @@ from activations.errors import ConfigError, HookPointError, TextError
 from activations.hook_points import HookPoint
 from activations.hooks import capture
 from activations.models import LoadedModel
-from steer.config import LearnConfig
 from steer.library import load_library
+from steer.making.config import LearnConfig
 from steer.making.distil import (
     Lesson,
     Settings,

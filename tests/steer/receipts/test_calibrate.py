@@ -16,13 +16,13 @@ from activations.errors import ConfigError, MismatchError, TextError
 from activations.models import LoadedModel
 from sae.artefact import SaeArtefact
 from sae.torch_view import TorchSae
-from steer.config import CalibrateConfig
 from steer.library import load_library, save_library
 from steer.measures.concepts import concept_of
 from steer.measures.effect import Arm, Bounds, Concept, DoseTrial, sweep_doses, try_arms
 from steer.operations import Intervention
 from steer.receipts import calibrate
 from steer.receipts.calibrate import calibrate_vector, edges, find_window, halves_of, search, works
+from steer.receipts.config import CalibrateConfig
 from steer.runtime import steering
 from steer.vectors import SteeringVector
 

@@ -13,7 +13,6 @@ from activations.hook_points import HookPoint
 from activations.models import LoadedModel, chat_prompt, load_model
 from activations.text import documents
 from steer.batches import costs
-from steer.config import CompareAxisConfig, LoraTraining
 from steer.library import load_library
 from steer.making.axes import AXES, axis_of, pairs_of, shown_texts
 from steer.measures.effect import reread
@@ -23,6 +22,7 @@ from steer.receipts.compare import _judge as judge_of
 from steer.receipts.compare import _kl as kl_of
 from steer.receipts.compare import axis_prompts, compare, gains, table, wanted, write_texts
 from steer.receipts.conditions import UNSTEERED, make_conditions
+from steer.receipts.config import CompareAxisConfig, LoraTraining
 from steer.receipts.over_seeds import crossed
 
 SMALL: dict[str, Any] = {

@@ -14,12 +14,12 @@ from activations.hook_points import HookPoint
 from activations.models import LoadedModel
 from steer import cli
 from steer.composition import joint_doses
-from steer.config import InterferenceConfig
 from steer.generate import generate_conditions
 from steer.library import save_library
 from steer.measures.effect import Concept, kl_of, kl_per_token
 from steer.operations import Intervention
 from steer.receipts import interference as module
+from steer.receipts.config import InterferenceConfig
 from steer.receipts.interference import CONTROL, Bounds, interference, limit_of, stack_axes, verdict
 from steer.vectors import SteeringVector
 

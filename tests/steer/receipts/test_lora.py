@@ -8,7 +8,7 @@ import torch
 
 from activations.errors import ConfigError, CorruptArtefactError
 from activations.models import LoadedModel, load_model
-from steer.config import LoraTraining
+from steer.receipts.config import LoraTraining
 from steer.receipts.lora import LoraAdapter, adapted, train
 
 PROMPTS, TEXTS = ["The river", "A cat", "Numbers"] * 2, [" ran on to the sea.", " sat on the mat.", " are digits."] * 2

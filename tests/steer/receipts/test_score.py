@@ -13,7 +13,6 @@ from activations.errors import ConfigError
 from activations.models import LoadedModel
 from sae.labels.config import ChatModelConfig
 from steer.batches import costs
-from steer.config import ScoreConfig
 from steer.library import load_library, save_library
 from steer.measures.capability import load_choices
 from steer.measures.effect import Arm, Concept, arms_of, drift, next_tokens, try_arms
@@ -21,6 +20,7 @@ from steer.measures.refusal import is_refusal
 from steer.operations import Intervention
 from steer.pairs import ContrastPair, load_pairs
 from steer.receipts import score
+from steer.receipts.config import ScoreConfig
 from steer.receipts.score import compared, laid_out, score_vector
 from steer.runtime import steering
 from steer.vectors import SteeringVector
