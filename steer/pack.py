@@ -15,6 +15,7 @@ VERSION = r"^(0|[1-9]\d{0,5})\.(0|[1-9]\d{0,5})\.(0|[1-9]\d{0,5})$"
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=4000)]
+Logit = Annotated[tuple[str, Finite], Field(strict=False)]  # JSON has lists for tuples
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -82,9 +83,9 @@ class Feature(Part):
     max_activation: Finite
     history: list[Label] = []
     """oldest first"""
-    top_logits: list[tuple[str, Finite]] = []
+    top_logits: list[Logit] = []
     """tokens that its decoder row raises most, with the rise per unit of activation"""
-    bottom_logits: list[tuple[str, Finite]] = []
+    bottom_logits: list[Logit] = []
     examples: list[Example] = []
     """strongest first"""
     scores: dict[str, Finite] = {}
