@@ -78,6 +78,8 @@ class Library:
         arrays = _read_arrays(path, manifest)
         gates: dict[Any, Any] = {}
         try:
+            if not all(isinstance(manifest[key], list) for key in ("vectors", "features", "kits")):
+                raise TypeError("vectors, features and kits are lists")
             return cls(
                 vectors={entry["name"]: vector_of_entry(entry, arrays, gates) for entry in manifest["vectors"]},
                 about=About.model_validate(manifest["about"]),
@@ -101,14 +103,13 @@ class Library:
         """
         self.check()
         arrays: dict[str, np.ndarray] = {}
-        ordered = [self.vectors[name] for name in sorted(self.vectors)]
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "about": as_json(self.about),
             "sae": None if self.sae is None else as_json(self.sae),
             "features": [as_json(each) for each in sorted(self.features, key=lambda each: each.latent)],
             "kits": [as_json(each) for each in sorted(self.kits, key=lambda each: each.name)],
-            "vectors": [entry_of_vector(vector, arrays) for vector in ordered],
+            "vectors": [entry_of_vector(vector, arrays) for vector in self.vectors.values()],
         }
         files = {VECTORS: save_tensors(arrays), CARD: card(self).encode()} | plots(self)
         refs = {name: as_json(FileRef(bytes=len(data), sha256=_sha256(data))) for name, data in files.items()}

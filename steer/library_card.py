@@ -61,7 +61,7 @@ def card(library: Library) -> str:
     models = sorted({f"{each.model.id} ({each.model.fingerprint[:12]})" for each in library.vectors.values()})
     facts += [f"For {', '.join(map(_plain, models))}."] if models else []
     lines += [" ".join(facts), ""] if facts else []
-    lines += _vectors(list(library.vectors[name] for name in sorted(library.vectors)))
+    lines += _vectors([*library.vectors.values()])
     if shown_of(library):
         lines += [f"![effects]({PLOT})", "", LEGEND, ""]
     lines += _kits(library.kits) + _features(library)
@@ -133,16 +133,17 @@ def _features(library: Library) -> list[str]:
     lines = ["## Features", ""]
     if sae is not None:
         lines += [f"Latents of a {sae.architecture} SAE with {sae.d_sae} latents at {sae.hook_point}.", ""]
-    lines += _head(["latent", "label", "by", "density", "says more of", "vector"])
+    lines += _head(["latent", "label", "by", "density", "strongest on", "vector"])
     for feature in sorted(library.features, key=lambda each: each.latent):
         lines.append(_row(_cells(feature)))
     return [*lines, ""]
 
 
 def _cells(feature: Feature) -> list[str]:
-    raised = " ".join(f"`{token.strip()}`" for token, _ in feature.top_logits[:5] if token.strip() and "`" not in token)
+    peaks = (each.tokens[max(range(len(each.tokens)), key=each.activations.__getitem__)] for each in feature.examples)
+    strongest = " ".join(dict.fromkeys(f"`{token.strip()}`" for token in peaks if token.strip() and "`" not in token))
     share = f"{100 * feature.density:.2g}%"
-    return [str(feature.latent), feature.label, feature.author, share, raised, feature.vector or "-"]
+    return [str(feature.latent), feature.label, feature.author, share, strongest, feature.vector or "-"]
 
 
 def _figure(vector: SteeringVector, path: Sequence[str]) -> str:

@@ -47,9 +47,7 @@ def add(config: AddConfig) -> Library:
     if config.kit is not None:
         kit = Kit(name=config.kit, summary=config.summary, vectors=config.of)
         library = replace(library, kits=[each for each in library.kits if each.name != kit.name] + [kit])
-    library = linked(library)
-    library.save(config.library)
-    return library
+    return _saved(library, config.library)
 
 
 def merge(config: MergeConfig) -> Library:
@@ -76,9 +74,7 @@ def merge(config: MergeConfig) -> Library:
             features=list((features | _by_latent(library.features)).values()),
             sae=merged.sae or (library.sae and library.sae.model_copy(update={"dtype": None})),
         )
-    merged = linked(merged)
-    merged.save(config.out)
-    return merged
+    return _saved(merged, config.out)
 
 
 def difference(path: Path, other: Path) -> dict[str, dict[str, list[str]]]:
@@ -120,6 +116,14 @@ def shown(path: Path, name: str | None) -> dict[str, Any]:
             return kind[name]
     expected = f"one of {', '.join(each for kind in parts.values() for each in kind)}"
     raise UnknownNameError(f"{path}: '{name}'", expected=expected, got=f"'{name}'", fix="Correct the name.")
+
+
+def _saved(library: Library, path: Path) -> Library:
+    """With vectors in order of their names, and features linked to theirs."""
+    ordered = {name: library.vectors[name] for name in sorted(library.vectors)}
+    library = linked(replace(library, vectors=ordered))
+    library.save(path)
+    return library
 
 
 def _opened(path: Path) -> Library:

@@ -6,7 +6,7 @@ Left out: files and hashes (`steer.library`), and where features come from (`ste
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 """of a library: what a directory, a file and a repository may be called everywhere"""
@@ -70,6 +70,12 @@ class Example(Part):
     tokens: Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=256)]
     activations: Annotated[list[Finite], Field(max_length=256)]
     """one a token, in units of the residual stream"""
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> "Example":
+        if not self.tokens or len(self.tokens) != len(self.activations):
+            raise ValueError("as many activations as tokens, and one at least")
+        return self
 
 
 class Feature(Part):
