@@ -4,9 +4,11 @@ import typer
 
 from steer.config import ExportConfig, ImportConfig
 from steer.options import AsJson, ConfigPath, DryRun, Overrides
+from steer.packs.cli import app as packs_app
 from steer.show import show
 
-app = typer.Typer(help="Move steering vectors between libraries and other projects.", no_args_is_help=True)
+app = typer.Typer(help="Share libraries, and move steering vectors to other projects and back.", no_args_is_help=True)
+app.registered_commands += packs_app.registered_commands
 
 
 @app.command()

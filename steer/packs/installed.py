@@ -1,0 +1,54 @@
+"""Packs that are installed on this machine, by name and version.
+
+They are in the folder that `SAEKIT_LIBRARIES` names, else in `saekit/libraries` of `$XDG_DATA_HOME` or
+`~/.local/share`, each as NAME/VERSION, which is a library like any other. Wherever a library is asked for, NAME or
+NAME@VERSION stands for one that is installed, unless there is a path of that name. Left out: how they get there
+(`steer.packs.install`).
+"""
+
+import os
+from pathlib import Path
+
+from activations.errors import MissingArtefactError
+from steer.packs.names import MANIFEST, is_pack_name, is_version, newest, parse_pack_name, version_order
+
+
+def store() -> Path:
+    """Where installed packs are."""
+    chosen = os.environ.get("SAEKIT_LIBRARIES")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "saekit" / "libraries"
+
+
+def versions(name: str) -> dict[str, Path]:
+    """Version -> directory of what is installed of a pack, oldest first."""
+    folder = store() / name
+    found = [path for path in (folder.iterdir() if folder.is_dir() else ()) if is_version(path.name)]
+    there = [path for path in found if (path / MANIFEST).is_file()]
+    return {path.name: path for path in sorted(there, key=lambda path: version_order(path.name))}
+
+
+def installed() -> dict[str, dict[str, Path]]:
+    """Name -> version -> directory of all that is installed."""
+    folder = store()
+    names = sorted(path.name for path in (folder.iterdir() if folder.is_dir() else ()) if is_pack_name(path.name))
+    return {name: found for name in names if (found := versions(name))}
+
+
+def resolve(library: str | Path) -> Path:
+    """The directory that a path, or the NAME or NAME@VERSION of an installed pack, stands for.
+
+    A path that exists is itself, and so is what is neither: whoever opens it says that it is not there.
+
+    Raises: MissingArtefactError if other versions of the pack are installed, but not this one.
+    """
+    path = Path(library)
+    wanted = parse_pack_name(str(library))
+    if wanted is None or path.exists() or not (found := versions(wanted.name)):
+        return path
+    version = wanted.version or newest(found)
+    if version not in found:
+        fix = f"Install it with: saekit library install --set pack={wanted}"
+        raise MissingArtefactError(f"pack {wanted}", expected=f"one of {', '.join(found)}", got=f"'{version}'", fix=fix)
+    return found[version]
