@@ -86,9 +86,10 @@ def verify(
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
     from steer.packs.install import verify as run
+    from steer.packs.names import printable
 
     manifest, signed = run(**settings.model_dump(), on_status=status)
-    about = {key: manifest[key] for key in ("name", "version", "content_sha256")}
+    about = {key: printable(str(manifest.get(key))) for key in ("name", "version", "content_sha256")}
     show({**about, "files": len(manifest["files"]), "signed": str(signed)}, json_)
 
 

@@ -11,12 +11,14 @@ What is installed stays what it is: the same version with other content is refus
 is replaced. Left out: packs that need other packs, and removing one, for which its folder is removed by hand.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from activations.errors import ArtefactError, ConfigError, MismatchError
+from activations.progress import Advance, progress
 from steer.packs.archive import FRAME_BYTES, unpack_archive
 from steer.packs.catalogue import find_pack, read_catalogue
 from steer.packs.contents import SIGNATURE_BYTES, copy_pack, damaged, declared_files, read_small
@@ -146,17 +148,26 @@ def _from_catalogue(
 
 def _archive(place: str, staged: Path, on_status: Status, entry: IndexedPack | None = None) -> Path:
     """The archive at a path or an address, on this disk; of an index's entry, of the size and the hash that it says."""
-    if entry is None and not is_web(place):
-        return local_path(place)
-    if is_web(place):
-        on_status(f"downloading {shown(place)}" + ("" if entry is None else f", {entry.bytes:,} bytes"))
-    if entry is not None:
-        check_room(staged, entry.bytes)
     path = staged / f"archive{ARCHIVE_SUFFIX}"
-    sha256 = write_hashed(path, parts_of(place, FRAME_BYTES if entry is None else entry.bytes))
-    if entry is not None and sha256 != entry.sha256:
+    if entry is None:
+        if not is_web(place):
+            return local_path(place)
+        on_status(f"downloading {shown(place)}")
+        write_hashed(path, parts_of(place, FRAME_BYTES))
+        return path
+    check_room(staged, entry.bytes)
+    bar = progress(entry.file, entry.bytes, "bytes") if is_web(place) else nullcontext(lambda n_bytes: None)
+    with bar as advance:
+        sha256 = write_hashed(path, _told(parts_of(place, entry.bytes), advance))
+    if sha256 != entry.sha256:
         raise damaged(shown(place), f"the archive that the index names, {entry.sha256[:12]}", sha256[:12])
     return path
+
+
+def _told(parts: Iterable[bytes], advance: Advance) -> Iterator[bytes]:
+    for part in parts:
+        yield part
+        advance(len(part))
 
 
 def _put(staged: Path, target: Path, manifest: Mapping[str, Any]) -> bool:

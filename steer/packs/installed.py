@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from activations.errors import MissingArtefactError
+from steer.packs.disk import explained
 from steer.packs.names import MANIFEST, is_pack_name, is_version, newest, parse_pack_name, version_order
 
 
@@ -45,7 +46,11 @@ def resolve(library: str | Path) -> Path:
     """
     path = Path(library)
     wanted = parse_pack_name(str(library))
-    if wanted is None or path.exists() or not (found := versions(wanted.name)):
+    if wanted is None or os.path.exists(path):
+        return path
+    with explained(store()):
+        found = versions(wanted.name)
+    if not found:
         return path
     version = wanted.version or newest(found)
     if version not in found:

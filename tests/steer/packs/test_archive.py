@@ -73,7 +73,7 @@ def test_a_pack_that_is_not_as_listed_is_not_written(make_pack: Callable[..., Pa
             (lambda pack: (pack / "README.md").write_bytes(b"# A pacK\n"), "other content"),
             (lambda pack: (pack / "README.md").write_bytes(b"# A longer pack\n"), "9 bytes"),
             (lambda pack: (pack / "README.md").unlink(), "README.md"),
-            (lambda pack: ((pack / "README.md").unlink(), (pack / "README.md").symlink_to("manifest.json")), "README"),
+            (lambda pack: ((pack / "README.md").rename(pack / "x"), (pack / "README.md").symlink_to("x")), "README"),
             (lambda pack: ((pack / "README.md").unlink(), os.mkfifo(pack / "README.md")), "something else"),
         ]
     ):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,36 @@ def test_publishers_at_once_lose_nothing(
     found = read_catalogue(str(tmp_path / "catalogue"))
     assert [pack.version for pack in found] == [f"1.{number}.0" for number in range(8)]
     assert list((tmp_path / "catalogue").glob(".partial-*")) == []
+
+
+def _publish_slowly(pack: Path, where: Path, signs: Path) -> None:
+    """Between reading the index and writing it, wait until somebody says go."""
+    sync = catalogue_module.sync
+
+    def wait(path: Path) -> None:
+        (signs / "inside").touch()
+        while not (signs / "go").exists():
+            time.sleep(0.01)
+        sync(path)
+
+    catalogue_module.sync = wait
+    publish_to_catalogue(pack, where)
+
+
+def test_a_publisher_waits_for_another(
+    make_pack: Callable[..., Path], tmp_path: Path, start_process: Callable[..., Any]
+) -> None:
+    first = start_process(_publish_slowly, make_pack("a"), tmp_path / "catalogue", tmp_path)
+    while not (tmp_path / "inside").exists():
+        assert first.is_alive()
+        time.sleep(0.01)
+    second = start_process(_publish, make_pack("b", version="1.1.0"), tmp_path / "catalogue")
+    second.join(2)  # without a lock it is done by then, and the first one overwrites its entry
+    (tmp_path / "go").touch()
+    for process in (first, second):
+        process.join(120)
+        assert process.exitcode == 0
+    assert [pack.version for pack in read_catalogue(str(tmp_path / "catalogue"))] == ["1.0.0", "1.1.0"]
 
 
 STEPS = ("write_archive", "unpack_archive", "_enter", "sync", "write_whole")
