@@ -1,85 +1,172 @@
-"""A library: steering vectors in one directory that can be checked, read by a person, and passed on.
+"""A library: steering vectors, labelled features and kits in one directory that can be checked, read and passed on.
 
-    manifest.json        per vector: model, hook point, operation, scope, gate, coefficient, dose, window, source,
-                         receipts; content hash
+    manifest.json        what the library is, its vectors, features and kits, and size and hash of every other file
     vectors.safetensors  one float32 unit direction a vector, by name, those of readers, and the weights of gates
-    README.md            the same for people
+    README.md, plots/    the same for people
+    sae/                 optional: the SAE that the features are latents of
 
-The content hash covers the vectors and the manifest, and is checked on loading. Vectors that belong
-together, one a layer, are named NAME@HOOK_POINT, and found by NAME. Left out: signatures.
+Flow of saving: 1. what is written is put together in memory; 2. each file is written beside its place and synced, the
+manifest last; 3. all are renamed into place. What was stopped in between is finished by whoever opens it next. Loading
+trusts nothing: sizes are compared before files are read, hashes before they are believed.
+
+The content hash is that of the manifest, which has the hashes of all files, so that it covers everything; the same
+content has the same bytes. Vectors that belong together, one a layer, are named NAME@HOOK_POINT, and found by NAME, as
+those of a kit are by its name. Left out: signatures, archives and catalogues (`steer.packs`).
 """
 
 import hashlib
 import json
-import math
+import os
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from activations.errors import ConfigError, CorruptArtefactError, MissingArtefactError, StorageError, UnknownNameError
+from activations.errors import (
+    ConfigError,
+    CorruptArtefactError,
+    MissingArtefactError,
+    SaekitError,
+    StorageError,
+    UnknownNameError,
+)
 from activations.hook_points import HookPoint
-from activations.store_schema import ModelRef
+from sae.artefact import file_sha256
 from sae.checked_files import JSON_BYTES
-from steer.gate_files import condition_of, entry_of
-from steer.gates import Condition, Gate, gates_of
-from steer.operations import vector_operation
-from steer.scopes import Scope
-from steer.vectors import Reader, SteeringVector
+from steer.library_card import card, plots
+from steer.library_entries import entry_of_vector, vector_of_entry
+from steer.pack import About, Feature, FileRef, Kit, SaeRef, as_json
+from steer.vectors import SteeringVector
 
-FORMAT = "saekit-library-3"
+FORMAT = "saekit-library-4"
+MANIFEST, VECTORS, CARD, SIGNATURE = "manifest.json", "vectors.safetensors", "README.md", "signature.json"
+SAE = "sae"
+"""directory of the SAE in a library"""
+PARTIAL = ".partial"
+FILE_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_-]{0,63}/){0,2}[A-Za-z0-9_][A-Za-z0-9_-]{0,63}\.[a-z0-9]{1,16}")
+"""what files of a library may be called: at most two directories deep, and nothing that a system takes specially"""
+
+
+@dataclass(frozen=True)
+class Library:
+    """What a library holds."""
+
+    vectors: dict[str, SteeringVector] = field(default_factory=dict)
+    about: About = field(default_factory=About)
+    features: list[Feature] = field(default_factory=list)
+    kits: list[Kit] = field(default_factory=list)
+    sae: SaeRef | None = None
+    attached: dict[str, FileRef] = field(default_factory=dict)
+    """files that are kept as they are, by relative path: those of the SAE"""
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Library":
+        """Read the library at `path`; of attached files only that they are named.
+
+        Raises: MissingArtefactError if there is none, StorageError if it cannot be read, CorruptArtefactError if it is
+          damaged or was changed by hand.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        arrays = _read_arrays(path, manifest)
+        gates: dict[Any, Any] = {}
+        try:
+            return cls(
+                vectors={entry["name"]: vector_of_entry(entry, arrays, gates) for entry in manifest["vectors"]},
+                about=About.model_validate(manifest["about"]),
+                features=[Feature.model_validate(each) for each in manifest["features"]],
+                kits=[Kit.model_validate(each) for each in manifest["kits"]],
+                sae=None if manifest["sae"] is None else SaeRef.model_validate(manifest["sae"]),
+                attached={
+                    name: FileRef.model_validate(each)
+                    for name, each in manifest["files"].items()
+                    if name.startswith(f"{SAE}/")
+                },
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise damaged(path, _first_problem(error)) from error
+
+    def save(self, path: Path) -> str:
+        """Write the library to `path` and return its content hash; attached files must be there already.
+
+        Raises: ConfigError for names that do not fit together or a gate that cannot be kept, before anything is
+          written; StorageError.
+        """
+        self.check()
+        arrays: dict[str, np.ndarray] = {}
+        ordered = [self.vectors[name] for name in sorted(self.vectors)]
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "about": as_json(self.about),
+            "sae": None if self.sae is None else as_json(self.sae),
+            "features": [as_json(each) for each in sorted(self.features, key=lambda each: each.latent)],
+            "kits": [as_json(each) for each in sorted(self.kits, key=lambda each: each.name)],
+            "vectors": [entry_of_vector(vector, arrays) for vector in ordered],
+        }
+        files = {VECTORS: save_tensors(arrays), CARD: card(self).encode()} | plots(self)
+        refs = {name: as_json(FileRef(bytes=len(data), sha256=_sha256(data))) for name, data in files.items()}
+        refs |= {name: as_json(ref) for name, ref in self.attached.items()}
+        manifest["files"] = {name: refs[name] for name in sorted(refs)}
+        manifest["content_sha256"] = content_hash(manifest)
+        _write(path, files | {MANIFEST: (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()})
+        return manifest["content_sha256"]
+
+    def check(self) -> None:
+        """Raise ConfigError if a kit or a feature names what is not there, or two things have one name."""
+        known = {*self.vectors, *(group_name(name) for name in self.vectors)}
+        for kit in self.kits:
+            for name in kit.vectors.keys() - known:
+                fix = "Add it, or leave it out."
+                raise ConfigError(f"kit '{kit.name}'", expected="vectors of this library", got=f"'{name}'", fix=fix)
+        names = [*known, *(kit.name for kit in self.kits)]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"'{name}'", expected="one thing of this name", got="several", fix="Rename one.")
+        latents = [feature.latent for feature in self.features]
+        if len(set(latents)) < len(latents) or (latents and self.sae is None):
+            fix = "Add features with saekit library add."
+            raise ConfigError("features", expected="one a latent, of one SAE", got="others", fix=fix)
+
+    def find(self, path: str | Path, name: str | None) -> list[SteeringVector]:
+        """The vector of this name, or those of NAME@HOOK_POINT in the order of a pass, or those of a kit at its
+        coefficients; the first if there is no name.
+
+        Raises: UnknownNameError listing the names there are.
+        """
+        if name is None:
+            name = group_name(next(iter(self.vectors), ""))
+        for kit in self.kits:
+            if kit.name == name:
+                return [
+                    replace(vector, coefficient=factor * vector.coefficient)
+                    for each, factor in kit.vectors.items()
+                    for vector in self.find(path, each)
+                ]
+        parts = [vector for each, vector in self.vectors.items() if each.startswith(f"{name}@")]
+        if name in self.vectors or not parts:
+            return [named(self.vectors, path, name)]
+        return sorted(parts, key=lambda vector: HookPoint.parse(vector.hook_point).depth)
 
 
 def save_library(path: Path, vectors: Sequence[SteeringVector]) -> str:
-    """Write `vectors` as the library at `path` and return its content hash.
+    """Write `vectors` as those of the library at `path`, and return its content hash; the rest of it is kept.
 
-    Raises: ConfigError for a gate that cannot be kept, before anything is written.
+    Raises: as `Library.save` does.
     """
-    arrays = {vector.name: np.ascontiguousarray(vector.direction, np.float32) for vector in vectors}
-    manifest: dict[str, Any] = {"format": FORMAT, "vectors": [_entry(vector, arrays) for vector in vectors]}
-    tensors = save_tensors(arrays)
-    manifest["content_sha256"] = _content_hash(tensors, manifest["vectors"])
-    path.mkdir(parents=True, exist_ok=True)
-    _replace(path / "vectors.safetensors", tensors)
-    _replace(path / "README.md", _card(vectors).encode())
-    _replace(path / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
-    return manifest["content_sha256"]
+    library = Library.open(path) if (path / MANIFEST).exists() else Library()
+    return replace(library, vectors={vector.name: vector for vector in vectors}).save(path)
 
 
 def load_library(path: str | Path) -> dict[str, SteeringVector]:
-    """Read the library at `path`, by vector name.
-
-    Raises: MissingArtefactError if there is none, StorageError if it cannot be read, CorruptArtefactError if it is
-      damaged or was changed by hand.
-    """
-    path = Path(path)
-    try:
-        if (path / "manifest.json").stat().st_size > JSON_BYTES:
-            raise _damaged(path, f"a manifest of more than {JSON_BYTES >> 20} MiB")
-        manifest = json.loads((path / "manifest.json").read_text())
-        tensors = (path / "vectors.safetensors").read_bytes()
-    except FileNotFoundError as error:
-        raise MissingArtefactError(
-            path, expected="a library", got=f"no {Path(error.filename).name}", fix="Make one with: saekit vector make"
-        ) from error
-    except OSError as error:
-        fix = "See who may read it."
-        raise StorageError(path, expected="a library that can be read", got=error.strerror, fix=fix) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _damaged(path, "a manifest that is not JSON") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise _damaged(path, "another format")
-    if manifest.get("content_sha256") != _content_hash(tensors, manifest.get("vectors")):
-        raise _damaged(path, "content that does not match its hash")
-    try:
-        arrays, gates = load_tensors(tensors), {}
-        return {entry["name"]: _vector(entry, arrays, gates) for entry in manifest["vectors"]}
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    """The vectors of the library at `path`, by name. Raises: as `Library.open` does."""
+    return Library.open(path).vectors
 
 
 def find_vector(path: str | Path, name: str | None) -> SteeringVector:
@@ -88,15 +175,16 @@ def find_vector(path: str | Path, name: str | None) -> SteeringVector:
     return named(vectors, path, next(iter(vectors), "") if name is None else name)
 
 
+def find_vectors(path: str | Path, name: str | None) -> list[SteeringVector]:
+    """As `Library.find` in the library at `path`."""
+    return Library.open(path).find(path, name)
+
+
 def named(vectors: Mapping[str, SteeringVector], path: str | Path, name: str) -> SteeringVector:
     """One of the vectors that were read from `path`. Raises: UnknownNameError listing the names there are."""
     if name not in vectors:
-        raise UnknownNameError(
-            f"{path}: vector '{name}'",
-            expected=f"one of {', '.join(vectors)}",
-            got=f"'{name}'",
-            fix="Correct the name.",
-        )
+        expected = f"one of {', '.join(vectors)}"
+        raise UnknownNameError(f"{path}: vector '{name}'", expected=expected, got=f"'{name}'", fix="Correct the name.")
     return vectors[name]
 
 
@@ -105,178 +193,146 @@ def group_name(name: str) -> str:
     return name.partition("@")[0]
 
 
-def find_vectors(path: str | Path, name: str | None) -> list[SteeringVector]:
-    """The vector of this name, or else those of NAME@HOOK_POINT, in the order of a pass; the first if there is no name.
+# --- files -----------------------------------------------------------------------------------------------------------
 
-    Raises: UnknownNameError listing the names there are.
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the library at `path`, whose format and hash are right and whose files are named as files may be.
+
+    Raises: as `Library.open` does.
     """
-    vectors = load_library(path)
-    if name is None:
-        name = group_name(next(iter(vectors), ""))
-    parts = [vector for each, vector in vectors.items() if each.startswith(f"{name}@")]
-    if name in vectors or not parts:
-        return [named(vectors, path, name)]
-    return sorted(parts, key=lambda vector: HookPoint.parse(vector.hook_point).depth)
+    try:
+        return _checked(path, _read(path / MANIFEST, JSON_BYTES))
+    except CorruptArtefactError:
+        if not _finish(path):
+            raise
+        return _checked(path, _read(path / MANIFEST, JSON_BYTES))
 
 
-def _entry(vector: SteeringVector, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """A vector's part of the manifest; the weights of its gates are added to `arrays`."""
-    return {
-        "name": vector.name,
-        "model": vector.model.model_dump(mode="json"),
-        "hook_point": vector.hook_point,
-        "operation": vector.operation,
-        "scope": vector.scope,
-        "gate": _gate_entry(vector, arrays),
-        "coefficient": vector.coefficient,
-        "dose": vector.dose(vector.coefficient),
-        "window": None if vector.window is None else list(vector.window),
-        "reader": _reader_entry(vector, arrays),
-        "mean_norm": vector.mean_norm,
-        "source": vector.source,
-        "receipts": vector.receipts,
-    }
+def parse_manifest(where: str | Path, content: bytes) -> dict[str, Any]:
+    """The same from the bytes of one. Raises: CorruptArtefactError."""
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise damaged(where, "a manifest that is not JSON") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise damaged(where, "another format")
+    if manifest.get("content_sha256") != content_hash(manifest):
+        raise damaged(where, "content that does not match its hash")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(map(_may_be_called, files)):
+        raise damaged(where, "files with names that files may not have")
+    try:
+        for each in files.values():
+            FileRef.model_validate(each)
+    except ValidationError as error:
+        raise damaged(where, _first_problem(error)) from error
+    return manifest
 
 
-def _gate_entry(vector: SteeringVector, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
-    if vector.gate is None:
-        return None
-    entry, weights = entry_of(vector.gate)
-    for gate in entry["gates"]:
-        gate["weight"] = _add(arrays, vector, f"gate/{gate['name']}", weights[gate["name"]])
-    return entry
+def content_hash(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without it, as JSON with sorted keys and no spaces."""
+    rest = {key: value for key, value in manifest.items() if key != "content_sha256"}
+    return _sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
 
-def _reader_entry(vector: SteeringVector, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
-    if vector.reader is None:
-        return None
-    direction = _add(arrays, vector, "reader", vector.reader.direction)
-    return {"direction": direction, "hook_point": vector.reader.hook_point, "midpoint": vector.reader.midpoint}
+def verify_files(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare every file that a manifest names with its size and hash.
+
+    Raises: CorruptArtefactError for the first that is missing, no regular file, or another.
+    """
+    for name, ref in manifest["files"].items():
+        file = path / name
+        if file.is_symlink() or not file.is_file():
+            raise damaged(path, f"no file {name}")
+        if file.stat().st_size != ref["bytes"] or file_sha256(file) != ref["sha256"]:
+            raise damaged(path, f"a file {name} that does not match its hash")
 
 
-def _add(arrays: dict[str, np.ndarray], vector: SteeringVector, what: str, row: np.ndarray) -> str:
-    """Add what belongs to a vector to `arrays`, and return its name there."""
-    name = f"{vector.name}/{what}"
-    if name in arrays:
-        fix = "Rename one of them."
-        raise ConfigError(f"vector '{vector.name}'", expected="names of its own", got=name, fix=fix)
-    arrays[name] = np.ascontiguousarray(row, np.float32)
-    return name
-
-
-def _reader(entry: Any, arrays: Mapping[str, np.ndarray], d_model: int) -> Reader | None:
-    if entry is None:
-        return None
-    point = str(HookPoint.parse(entry["hook_point"]))
-    return Reader(_row(arrays, entry["direction"], d_model), point, _number(entry, "midpoint"))
-
-
-def _gate(entry: Any, arrays: Mapping[str, np.ndarray], d_model: int, known: dict[Any, Gate]) -> Condition | None:
-    if entry is None:
-        return None
-    weights = {gate["name"]: _row(arrays, gate["weight"], d_model) for gate in entry["gates"]}
-    return condition_of(entry, weights, known)
-
-
-def _row(arrays: Mapping[str, np.ndarray], name: str, d_model: int) -> np.ndarray:
-    row = arrays[name]
-    if row.shape != (d_model,) or row.dtype != np.float32 or not np.isfinite(row).all():
-        raise ValueError(
-            f"a direction or gate of {row.dtype} and shape {row.shape} for d_model {d_model}, or not finite"
-        )
-    return row
-
-
-def _number(entry: dict[str, Any], key: str) -> float:
-    value = entry[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{key} {value!r}")
-    return float(value)
-
-
-def _vector(entry: dict[str, Any], arrays: Mapping[str, np.ndarray], gates: dict[Any, Gate]) -> SteeringVector:
-    model = ModelRef.model_validate(entry["model"])
-    return SteeringVector(
-        name=entry["name"],
-        direction=_row(arrays, entry["name"], model.d_model),
-        hook_point=str(HookPoint.parse(entry["hook_point"])),
-        model=model,
-        mean_norm=_number(entry, "mean_norm"),
-        source=entry["source"],
-        coefficient=_number(entry, "coefficient"),
-        receipts=entry["receipts"],
-        operation=_known_operation(entry["operation"]),
-        scope=str(Scope.parse(entry["scope"])),
-        gate=_gate(entry["gate"], arrays, model.d_model, gates),
-        window=_window(entry["window"]),
-        reader=_reader(entry.get("reader"), arrays, model.d_model),  # libraries of an earlier saekit have none
-    )
-
-
-def _window(ends: list[float] | None) -> tuple[float, float] | None:
-    if ends is None:
-        return None
-    low, high = map(float, ends)
-    if not low <= high or not np.isfinite([low, high]).all():
-        raise ValueError(f"a window from {low} to {high}")
-    return low, high
-
-
-def _known_operation(name: str) -> str:
-    vector_operation(name)
-    return name
-
-
-def _content_hash(tensors: bytes, entries: object) -> str:
-    return hashlib.sha256(tensors + json.dumps(entries, sort_keys=True).encode()).hexdigest()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
-
-
-FIGURES: dict[str, tuple[str, ...]] = {
-    "effect": ("effect",),
-    "random control": ("random_control_effect",),
-    "KL": ("kl",),
-    "capability": ("capability", "steered", "accuracy_change"),
-    "refusal of harmful": ("refusal", "steered", "harmful_change"),
-    "refusal of harmless": ("refusal", "steered", "harmless_change"),
-}
-"""column of the card -> where it is in a receipt"""
-
-
-def _card(vectors: Sequence[SteeringVector]) -> str:
-    lines = ["# Steering vectors", "", "Each is used at its hook point, on the tokens of its scope.", ""]
-    columns = ["vector", "model", "hook point", "operation", "scope", "gate", "coefficient", "window", "dose", *FIGURES]
-    lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    for vector in vectors:
-        cells = [vector.name, vector.model.id, vector.hook_point, vector.operation, vector.scope]
-        cells.append(", ".join(gate.name for gate in gates_of(vector.gate)) or "-")
-        cells.append(f"{vector.coefficient:.3g}")
-        cells.append("-" if vector.window is None else " to ".join(f"{end:.3g}" for end in vector.window))
-        cells.append(f"{vector.dose(vector.coefficient):.2f}")
-        lines.append("| " + " | ".join([*cells, *(_figure(vector, path) for path in FIGURES.values())]) + " |")
-    notes = (
-        "Effect: rise in the share of generated tokens on which the concept shows. Window: coefficients at which the "
-        "vector was found to work and to do no harm. Capability and refusal: change in the share of questions answered "
-        "rightly, and of prompts refused. All are of the newest receipt that has them, at this coefficient."
-    )
-    return "\n".join([*lines, "", notes, ""])
-
-
-def _figure(vector: SteeringVector, path: Sequence[str]) -> str:
-    """A figure of the newest receipt that has it, at the vector's own coefficient."""
-    for receipt in reversed(vector.receipts):
-        found: Any = receipt
-        for key in path:
-            found = found.get(key) if isinstance(found, dict) else None
-        if isinstance(found, float) and receipt.get("coefficient", vector.coefficient) == vector.coefficient:
-            return f"{found:+.3f}"
-    return "-"
-
-
-def _damaged(path: Path, got: str) -> CorruptArtefactError:
+def damaged(path: str | Path, got: str) -> CorruptArtefactError:
+    """The error for a library that is not what it should be."""
     return CorruptArtefactError(path, expected="an intact library", got=got, fix="Get it again from where it came.")
+
+
+def _may_be_called(name: str) -> bool:
+    """Whether it is a path of plain words that means the same on every system, and stays in its directory."""
+    return bool(FILE_NAME.fullmatch(name)) and name not in (MANIFEST, SIGNATURE)
+
+
+def _checked(path: Path, content: bytes) -> dict[str, Any]:
+    manifest = parse_manifest(path, content)
+    ref = manifest["files"].get(VECTORS)
+    if ref is None:
+        raise damaged(path, f"no {VECTORS}")
+    data = _read(path / VECTORS, ref["bytes"])
+    if len(data) != ref["bytes"] or _sha256(data) != ref["sha256"]:
+        raise damaged(path, f"a file {VECTORS} that does not match its hash")
+    return manifest
+
+
+def _read_arrays(path: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    try:
+        return load_tensors(_read(path / VECTORS, manifest["files"][VECTORS]["bytes"]))
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _read(file: Path, most: int) -> bytes:
+    try:
+        if file.stat().st_size > most:
+            raise damaged(file.parent, f"a {file.name} of more than {most} bytes")
+        return file.read_bytes()
+    except FileNotFoundError as error:
+        raise MissingArtefactError(
+            file.parent, expected="a library", got=f"no {file.name}", fix="Make one with: saekit vector make"
+        ) from error
+    except OSError as error:
+        fix = "See who may read it."
+        raise StorageError(
+            file.parent, expected="a library that can be read", got=str(error.strerror), fix=fix
+        ) from error
+
+
+def _write(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write files beside their places, the last of them last, and rename them in that order."""
+    try:
+        for name, data in files.items():
+            target = path / (name + PARTIAL)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(target, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in files:
+            (path / (name + PARTIAL)).replace(path / name)
+    except OSError as error:
+        fix = "Check the place and its free space."
+        raise StorageError(path, expected="a library that can be written", got=str(error.strerror), fix=fix) from error
+
+
+def _finish(path: Path) -> bool:
+    """Finish a saving that was stopped while it renamed; whether there was one, and it was whole."""
+    partial = path / (MANIFEST + PARTIAL)
+    try:
+        manifest = parse_manifest(path, _read(partial, JSON_BYTES))
+        waiting = [name for name in manifest["files"] if (path / (name + PARTIAL)).is_file()]
+        for name, ref in manifest["files"].items():
+            file = path / (name + PARTIAL if name in waiting else name)
+            if not file.is_file() or file_sha256(file) != ref["sha256"]:
+                return False
+        for name in [*waiting, MANIFEST]:
+            (path / (name + PARTIAL)).replace(path / name)
+    except (SaekitError, OSError):
+        return False
+    return True
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _first_problem(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return f"{type(error).__name__}: {error}"

@@ -123,30 +123,39 @@ def tiny_tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
     """A folder with a random Llama of 4 blocks and d_model 32, and its tokenizer. Do not write into it."""
+    return _random_llama(tmp_path_factory.mktemp("models") / "tiny-llama", tiny_tokenizer, 32)
+
+
+@pytest.fixture(scope="session")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """The same with d_model 64: on CPUs that compute in bfloat16, bitsandbytes packs rows of multiples of 64."""
+    return _random_llama(tmp_path_factory.mktemp("models") / "wide-llama", tiny_tokenizer, 64)
+
+
+def _random_llama(folder: Path, tokenizer: Any, d_model: int) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from activations.quiet import quiet_transformers
 
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=d_model,
+        intermediate_size=2 * d_model,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=len(tiny_tokenizer),
+        vocab_size=len(tokenizer),
         max_position_embeddings=512,
         initializer_range=0.2,
         bos_token_id=None,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        pad_token_id=tiny_tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
     with torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
-        tiny_tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -5,6 +5,7 @@ becomes an answer with where, expected, got and fix. Every other path is the pag
 names. Left out: listening on a port (`steer.browser.serve`).
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -21,6 +22,7 @@ from starlette.routing import compile_path
 from activations.errors import MismatchError, MissingArtefactError, SaekitError, StorageError, UnknownNameError
 from steer.browser.accounts import accounts_router
 from steer.browser.bench import bench_router
+from steer.browser.bench_runs import Runs
 from steer.browser.comparisons import Comparisons, comparisons_router
 from steer.browser.entry import entry_router
 from steer.browser.features import features_router
@@ -59,11 +61,12 @@ def create_app(
       team: whose accounts an admin may change; none: there is one account.
       database: URL of the database that keeps what people write of latents; none: each index its own.
     """
-    labelling, comparisons = Labelling(opened, database), Comparisons(opened)
+    labelling, comparisons, runs = Labelling(opened, database), Comparisons(opened), Runs(model)
 
     @asynccontextmanager
     async def closing(app: FastAPI) -> AsyncIterator[None]:
         yield
+        await asyncio.to_thread(runs.close)
         labelling.close()
         comparisons.close()
 
@@ -83,7 +86,7 @@ def create_app(
     routers = [
         entry_router(opened, model, is_team=team is not None), lists_router(listings), features_router(listings),
         prompts_router(listings, model, saes), maps_router(opened), comparisons_router(comparisons),
-        labelling_router(labelling), results_router(labelling), bench_router(opened, model, saes),
+        labelling_router(labelling), results_router(labelling), bench_router(opened, model, saes, runs),
     ]  # fmt: skip
     for router in routers if team is None else [*routers, accounts_router(team)]:
         app.include_router(router)

@@ -52,9 +52,9 @@ class Kept(Body):
     names: list[Name] = Field(max_length=MOST_ITEMS, description="one for each item")
 
 
-def bench_router(opened: Opened, model: SharedModel, saes: Saes) -> APIRouter:
+def bench_router(opened: Opened, model: SharedModel, saes: Saes, runs: Runs) -> APIRouter:
     """Routes of the bench."""
-    router, shelf, runs, saving = APIRouter(prefix="/api/bench"), Shelf(opened, saes), Runs(model), threading.Lock()
+    router, shelf, saving = APIRouter(prefix="/api/bench"), Shelf(opened, saes), threading.Lock()
 
     @router.get("/catalogue")
     def catalogue(account: Viewer) -> Catalogue:

@@ -10,6 +10,7 @@ import asyncio
 import json
 import secrets
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 MOST_RUNS = 8
 """that write or wait at once"""
+CLOSING_S = 10.0
+"""a token takes less; a model that is being loaded may take more"""
 MOST_CHANGES = 100
 """of doses that are known beforehand"""
 
@@ -89,6 +92,7 @@ class Runs:
 
     def __init__(self, model: SharedModel):
         self._model, self._runs, self._lock = model, dict[str, Run](), threading.Lock()
+        self._threads = weakref.WeakSet[threading.Thread]()
 
     def start(self, run: Run) -> AsyncIterator[str]:
         """Begin to write. Raises: ConfigError if too many do, or for changes of another number of doses."""
@@ -98,8 +102,18 @@ class Runs:
             if len(self._runs) >= MOST_RUNS:
                 raise ConfigError("bench", expected=f"at most {MOST_RUNS} runs", got="more", fix="Wait for one to end.")
             self._runs[run.id] = run
-        threading.Thread(target=self._work, args=(run,), daemon=True).start()
+        thread = threading.Thread(target=self._work, args=(run,), daemon=True)
+        self._threads.add(thread)
+        thread.start()
         return _events(run)
+
+    def close(self) -> None:
+        """Stop all that write, and wait until each has left the model as it was, for CLOSING_S each at most."""
+        with self._lock:
+            for run in self._runs.values():
+                run.stop.set()
+        for thread in list(self._threads):
+            thread.join(CLOSING_S)
 
     def dose(self, id_: str, account: str, doses: Doses) -> None:
         """Other doses from the next token on. Raises: UnknownNameError, ConfigError."""
@@ -153,7 +167,8 @@ def _write(run: Run, loaded: Any) -> None:
                 _change(run, stream, wanted, n, is_planned=False)
             elif n in planned:
                 _change(run, stream, planned[n], n, is_planned=True)
-        run.say("end", {"texts": texts, "fired": stream.steered.fired()})
+        fired = stream.steered.fired()
+    run.say("end", {"texts": texts, "fired": fired})  # whoever hears of it finds the model as it was
 
 
 def _gates(steered: Steering) -> list[dict[str, tuple[float, bool]]]:

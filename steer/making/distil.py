@@ -19,19 +19,22 @@ Left out: which parameters there are (`steer.making.learn`, `steer.making.soft_p
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from activations.errors import ConfigError, NumericsError
 from activations.generate import continuation_ids
 from activations.models import LoadedModel, chat_prompt
 from activations.progress import progress
 
+DIFFERENTIABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""kernels of attention whose gradient is finite at padding, which attends to nothing; that of cuDNN is not"""
 CHECKS = 4
 """how often in a training its parameters are tried on the prompts set aside"""
 
@@ -211,7 +214,7 @@ def descend(
 
     Args:
       bound: brings the parameter back to where it may be, in place, behind each step.
-    Raises: NumericsError if the loss is not finite.
+    Raises: NumericsError if the loss or its gradient is not finite.
     """
     start, generator = time.perf_counter(), np.random.default_rng(settings.seed)
     optimiser = torch.optim.Adam([parameter], lr=settings.lr)
@@ -224,11 +227,13 @@ def descend(
                 order = np.concatenate([order, generator.permutation(len(fit))])
             some, order = [fit[i] for i in order[: settings.batch]], order[settings.batch :]
             optimiser.zero_grad()
-            loss = divergence(loaded, student, some).mean()
-            if not bool(loss.isfinite()):
-                fix = "Lower lr."
-                raise NumericsError(f"{what}, step {step}", expected="a finite loss", got=float(loss), fix=fix)
-            loss.backward()
+            with sdpa_kernel(DIFFERENTIABLE):
+                loss = divergence(loaded, student, some).mean()
+                loss.backward()
+            steepness = float(torch.linalg.vector_norm(cast(Tensor, parameter.grad)))
+            if not np.isfinite([float(loss.detach()), steepness]).all():
+                got, fix = f"{float(loss.detach()):g} and {steepness:g}", "Lower lr."
+                raise NumericsError(f"{what}, step {step}", expected="a finite loss and gradient", got=got, fix=fix)
             optimiser.step()
             falling.step()
             with torch.no_grad():

@@ -13,14 +13,14 @@ from activations.quantised import QUANTISATIONS, Quantisation, quantisation_conf
 
 
 @pytest.fixture(scope="module", params=QUANTISATIONS)
-def small(request: pytest.FixtureRequest, tiny_llama: Path) -> LoadedModel:
-    return load_model(str(tiny_llama), device="cpu", dtype="float32", quantization=request.param)
+def small(request: pytest.FixtureRequest, wide_llama: Path) -> LoadedModel:
+    return load_model(str(wide_llama), device="cpu", dtype="float32", quantization=request.param)
 
 
 def test_a_quantised_model_is_told_by_its_id_and_fits_vectors_of_its_weights(
-    small: LoadedModel, tiny_llama: Path
+    small: LoadedModel, wide_llama: Path
 ) -> None:
-    whole = load_model(str(tiny_llama), device="cpu", dtype="float32")
+    whole = load_model(str(wide_llama), device="cpu", dtype="float32")
     assert (small.fingerprint, small.dtype) == (whole.fingerprint, whole.dtype)
     assert small.id in {f"{whole.id}+{name}" for name in QUANTISATIONS}
     assert small.ref == replace(whole, id=small.id).ref

@@ -572,15 +572,13 @@ def damaged(path: Path, tmp: Path, name: str, content: str) -> Path:
 
 def resigned(made: Made, tmp: Path) -> Path:
     """A library whose manifest was changed by someone who also made its hash right."""
-    from steer.library import _content_hash
+    from steer.library import content_hash
 
     shutil.copytree(made.library, tmp / "library")
     path = tmp / "library" / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["vectors"][0]["model"] = {"id": 1}
-    manifest["content_sha256"] = _content_hash(
-        (tmp / "library" / "vectors.safetensors").read_bytes(), manifest["vectors"]
-    )
+    manifest["content_sha256"] = content_hash(manifest)
     path.write_text(json.dumps(manifest))
     return tmp / "library"
 

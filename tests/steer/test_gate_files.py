@@ -174,14 +174,14 @@ def test_a_gate_that_was_tampered_with_is_one_error(
 
     save_tensors = library.save_tensors
     monkeypatch.setattr(library, "save_tensors", save)
-    entries = library._entry
+    entries = library.entry_of_vector
 
     def damaged(*args: Any) -> dict[str, Any]:
         entry = entries(*args)
         damage(entry["gate"])
         return entry
 
-    monkeypatch.setattr(library, "_entry", damaged)
+    monkeypatch.setattr(library, "entry_of_vector", damaged)
     save_library(tmp_path, [replace(vector, gate=gate("a"))])
     with pytest.raises((CorruptArtefactError, LookupError)) as caught:
         load_library(tmp_path)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,8 +22,15 @@ POINT = HookPoint("resid_post", 1)
 
 
 @pytest.fixture(scope="module", params=QUANTISATIONS)
-def small(request: pytest.FixtureRequest, tiny_llama: Path) -> LoadedModel:
-    return load_model(str(tiny_llama), device="cpu", dtype="float32", quantization=request.param)
+def small(request: pytest.FixtureRequest, wide_llama: Path) -> LoadedModel:
+    return load_model(str(wide_llama), device="cpu", dtype="float32", quantization=request.param)
+
+
+@pytest.fixture
+def vector(small: LoadedModel) -> SteeringVector:
+    """A random unit direction at resid_post.1."""
+    direction = np.random.default_rng(0).standard_normal(small.d_model).astype(np.float32)
+    return SteeringVector("up", direction / np.linalg.norm(direction), str(POINT), small.ref, 4.0, {})
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from activations.models import LoadedModel
+from steer.browser import bench_runs
 from steer.browser.app import create_app
 from steer.browser.guard import Account
 from steer.browser.model import SharedModel
@@ -129,6 +131,21 @@ def test_who_goes_away_frees_the_model_and_who_waits_is_told(client: httpx.Clien
         stack.enter_context(shared.using())
         response = stack.enter_context(client.stream("POST", "/api/bench/stream", json=asked()))
         assert next(events(response))[0] == "waiting"
+
+
+def test_a_browser_that_stops_leaves_the_model_as_it_was(
+    library: Path, shared: SharedModel, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_runs, "_gates", lambda steered: time.sleep(0.5) or [])  # it would end by itself
+    app = create_app(Opened({}, (library,)), single(Account("ada", "admin"), TOKEN), LOOPBACK, shared)
+    with contextlib.ExitStack() as stack:
+        with serving(app) as where:
+            client = stack.enter_context(_client(where))
+            for _ in range(2):  # the second waits for the first
+                answer = client.stream("POST", "/api/bench/stream", json=asked(max_new_tokens=400))
+                next(events(stack.enter_context(answer)))
+            assert "generate" in vars(tiny.model), "it is being steered"
+        assert "generate" not in vars(tiny.model)
 
 
 def _use(shared: SharedModel, freed: threading.Event) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from activations.errors import ConfigError, HookPointError, TextError
+from activations.errors import ConfigError, HookPointError, NumericsError, TextError
 from activations.hook_points import HookPoint
 from activations.hooks import capture
 from activations.models import LoadedModel
@@ -178,6 +178,20 @@ def test_the_best_checkpoint_is_kept(tiny: LoadedModel, taught: list[Lesson]) ->
     assert descent.checks[descent.kept] < descent.checks[12]
     assert descent.kept <= 9
     assert float(divergences(tiny, student, taught[4:], 2).mean()) == pytest.approx(descent.checks[descent.kept])
+
+
+def test_a_gradient_that_is_not_finite_stops_before_anything_moves(tiny: LoadedModel, taught: list[Lesson]) -> None:
+    """It was NaN where the loss was not: cuDNN's attention, at padding, which is therefore not used either."""
+    student = _Steered(tiny, SITES, Scope.parse("all"))
+
+    def steep(batch: Any) -> torch.Tensor:
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        return student(batch) + (student.moved.sum() * 0).abs().sqrt()
+
+    with pytest.raises(NumericsError, match=r"step 1: expected a finite loss and gradient, got [0-9.]+ and nan"):
+        descend("vectors", tiny, steep, student.moved, taught[:4], taught[4:], Settings(4, 2, 0.05, 0))
+    assert not student.moved.any()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_soft_prompt_stands_in_front_behind_the_padding(tiny: LoadedModel, taught: list[Lesson]) -> None:

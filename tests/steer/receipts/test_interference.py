@@ -44,7 +44,8 @@ def planted(tiny: LoadedModel) -> tuple[list[SteeringVector], list[Concept]]:
         coefficient = float(400 / rows[list(TOKENS)].norm(dim=1).mean())
         vectors.append(SteeringVector(f"t{token}", unit, "resid_post.3", tiny.ref, coefficient / 2, {}, coefficient))
         own = embedding[token]
-        concepts.append(Concept(EMBEDDING, lambda x, own=own: (x - own).norm(dim=-1) < 1e-4))
+        # a model in bfloat16 has it rounded
+        concepts.append(Concept(EMBEDDING, lambda x, own=own: (x.float() - own).norm(dim=-1) < 0.01 * own.norm()))
     return vectors, concepts
 
 
