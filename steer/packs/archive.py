@@ -17,7 +17,6 @@ version of libzstd; the content hash does not.
 """
 
 import hashlib
-import json
 import os
 import tarfile
 import uuid
@@ -29,6 +28,7 @@ import zstandard
 
 from activations.errors import MissingArtefactError
 from sae.checked_files import JSON_BYTES
+from steer.library import MANIFEST, SIGNATURE, parse_manifest
 from steer.packs.contents import (
     BLOCK,
     FILE_BYTES,
@@ -38,12 +38,10 @@ from steer.packs.contents import (
     damaged,
     declared_files,
     file_parts,
-    manifest_of,
     read_small,
 )
-from steer.packs.contract import read_manifest
 from steer.packs.disk import check_room, explained, sync, write_hashed
-from steer.packs.names import ARCHIVE_SUFFIX, MANIFEST, SIGNATURE, named_version
+from steer.packs.names import ARCHIVE_SUFFIX, name_of
 
 TAR_BLOCK = tarfile.BLOCKSIZE
 LEVEL = 10
@@ -71,12 +69,14 @@ def write_archive(directory: Path, file: Path, signature: bytes | None = None) -
       signature: content of its signature.json; None: that of the directory, if it has one.
     Raises: ConfigError for a library without name or version; CorruptArtefactError if a file is not as listed.
     """
-    manifest = read_manifest(directory)
-    named_version(directory, manifest)
+    content = read_small(directory / MANIFEST, JSON_BYTES)
+    if content is None:
+        fix = "Make one with: saekit vector make"
+        raise MissingArtefactError(directory, expected="a library", got=f"no {MANIFEST}", fix=fix)
+    manifest = parse_manifest(directory, content)
+    name_of(directory, manifest)
     declared = declared_files(directory, manifest)
-    small = {MANIFEST: read_small(directory / MANIFEST, JSON_BYTES) or b""}
-    if json.loads(small[MANIFEST]) != manifest:
-        raise damaged(directory, "a manifest that stays as it is", "one that changed just now")
+    small = {MANIFEST: content}
     signature = read_small(directory / SIGNATURE, SIGNATURE_BYTES) if signature is None else signature
     if signature is not None:
         small[SIGNATURE] = signature
@@ -119,8 +119,9 @@ def unpack_archive(file: Path, target: Path, where: object = None) -> dict[str, 
         target.mkdir()
         decompressor = zstandard.ZstdDecompressor(max_window_size=1 << WINDOW_LOG)
         reader = _Reader(where, decompressor.stream_reader(raw, closefd=False), length)
-        write_hashed(target / MANIFEST, reader.member(MANIFEST, at_most=JSON_BYTES))
-        manifest = manifest_of(where, target)
+        content = b"".join(reader.member(MANIFEST, at_most=JSON_BYTES))
+        manifest = parse_manifest(str(where), content)
+        (target / MANIFEST).write_bytes(content)
         declared = declared_files(where, manifest)
         check_room(target, sum(size for size, _ in declared.values()))
         if reader.next_name == SIGNATURE:

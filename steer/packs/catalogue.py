@@ -23,7 +23,7 @@ from steer.packs.contents import sha256_of
 from steer.packs.disk import explained, locked, staging, sync, write_whole
 from steer.packs.index_file import INDEX, INDEX_BYTES, IndexedPack, index_bytes, index_entry, parse_index
 from steer.packs.keys import trusted_keys
-from steer.packs.names import ARCHIVE_SUFFIX, PackName, newest, version_order
+from steer.packs.names import ARCHIVE_SUFFIX, PackName, name_of, newest, version_order
 from steer.packs.signature import check_signature
 from steer.packs.web import inside, read_place, shown
 
@@ -123,10 +123,11 @@ def publish_to_catalogue(directory: Path, catalogue: Path, signature: bytes | No
         write_archive(directory, archive, signature)
         manifest = unpack_archive(archive, staged / "read")
         signed = check_signature(directory, staged / "read", manifest, trusted_keys())
+        name, version = name_of(directory, manifest)
         entry = index_entry(
             directory,
             manifest,
-            file=f"{manifest['name']}-{manifest['version']}{ARCHIVE_SUFFIX}",
+            file=f"{name}-{version}{ARCHIVE_SUFFIX}",
             n_bytes=archive.stat().st_size,
             sha256=sha256_of(archive),
             signer=signed.fingerprint,

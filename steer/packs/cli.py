@@ -86,11 +86,12 @@ def verify(
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
     from steer.packs.install import verify as run
-    from steer.packs.names import printable
+    from steer.packs.names import about_of
 
     manifest, signed = run(**settings.model_dump(), on_status=status)
-    about = {key: printable(str(manifest.get(key))) for key in ("name", "version", "content_sha256")}
-    show({**about, "files": len(manifest["files"]), "signed": str(signed)}, json_)
+    about = about_of(settings.pack, manifest)
+    named = {"name": about.name, "version": about.version, "content_sha256": manifest["content_sha256"]}
+    show({**named, "files": len(manifest["files"]), "signed": str(signed)}, json_)
 
 
 @app.command()

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 from activations.errors import ConfigError, EndpointError, MissingArtefactError, SaekitError
 from activations.quiet import first_line
 from sae.checked_files import JSON_BYTES
-from steer.packs.contents import SIGNATURE_BYTES, copy_pack, damaged, declared_files, manifest_of
-from steer.packs.names import MANIFEST, SIGNATURE, printable
+from steer.library import MANIFEST, SIGNATURE, parse_manifest
+from steer.packs.contents import SIGNATURE_BYTES, copy_pack, damaged, declared_files, read_small
+from steer.packs.names import name_of, printable
 
 HUB = "hub:"
 _SPEC = re.compile(r"hub:(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -53,19 +54,19 @@ def push(directory: Path, spec: str, staged: Path, signature: bytes | None = Non
     """
     place = parse_hub(spec)
     manifest = copy_pack(directory, staged / "pack")
+    name, version = name_of(directory, manifest)
     if signature is not None:
         (staged / "pack" / SIGNATURE).write_bytes(signature)
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api, revision = HfApi(), place.revision or "main"
-    names = [name for name in (MANIFEST, SIGNATURE, *manifest["files"]) if (staged / "pack" / name).is_file()]
-    adds = [CommitOperationAdd(name, staged / "pack" / name) for name in names]
+    files = [file for file in (MANIFEST, SIGNATURE, *manifest["files"]) if (staged / "pack" / file).is_file()]
+    adds = [CommitOperationAdd(file, staged / "pack" / file) for file in files]
     with _explained(spec):
         api.create_repo(place.repo, exist_ok=True)
-        is_stale = SIGNATURE not in names and api.file_exists(place.repo, SIGNATURE, revision=revision)
+        is_stale = SIGNATURE not in files and api.file_exists(place.repo, SIGNATURE, revision=revision)
         gone = [CommitOperationDelete(SIGNATURE)] if is_stale else []
-        message = f"{manifest['name']} {manifest['version']}"
-        return api.create_commit(place.repo, [*adds, *gone], commit_message=message, revision=revision).oid
+        return api.create_commit(place.repo, [*adds, *gone], commit_message=f"{name} {version}", revision=revision).oid
 
 
 def pull(spec: str, target: Path, on_status: Callable[[str], None]) -> dict[str, Any]:
@@ -82,8 +83,8 @@ def pull(spec: str, target: Path, on_status: Callable[[str], None]) -> dict[str,
         about = HfApi().model_info(place.repo, revision=place.revision, files_metadata=True)
         sizes = {file.rfilename: file.size for file in about.siblings or ()}
         _check_sizes(spec, sizes)
-        folder = Path(hf_hub_download(place.repo, MANIFEST, revision=about.sha)).parent
-        declared = declared_files(spec, manifest_of(spec, folder))
+        manifest = read_small(Path(hf_hub_download(place.repo, MANIFEST, revision=about.sha)), JSON_BYTES)
+        declared = declared_files(spec, parse_manifest(spec, manifest or b""))
         for name, (size, _) in declared.items():
             if sizes.get(name) != size:
                 raise damaged(f"{spec}: {name}", f"{size} bytes, as the manifest lists", f"{sizes.get(name)}")

@@ -15,17 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from activations.errors import CorruptArtefactError
+from steer.pack import NAME, VERSION
 from steer.packs.archive import FRAME_BYTES
-from steer.packs.contents import damaged
-from steer.packs.names import (
-    ARCHIVE_SUFFIX,
-    file_name_problem,
-    is_pack_name,
-    is_version,
-    named_version,
-    printable,
-    version_order,
-)
+from steer.packs.contents import damaged, models_of
+from steer.packs.names import ARCHIVE_NAME, about_of, name_of, printable, version_order
 
 FORMAT = "saekit-catalogue-1"
 INDEX = "index.json"
@@ -34,22 +27,15 @@ LINE_CHARACTERS = 1000
 """of one text"""
 
 
-def _checked(is_right: Any, what: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if not is_right(value):
-            raise ValueError(what)
-        return value
-
-    return AfterValidator(check)
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("a line of plain text")
+    return text
 
 
-Line = Annotated[str, StringConstraints(max_length=LINE_CHARACTERS), _checked(str.isprintable, "a line of plain text")]
+Line = Annotated[str, StringConstraints(max_length=LINE_CHARACTERS), AfterValidator(_one_line)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-ArchiveName = Annotated[
-    str,
-    _checked(lambda name: name.endswith(ARCHIVE_SUFFIX) and "/" not in name, f"a name that ends in {ARCHIVE_SUFFIX}"),
-    _checked(lambda name: file_name_problem(name) is None, "a name that is safe on any disk"),
-]
+ArchiveName = Annotated[str, StringConstraints(pattern=ARCHIVE_NAME)]
 
 
 class _Part(BaseModel):
@@ -66,8 +52,8 @@ class IndexedModel(_Part):
 class IndexedPack(_Part):
     """A pack as the index of a catalogue tells of it."""
 
-    name: Annotated[str, _checked(is_pack_name, "the name of a pack")]
-    version: Annotated[str, _checked(is_version, "a version such as 1.0.0")]
+    name: Annotated[str, StringConstraints(pattern=NAME)]
+    version: Annotated[str, StringConstraints(pattern=VERSION)]
     file: ArchiveName
     bytes: int = Field(gt=0, le=2 * FRAME_BYTES)
     sha256: Sha256
@@ -116,9 +102,9 @@ def index_entry(
     where: object, manifest: Mapping[str, Any], *, file: str, n_bytes: int, sha256: str, signer: str | None
 ) -> IndexedPack:
     """What an index says of a pack. Raises: CorruptArtefactError if its manifest does not say enough."""
-    name, version = named_version(where, dict(manifest))
+    (name, version), about = name_of(where, manifest), about_of(where, manifest)
+    models = models_of(where, manifest)
     try:
-        models = {(each["model"]["id"], each["model"]["fingerprint"]) for each in manifest["vectors"]}
         return IndexedPack(
             name=name,
             version=version,
@@ -126,9 +112,9 @@ def index_entry(
             bytes=n_bytes,
             sha256=sha256,
             content_sha256=manifest["content_sha256"],
-            summary=_line(manifest["summary"]),
-            licence=_line(manifest["licence"]),
-            models=[IndexedModel(id=_line(each), fingerprint=of) for each, of in sorted(models)],
+            summary=_line(about.summary),
+            licence=_line(about.licence),
+            models=[IndexedModel(id=_line(models[of]), fingerprint=of) for of in sorted(models)],
             vectors=[_line(each["name"]) for each in manifest["vectors"]],
             features=[_line(each["label"]) for each in manifest["features"]],
             kits=[_line(each["name"]) for each in manifest["kits"]],

@@ -19,16 +19,16 @@ from typing import Any, NamedTuple
 
 from activations.errors import ArtefactError, ConfigError, MismatchError
 from activations.progress import Advance, progress
+from steer.library import SIGNATURE, read_manifest, verify_files
 from steer.packs.archive import FRAME_BYTES, unpack_archive
 from steer.packs.catalogue import find_pack, read_catalogue
-from steer.packs.contents import SIGNATURE_BYTES, copy_pack, damaged, declared_files, read_small
-from steer.packs.contract import read_manifest, verify_files
+from steer.packs.contents import SIGNATURE_BYTES, copy_pack, damaged, declared_files, models_of, read_small
 from steer.packs.disk import check_room, explained, locked, place, staging, write_hashed, write_whole
 from steer.packs.hub import HUB, pull
 from steer.packs.index_file import IndexedPack
 from steer.packs.installed import resolve, store
 from steer.packs.keys import trusted_keys
-from steer.packs.names import ARCHIVE_SUFFIX, SIGNATURE, named_version, parse_pack_name, printable
+from steer.packs.names import ARCHIVE_SUFFIX, name_of, parse_pack_name, printable
 from steer.packs.signature import Signed, check_signature, require_trusted
 from steer.packs.web import inside, is_web, local_path, parts_of, shown
 
@@ -80,9 +80,9 @@ def install(
             require_trusted(where, checked.signed)
         if fingerprint is not None:
             _check_model(where, models_of(where, checked.manifest), fingerprint)
-        name, version = named_version(where, checked.manifest)
+        name, version = name_of(where, checked.manifest)
         with locked(folder):
-            is_new = _put(staged / "pack", folder / name / version, checked.manifest)
+            is_new = _put(staged / "pack", folder / name / version, checked.manifest["content_sha256"])
         sha256 = checked.manifest["content_sha256"]
         return Installed(folder / name / version, name, version, sha256, checked.signed, is_new)
 
@@ -100,9 +100,10 @@ def verify(
             manifest = unpack_archive(path, Path(folder, "pack"))
             signed = check_signature(path, Path(folder, "pack"), manifest, trusted_keys())
     else:
-        manifest = read_manifest(path)
-        declared_files(path, manifest)
-        verify_files(path, manifest)
+        with explained(path):
+            manifest = read_manifest(path)
+            declared_files(path, manifest)
+            verify_files(path, manifest)
         signed = check_signature(path, path, manifest, trusted_keys())
     if require_signature:
         require_trusted(path, signed)
@@ -139,9 +140,9 @@ def _from_catalogue(
         _check_model(where, {model.fingerprint: model.id for model in entry.models}, fingerprint)
     archive = _archive(inside(catalogue, entry.file), staged, on_status, entry)
     manifest = unpack_archive(archive, staged / "pack", where)
-    found = (manifest["name"], manifest["version"], manifest["content_sha256"])
+    found = (*name_of(where, manifest), manifest["content_sha256"])
     if found != (entry.name, entry.version, entry.content_sha256):
-        got = f"{found[0]} {found[1]} of content {str(found[2])[:12]}"
+        got = f"{found[0]} {found[1]} of content {found[2][:12]}"
         raise damaged(where, f"the pack that the index names, of content {entry.content_sha256[:12]}", got)
     return where, manifest
 
@@ -170,7 +171,7 @@ def _told(parts: Iterable[bytes], advance: Advance) -> Iterator[bytes]:
         advance(len(part))
 
 
-def _put(staged: Path, target: Path, manifest: Mapping[str, Any]) -> bool:
+def _put(staged: Path, target: Path, content_sha256: str) -> bool:
     """Under the store's lock: the pack in place, unless it is there. Returns whether it is new."""
     try:
         known = read_manifest(target)
@@ -178,23 +179,13 @@ def _put(staged: Path, target: Path, manifest: Mapping[str, Any]) -> bool:
     except ArtefactError:  # not there, or damaged: nothing that is worth keeping
         place(staged, target)
         return True
-    if known["content_sha256"] != manifest["content_sha256"]:
+    if known["content_sha256"] != content_sha256:
         expected, fix = "the content that is installed as this version", f"Remove {target} first, if you mean it."
-        raise MismatchError(
-            f"{manifest['name']} {manifest['version']}", expected=expected, got="other content", fix=fix
-        )
+        raise MismatchError(f"{target.parent.name} {target.name}", expected=expected, got="other content", fix=fix)
     signature = read_small(staged / SIGNATURE, SIGNATURE_BYTES)
     if signature is not None:
         write_whole(target / SIGNATURE, signature)
     return False
-
-
-def models_of(where: object, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Fingerprint -> id of the models that a pack has something for."""
-    try:
-        return {str(each["model"]["fingerprint"]): str(each["model"]["id"]) for each in manifest["vectors"]}
-    except (KeyError, TypeError) as error:
-        raise damaged(where, "vectors with their models", "others") from error
 
 
 def _check_model(where: object, models: Mapping[str, str], fingerprint: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from activations.errors import MissingArtefactError
 from steer.packs.disk import explained
-from steer.packs.names import MANIFEST, is_pack_name, is_version, newest, parse_pack_name, version_order
+from steer.packs.names import is_pack_name, is_version, newest, parse_pack_name, version_order
 
 
 def store() -> Path:
@@ -26,7 +26,7 @@ def versions(name: str) -> dict[str, Path]:
     """Version -> directory of what is installed of a pack, oldest first."""
     folder = store() / name
     found = [path for path in (folder.iterdir() if folder.is_dir() else ()) if is_version(path.name)]
-    there = [path for path in found if (path / MANIFEST).is_file()]
+    there = [path for path in found if (path / "manifest.json").is_file()]
     return {path.name: path for path in sorted(there, key=lambda path: version_order(path.name))}
 
 

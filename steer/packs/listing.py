@@ -5,11 +5,11 @@ Left out: comparing files with their hashes, which `steer.packs.install.verify` 
 
 from typing import Any
 
-from activations.errors import ArtefactError
-from steer.packs.contract import read_manifest
+from activations.errors import SaekitError
+from steer.library import read_manifest
 from steer.packs.installed import installed, store
 from steer.packs.keys import trusted_keys
-from steer.packs.names import printable
+from steer.packs.names import about_of, printable
 from steer.packs.signature import check_signature
 
 
@@ -20,9 +20,9 @@ def describe_installed() -> dict[str, Any]:
         for version, path in found.items():
             try:
                 manifest = read_manifest(path)
-                summary, n_vectors = str(manifest.get("summary") or ""), len(manifest["vectors"])
+                summary, n_vectors = about_of(path, manifest).summary, len(manifest["vectors"])
                 signed = str(check_signature(path, path, manifest, trusted_keys()))
-            except (ArtefactError, KeyError, TypeError) as error:
+            except (SaekitError, KeyError, TypeError) as error:
                 summary, n_vectors, signed = "", 0, f"damaged: {error}"
             rows[f"{name}@{version}"] = {"summary": printable(summary), "vectors": n_vectors, "signed": signed}
     return {"store": store(), "packs": rows}

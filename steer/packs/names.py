@@ -1,28 +1,22 @@
-"""Names in packs: those of files, of packs, and their versions; and what is fit to be shown.
+"""Names of packs and their versions, names of files that cannot be beside each other, and what is fit to be shown.
 
-A pack comes from anybody, and its files are written to this disk under the names that it gives. So a name is a relative
-path in ASCII that means the same everywhere: no "..", no backslash, drive, NUL or leading dash, no name that Windows
-keeps for a device, and no two names that differ in case alone. Versions are those of semver.org without build metadata,
-which has no order. Left out: what is in the files.
+What files of a library may be called says `steer.library`, and what a library may be called `steer.pack`. Here is what
+is added where a pack comes from anybody: no name that Windows keeps for a device, no two names that differ in case
+alone, and no file that is the folder of another. Left out: what is in the files.
 """
 
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-from activations.errors import ConfigError
+from pydantic import ValidationError
 
-MANIFEST, SIGNATURE = "manifest.json", "signature.json"
+from activations.errors import ConfigError, CorruptArtefactError
+from steer.pack import NAME, VERSION, About
+
 ARCHIVE_SUFFIX = ".tar.zst"
-NAME_CHARACTERS = 100
-"""of the path of a file, and of the name of a pack with its version; what a tar header holds"""
-
-_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+=,-]*")
+ARCHIVE_NAME = r"^[a-z0-9][a-z0-9._-]{0,120}\.tar\.zst$"
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
-_PACK = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
-_NUMBER = r"(0|[1-9][0-9]{0,8})"
-_WORD = r"(?:0|[1-9][0-9]{0,8}|[0-9]*[A-Za-z-][0-9A-Za-z-]*)"
-_VERSION = re.compile(rf"{_NUMBER}\.{_NUMBER}\.{_NUMBER}(?:-({_WORD}(?:\.{_WORD})*))?")
 
 
 class PackName(NamedTuple):
@@ -30,27 +24,19 @@ class PackName(NamedTuple):
 
     name: str
     version: str | None
-    """none: the newest"""
+    """none: the newest that there is"""
 
     def __str__(self) -> str:
         return self.name if self.version is None else f"{self.name}@{self.version}"
 
 
-def file_name_problem(name: str) -> str | None:
-    """What is wrong with the path of a file in a pack, in words; None if nothing is.
+def is_device(file: str) -> bool:
+    """Whether a part of a path is a name that Windows keeps for a device.
 
-    >>> file_name_problem("plots/joy@resid_post.12.svg")
-    >>> file_name_problem("../.bashrc")
-    'a part that is empty, starts with a dot or a dash, or has unusual letters'
+    >>> is_device("plots/aux.svg"), is_device("plots/auxiliary.svg")
+    (True, False)
     """
-    if len(name) > NAME_CHARACTERS:
-        return f"more than {NAME_CHARACTERS} characters"
-    for part in name.split("/"):
-        if not _PART.fullmatch(part) or part.endswith("."):
-            return "a part that is empty, starts with a dot or a dash, or has unusual letters"
-        if _DEVICE.fullmatch(part):
-            return "a name that Windows keeps for a device"
-    return None
+    return any(_DEVICE.fullmatch(part) for part in file.split("/"))
 
 
 def clash(names: Iterable[str]) -> str | None:
@@ -72,33 +58,28 @@ def clash(names: Iterable[str]) -> str | None:
     return min(files & folders, default=None)
 
 
-def is_pack_name(name: object) -> bool:
-    """Whether a pack may be called so: words of small letters and digits, with one of ``. _ -`` between them."""
-    return isinstance(name, str) and len(name) <= NAME_CHARACTERS // 2 and bool(_PACK.fullmatch(name))
+def is_pack_name(name: str) -> bool:
+    """Whether a pack may be called so."""
+    return bool(re.fullmatch(NAME, name))
 
 
-def is_version(version: object) -> bool:
-    """Whether this is a version, such as 1.2.0 or 2.0.0-rc.1."""
-    return isinstance(version, str) and len(version) <= NAME_CHARACTERS // 4 and bool(_VERSION.fullmatch(version))
+def is_version(version: str) -> bool:
+    """Whether this is MAJOR.MINOR.PATCH."""
+    return bool(re.fullmatch(VERSION, version))
 
 
-def version_order(version: str) -> tuple[object, ...]:
-    """A key that sorts versions as semver.org (11) says; a release comes behind all that lead up to it.
+def version_order(version: str) -> tuple[int, ...]:
+    """A key that sorts versions by their numbers.
 
-    >>> sorted(["1.10.0", "1.9.0", "1.10.0-rc.2", "1.10.0-rc.10", "1.10.0-rc"], key=version_order)
-    ['1.9.0', '1.10.0-rc', '1.10.0-rc.2', '1.10.0-rc.10', '1.10.0']
+    >>> sorted(["1.10.0", "1.9.0", "2.0.0"], key=version_order)
+    ['1.9.0', '1.10.0', '2.0.0']
     """
-    found = _VERSION.fullmatch(version)
-    assert found is not None, version
-    words = found[4].split(".") if found[4] else []
-    ordered = tuple((0, int(word), "") if word.isdigit() else (1, 0, word) for word in words)
-    return int(found[1]), int(found[2]), int(found[3]), not words, ordered
+    return tuple(map(int, version.split(".")))
 
 
 def newest(versions: Iterable[str]) -> str:
-    """The newest release, or, where there is none, the newest of what leads up to one."""
-    versions = list(versions)
-    return max([each for each in versions if "-" not in each] or versions, key=version_order)
+    """The highest of some versions."""
+    return max(versions, key=version_order)
 
 
 def parse_pack_name(text: str) -> PackName | None:
@@ -109,19 +90,25 @@ def parse_pack_name(text: str) -> PackName | None:
     return PackName(name, version if at else None)
 
 
-def named_version(where: object, manifest: dict[str, object]) -> tuple[str, str]:
-    """Name and version of a manifest. Raises: ConfigError for a library that has none, and so is no pack."""
-    name, version = manifest.get("name"), manifest.get("version")
-    if not is_pack_name(name) or not is_version(version):
-        raise ConfigError(
-            where,
-            expected="a name in small letters and a version such as 1.0.0",
-            got=f"name {name!r} and version {version!r}",
-            fix="Give it both with: saekit library init",
-        )
-    assert isinstance(name, str)
-    assert isinstance(version, str)
-    return name, version
+def about_of(where: object, manifest: Mapping[str, Any]) -> About:
+    """What a library says of itself. Raises: CorruptArtefactError if that cannot be read."""
+    try:
+        return About.model_validate(manifest.get("about"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        got = printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        fix = "Get it again from where it came."
+        raise CorruptArtefactError(where, expected="a library that says what it is", got=got, fix=fix) from error
+
+
+def name_of(where: object, manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """Name and version of a pack. Raises: ConfigError for a library that has not both; as `about_of` does."""
+    about = about_of(where, manifest)
+    if about.name is None or about.version is None:
+        got = f"name {about.name!r} and version {about.version!r}"
+        fix = "Give it both with: saekit library init"
+        raise ConfigError(where, expected="a name and a version such as 1.0.0", got=got, fix=fix)
+    return about.name, about.version
 
 
 def printable(text: str) -> str:

@@ -10,14 +10,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from activations.errors import ConfigError
+from steer.library import read_manifest
 from steer.packs.archive import write_archive
 from steer.packs.catalogue import publish_to_catalogue
 from steer.packs.config import PublishConfig
-from steer.packs.contract import read_manifest
 from steer.packs.hub import HUB, parse_hub, push
 from steer.packs.installed import resolve
 from steer.packs.keys import load_key, trusted_keys
-from steer.packs.names import ARCHIVE_SUFFIX, named_version
+from steer.packs.names import ARCHIVE_SUFFIX, name_of
 from steer.packs.signature import check_signature, sign
 from steer.packs.web import is_web, local_path, shown
 
@@ -31,7 +31,7 @@ def publish(settings: PublishConfig) -> dict[str, Any]:
     """
     directory = resolve(settings.library)
     manifest = read_manifest(directory)
-    name, version = named_version(directory, manifest)
+    name, version = name_of(directory, manifest)
     signature = None if settings.key is None else sign(manifest["content_sha256"], load_key(settings.key))
     if signature is None:
         check_signature(directory, directory, manifest, trusted_keys())

@@ -6,27 +6,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from steer.packs.contract import content_hash
+from steer.library import content_hash
 
 FILES = {
     "vectors.safetensors": bytes(range(256)) * 12,
     "README.md": b"# A pack\n",
-    "plots/up@resid_post.1.svg": b"<svg/>",
+    "plots/effects.svg": b"<svg/>",
     "sae/cfg.json": b"{}",
 }
+ABOUT = {"name", "version", "summary", "licence", "authors"}
+"""what a manifest has under `about`"""
 FINGERPRINT = "ab" * 32
 
 
 def manifest_of(contents: Mapping[str, bytes], /, **changes: Any) -> dict[str, Any]:
-    """A manifest with its hash; `changes` may put any key wrong."""
+    """A manifest with its hash; `changes` may put any key wrong, also one of `about`."""
+    about = {key: changes[key] for key in ABOUT & changes.keys()}
+    rest = {key: value for key, value in changes.items() if key not in ABOUT}
     model = {"id": "tiny", "fingerprint": FINGERPRINT, "n_layers": 4, "d_model": 32}
     manifest = {
         "format": "saekit-library-4",
-        "name": "demo",
-        "version": "1.0.0",
-        "summary": "moods and places",
-        "licence": "Apache-2.0",
-        "authors": ["Ada"],
+        "about": {
+            "name": "demo",
+            "version": "1.0.0",
+            "summary": "moods and places",
+            "licence": "Apache-2.0",
+            "authors": ["Ada"],
+        }
+        | about,
         "vectors": [{"name": "joyful_vs_gloomy", "model": model, "hook_point": "resid_post.1"}],
         "features": [{"latent": 7, "label": "names of rivers", "author": "Ada"}],
         "kits": [{"name": "cheer", "vectors": []}],
@@ -35,7 +42,7 @@ def manifest_of(contents: Mapping[str, bytes], /, **changes: Any) -> dict[str, A
             name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             for name, content in contents.items()
         },
-    } | changes
+    } | rest
     return manifest | {"content_sha256": content_hash(manifest)}
 
 

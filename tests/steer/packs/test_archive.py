@@ -13,25 +13,24 @@ from typing import Any
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from activations.errors import ConfigError, CorruptArtefactError, DiskSpaceError, MissingArtefactError, SaekitError
 from steer.packs import archive as archive_module
 from steer.packs.archive import unpack_archive, write_archive
+from steer.packs.names import clash, is_device
 from tests.steer.packs.packs import FILES, manifest_of, tree, write_pack
 
 Member = tuple[tarfile.TarInfo, bytes]
-NAMES = st.text("abcXYZ019._-@", min_size=1, max_size=12).filter(lambda name: name[0] not in ".-@" and name[-1] != ".")
-CONTENTS = st.dictionaries(NAMES.map(lambda name: f"plots/{name}"), st.binary(max_size=2000), max_size=6)
+WORDS = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", fullmatch=True)
+NAMES = st.lists(WORDS, min_size=1, max_size=3).map(lambda words: "/".join(words) + ".svg")
+CONTENTS = st.dictionaries(NAMES, st.binary(max_size=2000), max_size=6)
 
 
-def no_clash(files: dict[str, bytes]) -> bool:
-    return len({name.lower() for name in files}) == len(files)
-
-
-@given(CONTENTS.filter(no_clash), st.none() | st.binary(max_size=200))
+@given(CONTENTS, st.none() | st.binary(max_size=200))
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes], signature: bytes | None) -> None:
+    assume(clash(files) is None and not any(map(is_device, files)))
     folder = tmp_path_factory.mktemp("packs")
     pack = write_pack(folder / "pack", files)
     manifest = write_archive(pack, folder / "a.tar.zst", signature)
@@ -138,7 +137,7 @@ def test_the_archives_made_here_are_right_but_for_what_is_put_wrong(tmp_path: Pa
 @pytest.mark.parametrize(
     "name",
     ["../evil", "/tmp/evil", "a/../../evil", "..\\evil", "C:\\evil", "c:evil", "a\0b", ".bashrc", "manifest.json",
-     "Signature.JSON", "plots/up@RESID_post.1.svg", "README.md/a", "plots", "nul", "\x1b[2J"],
+     "Signature.JSON", "plots/EFFECTS.svg", "README.md/a.b", "plots", "nul.txt", "\x1b[2J", "-rf.x", "a b.c", "é.svg"],
 )  # fmt: skip
 def test_names_that_lead_elsewhere(tmp_path: Path, name: str) -> None:
     refused(tmp_path, frame_of(tar_of(members({**FILES, name: b"evil"}))), "names")
@@ -201,18 +200,18 @@ def test_sizes_that_are_not_true(tmp_path: Path) -> None:
     for size in (0, 1, rest[0][0].size + 1, 2**33 - 1):
         head = info(rest[0][0].name, size=size)[0]
         refused(tmp_path, frame_of(tar_of([first, (head, rest[0][1]), *rest[1:]])), "bytes as saekit|number field")
-    huge = {"a": {"bytes": 2**60, "sha256": "0" * 64}}
+    huge = {"a.b": {"bytes": 2**60, "sha256": "0" * 64}}
     for files, match in [
         (huge, "below 8 GiB"),
-        ({"a": {"bytes": -1, "sha256": "0" * 64}}, "below 8 GiB"),
-        ({"a": {"bytes": True, "sha256": "0" * 64}}, "below 8 GiB"),
-        ({"a": {"bytes": 1.0, "sha256": "0" * 64}}, "below 8 GiB"),
-        ({"a": {"bytes": 1, "sha256": "0" * 63}}, "SHA-256"),
-        ({"a": {"bytes": 1}}, "SHA-256"),
-        ({"a": None}, "a size"),
-        ([], "files by name"),
-        ({f"f{n}": {"bytes": 2**33 - 1, "sha256": "0" * 64} for n in range(5)}, "32 GiB of files"),
-        ({f"f{n}": {"bytes": 0, "sha256": "0" * 64} for n in range(10_001)}, "at most 10000"),
+        ({"a.b": {"bytes": -1, "sha256": "0" * 64}}, "bytes: "),
+        ({"a.b": {"bytes": True, "sha256": "0" * 64}}, "bytes: "),
+        ({"a.b": {"bytes": 1.0, "sha256": "0" * 64}}, "bytes: "),
+        ({"a.b": {"bytes": 1, "sha256": "0" * 63}}, "sha256: "),
+        ({"a.b": {"bytes": 1}}, "sha256: "),
+        ({"a.b": None}, "hostile"),
+        ([], "names"),
+        ({f"f{n}.x": {"bytes": 2**33 - 1, "sha256": "0" * 64} for n in range(5)}, "32 GiB of files"),
+        ({f"f{n}.x": {"bytes": 0, "sha256": "0" * 64} for n in range(10_001)}, "at most 10000"),
     ]:
         manifest = json.dumps(manifest_of({}, files=files)).encode()
         refused(tmp_path, frame_of(tar_of([info("manifest.json", manifest)])), match)
@@ -274,12 +273,24 @@ def test_an_archive_that_is_cut_anywhere(tmp_path: Path, small: bytes) -> None:
 
 
 def test_an_archive_with_a_flipped_bit_anywhere(tmp_path: Path, small: bytes) -> None:
-    """The header of the frame, whose bits are all tried, its blocks and its checksum."""
+    """The header of the frame, whose bits are all tried, its blocks and its checksum.
+
+    A few bits of a block say the same in another way, such as where an equal text was before: what comes out is equal.
+    """
+    (tmp_path / "hostile.tar.zst").write_bytes(small)
+    unpack_archive(tmp_path / "hostile.tar.zst", tmp_path / "right")
     flips = [(position, position % 8) for position in range(len(small))] + [(4, bit) for bit in range(8)]
+    n_equal = 0
     for position, bit in flips:
         flipped = bytearray(small)
         flipped[position] ^= 1 << bit
-        refused(tmp_path, bytes(flipped))
+        try:
+            refused(tmp_path, bytes(flipped))
+        except pytest.fail.Exception:
+            assert tree(tmp_path / "out") == tree(tmp_path / "right")
+            shutil.rmtree(tmp_path / "out")
+            n_equal += 1
+    assert n_equal < 5
 
 
 @given(st.data())
@@ -306,5 +317,5 @@ def test_nothing_is_there(tmp_path: Path) -> None:
 def test_the_content_of_a_pack_is_in_its_hash(make_pack: Callable[..., Path], tmp_path: Path) -> None:
     manifest = write_archive(make_pack(), tmp_path / "a.tar.zst")
     rest = {key: value for key, value in manifest.items() if key != "content_sha256"}
-    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
     assert manifest["content_sha256"] == hashlib.sha256(canonical).hexdigest()

@@ -27,20 +27,20 @@ KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 
 def test_what_is_published_is_in_the_index(make_pack: Callable[..., Path], tmp_path: Path) -> None:
     where = tmp_path / "catalogue"
-    for version in ("1.10.0", "1.9.0", "2.0.0-rc.1"):
+    for version in ("1.10.0", "1.9.0", "2.0.0"):
         assert publish_to_catalogue(make_pack(version, version=version), where).is_new
     publish_to_catalogue(make_pack("other", name="another"), where)
     packs = read_catalogue(str(where))
     assert [(pack.name, pack.version) for pack in packs] == [
-        ("another", "1.0.0"), ("demo", "1.9.0"), ("demo", "1.10.0"), ("demo", "2.0.0-rc.1"),
+        ("another", "1.0.0"), ("demo", "1.9.0"), ("demo", "1.10.0"), ("demo", "2.0.0"),
     ]  # fmt: skip
     entry = packs[1]
     assert (entry.file, entry.summary, entry.licence) == ("demo-1.9.0.tar.zst", "moods and places", "Apache-2.0")
     assert (entry.vectors, entry.features, entry.kits) == (["joyful_vs_gloomy"], ["names of rivers"], ["cheer"])
     assert [(model.id, model.fingerprint) for model in entry.models] == [("tiny", FINGERPRINT)]
     assert entry.bytes == (where / entry.file).stat().st_size
-    assert find_pack(str(where), packs, PackName("demo", None)).version == "1.10.0"
-    assert find_pack(str(where), packs, PackName("demo", "2.0.0-rc.1")).version == "2.0.0-rc.1"
+    assert find_pack(str(where), packs, PackName("demo", None)).version == "2.0.0"
+    assert find_pack(str(where), packs, PackName("demo", "1.9.0")).version == "1.9.0"
     with pytest.raises(UnknownNameError, match=r"version of demo: expected one of 1\.9\.0, 1\.10\.0"):
         find_pack(str(where), packs, PackName("demo", "3.0.0"))
     with pytest.raises(UnknownNameError, match="one of another, demo"):

@@ -93,7 +93,7 @@ def test_what_a_hub_serves_is_not_believed(stand_in: Hub, tmp_path: Path) -> Non
             (own(write_pack(tmp_path / "a")) | {"README.md": b"# A longer pack\n"}, {"README.md": 9}, "README.md"),
             (own(write_pack(tmp_path / "a")), {"manifest.json": 2**40}, "manifest.json: expected at most"),
             (own(write_pack(tmp_path / "a")) | {"signature.json": bytes(5000)}, {}, "signature.json: expected at most"),
-            (own(write_pack(tmp_path / "b", {**FILES, "../evil": b"x"})), {}, "names of files"),
+            (own(write_pack(tmp_path / "b", {**FILES, "../evil": b"x"})), {}, "names that files"),
             (own(write_pack(tmp_path / "a")) | {"manifest.json": b"{}"}, {}, "hub:team/r5|hub:team/r6"),
         ]
     ):

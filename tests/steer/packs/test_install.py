@@ -211,8 +211,8 @@ def test_what_cannot_be_installed(catalogue: Path, make_pack: Callable[..., Path
         ("ftp://h/x", ConfigError, "ftp"),
         ("hub:x", ConfigError, "hub:ORG/NAME"),
         (str(make_pack("u", version=None)), ConfigError, "init"),
-        (str(make_pack("v", name="../../evil")), ConfigError, "evil"),
-        (str(make_pack("w", version="../evil")), ConfigError, "evil"),
+        (str(make_pack("v", name="../../evil")), CorruptArtefactError, "says what it is, got name: "),
+        (str(make_pack("w", version="../evil")), CorruptArtefactError, "says what it is, got version: "),
     ]:
         with pytest.raises(kind, match=match) as caught:
             install(pack)
