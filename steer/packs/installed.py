@@ -9,7 +9,7 @@ NAME@VERSION stands for one that is installed, unless there is a path of that na
 import os
 from pathlib import Path
 
-from activations.errors import MissingArtefactError
+from activations.errors import ConfigError, MissingArtefactError
 from steer.packs.disk import explained
 from steer.packs.names import is_pack_name, is_version, newest, parse_pack_name, version_order
 
@@ -57,3 +57,11 @@ def resolve(library: str | Path) -> Path:
         fix = f"Install it with: saekit library install --set pack={wanted}"
         raise MissingArtefactError(f"pack {wanted}", expected=f"one of {', '.join(found)}", got=f"'{version}'", fix=fix)
     return found[version]
+
+
+def check_own(library: str | Path) -> None:
+    """Raise ConfigError for a library that is installed, which stays what it is, as its name and version say."""
+    path = resolve(library)
+    if path != Path(library) or path.absolute().is_relative_to(store().absolute()):
+        fix = f"Copy {path} to a folder of your own, and change that."
+        raise ConfigError(library, expected="a library of your own to write", got="one that is installed", fix=fix)

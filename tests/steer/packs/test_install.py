@@ -5,11 +5,13 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -21,6 +23,9 @@ from activations.errors import (
     SaekitError,
     UnknownNameError,
 )
+from steer.library import Library, find_vectors, load_library, save_library
+from steer.making.make import add_to_library
+from steer.pack import About
 from steer.packs import install as install_module
 from steer.packs.archive import write_archive
 from steer.packs.catalogue import publish_to_catalogue
@@ -28,6 +33,10 @@ from steer.packs.install import install, verify
 from steer.packs.installed import installed, resolve, store
 from steer.packs.keys import trust
 from steer.packs.signature import sign
+from steer.receipts.calibrate import calibrate_vector
+from steer.receipts.config import CalibrateConfig, ScoreConfig
+from steer.receipts.score import read_material
+from steer.vectors import SteeringVector
 from tests.steer.packs.packs import FINGERPRINT, manifest_of, tree, write_pack
 from tests.steer.packs.servers import Answer, serving
 
@@ -288,3 +297,44 @@ def test_installations_at_once(catalogue: Path, start_process: Callable[..., Any
         assert process.exitcode == 0
     assert list(installed()["demo"]) == ["1.0.0", "1.1.0"]
     assert {path.name for path in store().iterdir()} == {".lock", "demo"}
+
+
+@pytest.fixture
+def installed_vectors(tiny_llama: Path, tmp_path: Path, vector: SteeringVector) -> Path:
+    """A library with one vector that is installed as `moods`, version 1.0.0, and is nowhere else."""
+    library = Library({"up": vector}, About(name="moods", version="1.0.0"))
+    library.save(tmp_path / "moods-source")
+    done = install(str(tmp_path / "moods-source"), model=str(tiny_llama))
+    shutil.rmtree(tmp_path / "moods-source")
+    return done.path
+
+
+def test_a_library_is_read_by_its_name(installed_vectors: Path, vector: SteeringVector) -> None:
+    for name in ("moods", "moods@1.0.0", Path("moods"), installed_vectors):
+        np.testing.assert_array_equal(load_library(name)["up"].direction, vector.direction)
+        assert find_vectors(name, "up")[0].name == "up"
+
+
+def test_what_is_installed_is_not_written(installed_vectors: Path, vector: SteeringVector, tmp_path: Path) -> None:
+    before = tree(store())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        for path in (Path("moods"), Path("moods@1.0.0"), installed_vectors, store() / "new" / "1.0.0"):
+            for write in (save_library, lambda path, vectors: add_to_library(path, *vectors)):
+                with pytest.raises(ConfigError, match=r"a library of your own .*Copy .*moods|new"):
+                    write(path, [vector])
+        for config in (CalibrateConfig, ScoreConfig):
+            run = calibrate_vector if config is CalibrateConfig else read_material
+            with pytest.raises(ConfigError, match="a library of your own"):
+                run(config(library=Path("moods")))  # type: ignore[arg-type]
+        assert not (tmp_path / "moods").exists()
+    assert tree(store()) == before
+
+
+def test_a_library_that_changes_loses_its_signature(vector: SteeringVector, tmp_path: Path) -> None:
+    library = Library({"up": vector}, About(name="moods", version="1.0.0"))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "signature.json").write_bytes(sign(library.save(tmp_path / "own"), KEY))
+    assert verify(str(tmp_path / "own")).signed.state == "unknown key"
+    save_library(tmp_path / "own", [replace(vector, name="down")])
+    assert verify(str(tmp_path / "own")).signed.state == "unsigned"
