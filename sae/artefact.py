@@ -36,6 +36,9 @@ from sae.hook_names import to_transformer_lens
 from sae.wiring import Wiring
 
 SavedArchitecture = Literal["standard", "topk", "jumprelu"]
+Dtype = Literal["float32", "float16"]
+DTYPES: dict[Dtype, str] = {"float32": "F32", "float16": "F16"}
+"""dtypes that weights are kept in -> their name in a safetensors file"""
 SAELENS_VERSION = "6.54.12"
 CONFIG, WEIGHTS, PROVENANCE = "cfg.json", "sae_weights.safetensors", "saekit.json"
 # What a cfg.json must say, if it says anything, for its weights to mean what the class below says they mean.
@@ -156,16 +159,18 @@ class SaeArtefact:
         optional = {"threshold": self.threshold, "W_skip": self.W_skip}
         return named | {name: tensor for name, tensor in optional.items() if tensor is not None}
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, dtype: Dtype = "float32") -> None:
         """Write the directory in one step; an SAE that is there already is replaced.
 
-        Raises: MismatchError if `path` holds something else than an SAE.
+        Args:
+          dtype: that the weights are kept in; float16 halves the file, and rounds them to 11 bits.
+        Raises: MismatchError if `path` holds something else than an SAE, NumericsError for weights beyond float16.
         """
         path = Path(path)
         if path.exists() and not (path / CONFIG).is_file() and (not path.is_dir() or any(path.iterdir())):
             raise MismatchError(path, expected="an empty directory", got="other files", fix="Choose another path.")
         with written_in_one_step(path) as new:
-            write_weights_and_config(self, new)
+            write_weights_and_config(self, new, dtype)
             hashed = {**self.metadata, "weights_sha256": file_sha256(new / WEIGHTS)}
             write_json(new / PROVENANCE, hashed)
 
@@ -184,8 +189,8 @@ class SaeArtefact:
         expected = expected_shapes(kind, d_model, d_sae, config["d_out"] if kind.transcodes else d_model)
         check_shapes(str(path / WEIGHTS), {name: head.shape for name, head in heads.items()}, expected)
         for name, head in heads.items():
-            if head.dtype != "F32":
-                raise _unlike_ours(f"{path / WEIGHTS}: {name}", "dtype F32", head.dtype)
+            if head.dtype not in DTYPES.values():
+                raise _unlike_ours(f"{path / WEIGHTS}: {name}", f"dtype {' or '.join(DTYPES.values())}", head.dtype)
         tensors = read_safetensors(path / WEIGHTS)
         digest = metadata.get("weights_sha256")
         if digest is not None and digest != file_sha256(path / WEIGHTS):
@@ -226,9 +231,12 @@ def written_in_one_step(path: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def write_weights_and_config(artefact: SaeArtefact, directory: Path) -> None:
-    """The two files that SAELens reads."""
-    tensors = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in artefact.tensors().items()}
+def write_weights_and_config(artefact: SaeArtefact, directory: Path, dtype: Dtype = "float32") -> None:
+    """The two files that SAELens reads; it computes in float32 in either case."""
+    with np.errstate(over="ignore"):
+        tensors = {name: np.ascontiguousarray(tensor, dtype) for name, tensor in artefact.tensors().items()}
+    for name, tensor in tensors.items():
+        check_values(f"{directory.name} in {dtype}", name, tensor)
     save_file(tensors, directory / WEIGHTS)
     config: dict[str, Any] = {
         "architecture": artefact.saved_name,

@@ -9,7 +9,7 @@ import json
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -201,13 +201,16 @@ def convert(
         str | None,
         typer.Option("--hook-point", metavar="SITE.LAYER", help="What it reads; A->B for a transcoder."),
     ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16"], typer.Option("--dtype", help="What the weights are kept in, to saekit.")
+    ] = "float32",
     json_: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
     """Bring an SAE from one project's format into another's."""
     from sae.formats.convert import convert as run
 
-    show(run(source, target, to, from_, hook_point, dry_run), json_)
+    show(run(source, target, to, from_, hook_point, dry_run, dtype), json_)
 
 
 @app.command()

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from activations.config import Config
 from steer.making.config import MeasureConfig
+from steer.pack import NAME, VERSION
 
 
 class ChatConfig(Config):
@@ -108,3 +109,47 @@ class ImportConfig(Config):
     )
     strength: float = Field(default=1.0, gt=0, description="by which the file's coefficients are multiplied")
     out: Path = Field(default=Path("runs/library"), description="library that the vectors are added to")
+
+
+class InitConfig(Config):
+    """What a library is called; keys that are not given stay as they are."""
+
+    library: Path = Field(default=Path("runs/library"), description="library to name; made if it is not there")
+    name: str | None = Field(default=None, pattern=NAME, description="lower-case letters, digits, . _ and -")
+    version: str | None = Field(default=None, pattern=VERSION, description="MAJOR.MINOR.PATCH")
+    summary: str | None = Field(default=None, description="one or two sentences on what it is for")
+    licence: str | None = Field(default=None, description="SPDX expression, such as Apache-2.0")
+    authors: list[str] | None = Field(default=None, description="who made it")
+
+
+class AddConfig(Config):
+    """Vectors, an SAE, features or a kit for a library."""
+
+    library: Path = Field(default=Path("runs/library"), description="library to add to; made if it is not there")
+    vectors: Path | None = Field(default=None, description="another library, whose vectors are added")
+    names: tuple[str, ...] | None = Field(default=None, description="which of them; none: all")
+    sae: Path | None = Field(default=None, description="directory of the SAE that features are latents of")
+    embed: bool = Field(default=True, description="put a copy of the SAE into the library, in the dtype that it has")
+    features: Path | None = Field(
+        default=None, description=".jsonl file of labels, as the browser exports them: latent, text, authors, decided"
+    )
+    index: Path = Field(default=Path("runs/index"), description="index of that SAE, for what the latents respond to")
+    kit: str | None = Field(default=None, min_length=1, description="name of a kit to add")
+    of: dict[str, float] = Field(
+        default={}, description="vectors of the kit, and the factor that each one's own coefficient is used at"
+    )
+    summary: str = Field(default="", description="what the kit is for")
+
+    @model_validator(mode="after")
+    def _check_kit(self) -> "AddConfig":
+        if (self.kit is None) != (not self.of):
+            raise ValueError("kit and of go together")
+        return self
+
+
+class MergeConfig(Config):
+    """Several libraries as one."""
+
+    libraries: tuple[Path, ...] = Field(default=(), min_length=1, description="libraries to join, in this order")
+    out: Path = Field(default=Path("runs/library"), description="library that they are added to")
+    replace: bool = Field(default=False, description="of two different things of one name, keep the later")

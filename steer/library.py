@@ -118,7 +118,7 @@ class Library:
         manifest["files"] = {name: refs[name] for name in sorted(refs)}
         manifest["content_sha256"] = content_hash(manifest)
         _remove_signature(path)
-        _write(path, files | {MANIFEST: (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()})
+        _write(path, files | {MANIFEST: _by_lines(manifest).encode()})
         return manifest["content_sha256"]
 
     def check(self) -> None:
@@ -337,6 +337,22 @@ def _finish(path: Path) -> bool:
     except (SaekitError, OSError):
         return False
     return True
+
+
+def _by_lines(manifest: Mapping[str, Any]) -> str:
+    """As JSON with a line for each vector, feature, kit and file, so that versions can be compared line by line."""
+
+    def line(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    def block(value: Any) -> str:
+        if isinstance(value, list) and value:
+            return "[\n" + ",\n".join(map(line, value)) + "\n]"
+        if isinstance(value, dict) and value:
+            return "{\n" + ",\n".join(f"{line(key)}: {line(each)}" for key, each in value.items()) + "\n}"
+        return line(value)
+
+    return "{\n" + ",\n".join(f"{line(key)}: {block(value)}" for key, value in manifest.items()) + "\n}\n"
 
 
 def _sha256(data: bytes) -> str:

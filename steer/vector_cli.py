@@ -7,9 +7,17 @@ from typing import Annotated
 
 import typer
 
-from steer.making.config import CombineConfig, FindConfig, GateConfig, LayersConfig, LearnConfig, VectorConfig
+from steer.making.config import (
+    CombineConfig,
+    FeaturesConfig,
+    FindConfig,
+    GateConfig,
+    LayersConfig,
+    LearnConfig,
+    VectorConfig,
+)
 from steer.options import AsJson, ConfigOption, ConfigPath, DryRun, Overrides
-from steer.receipts.config import CalibrateConfig, CompareAxisConfig, InterferenceConfig, ScoreConfig
+from steer.receipts.config import CalibrateConfig, CompareAxisConfig, InterferenceConfig, KitConfig, ScoreConfig
 from steer.show import show, status
 
 app = typer.Typer(help="Make steering vectors, choose their dose, and measure what they do.", no_args_is_help=True)
@@ -26,6 +34,22 @@ def make(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fals
     made = make_vector(settings)
     receipt = {key: value for key, value in made.receipts[-1].items() if key not in ("examples", "sweep")}
     show({"name": made.name, "library": settings.out, "source": made.source, **receipt}, json_)
+
+
+@app.command()
+def features(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Make and measure a vector of every labelled feature of a library."""
+    settings = FeaturesConfig.load(config, set_)
+    if dry_run:
+        return show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.making.features import steer_features
+
+    made = steer_features(settings)
+    rows = {
+        each.name: {"coefficient": each.coefficient, **{key: each.receipts[-1][key] for key in ("effect", "kl")}}
+        for each in made
+    }
+    show({"library": settings.out, "made": len(made), "vectors": rows}, json_)
 
 
 @app.command()
@@ -123,6 +147,18 @@ def learn(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fal
     receipt = {key: value for key, value in made[0].receipts[-1].items() if key not in ("examples", "training")}
     vectors = {each.name: {"coefficient": each.coefficient, "dose": each.dose(each.coefficient)} for each in made}
     show({"library": settings.out, "scope": made[0].scope, "vectors": vectors, **receipt}, json_)
+
+
+@app.command()
+def kit(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Measure what the vectors of a kit do together."""
+    settings = KitConfig.load(config, set_)
+    if dry_run:
+        return show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.receipts.kit import measure_kit
+
+    receipt = measure_kit(settings).receipts[-1]
+    show({"kit": settings.kit, **{key: value for key, value in receipt.items() if key != "examples"}}, json_)
 
 
 @app.command()

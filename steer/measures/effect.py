@@ -254,7 +254,7 @@ def sweep_doses(
             coefficient=coefficient,
             rate=float(rates[i]),
             effect=float(gains[i].mean()),
-            **dict(zip(("effect_low", "effect_high"), _bootstrap_interval(gains[i], seed), strict=True)),
+            **dict(zip(("effect_low", "effect_high"), bootstrap_interval(gains[i], seed), strict=True)),
             nll=float(nlls[i]),
             nll_rise=float(nlls[i] - nlls[0]),
             repetition=float(repetitions[i]),
@@ -356,7 +356,7 @@ def measure(
         "rate_unsteered": float(rates[0].mean()),
         "rate_steered": float(rates[1].mean()),
         "effect": float(gain.mean()),
-        "effect_ci95": _bootstrap_interval(gain, seed),
+        "effect_ci95": bootstrap_interval(gain, seed),
         "random_control_effect": float(random.mean()),
         "random_control_effects": random.mean(axis=1).tolist(),
         "instruction": instruction,
@@ -446,6 +446,7 @@ def _inputs(loaded: LoadedModel, batch: Batch) -> dict[str, Tensor]:
     return {key: value.to(loaded.device) for key, value in inputs.items()}
 
 
-def _bootstrap_interval(values: Float[np.ndarray, " n"], seed: int, draws: int = 2000) -> list[float]:
+def bootstrap_interval(values: Float[np.ndarray, " n"], seed: int, draws: int = 2000) -> list[float]:
+    """Ends of the 95% interval of a mean, by drawing again from its values."""
     picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
     return np.quantile(values[picks].mean(axis=1), [0.025, 0.975]).tolist()

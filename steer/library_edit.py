@@ -1,0 +1,209 @@
+"""What is done with libraries as a whole: named, filled, joined and compared.
+
+Each function reads libraries, puts another together, and writes it in one go; what is refused changes nothing.
+
+Left out: making vectors (`steer.making`) and moving libraries (`steer.packs`).
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from activations.errors import ConfigError, MismatchError, MissingArtefactError, UnknownNameError
+from sae.artefact import CONFIG, PROVENANCE, WEIGHTS, Dtype, SaeArtefact, file_sha256
+from sae.index_db import FeatureIndex
+from steer.config import AddConfig, InitConfig, MergeConfig
+from steer.library import MANIFEST, SAE, Library, find_vectors
+from steer.making.features import features_of, linked, read_labels
+from steer.pack import Feature, FileRef, Kit, SaeRef
+from steer.packs.installed import check_own
+
+
+def init(config: InitConfig) -> Library:
+    """Name the library at `config.library`, which is made if it is not there; keys that are not given stay."""
+    library = _opened(config.library)
+    given = config.model_dump(exclude={"library"}, exclude_none=True)
+    library = replace(library, about=library.about.model_copy(update=given))
+    library.save(config.library)
+    return library
+
+
+def add(config: AddConfig) -> Library:
+    """Add vectors, features, an SAE or a kit, as `config` has it, to the library at `config.library`.
+
+    Raises: ConfigError if nothing is to be added, MismatchError for what belongs to another SAE, UnknownNameError.
+    """
+    library = _opened(config.library)
+    if config.sae is None and config.features is None and config.vectors is None and config.kit is None:
+        expected = "vectors, sae, features or kit"
+        raise ConfigError("saekit library add", expected=expected, got="none", fix="Say what to add.")
+    if config.vectors is not None:
+        names = config.names or tuple(Library.open(config.vectors).vectors)
+        found = {each.name: each for name in names for each in find_vectors(config.vectors, name)}
+        library = replace(library, vectors=library.vectors | found)
+    if config.sae is not None:
+        library = _with_sae(library, config)
+    if config.features is not None:
+        library = _with_features(library, config.features, config.index)
+    if config.kit is not None:
+        kit = Kit(name=config.kit, summary=config.summary, vectors=config.of)
+        library = replace(library, kits=[each for each in library.kits if each.name != kit.name] + [kit])
+    library = linked(library)
+    library.save(config.library)
+    return library
+
+
+def merge(config: MergeConfig) -> Library:
+    """All vectors, features and kits of several libraries in one; the first names it, and has the SAE.
+
+    Raises: ConfigError for two things of one name that differ, MismatchError for features of different SAEs.
+    """
+    libraries = [Library.open(path) for path in config.libraries]
+    merged = _opened(config.out)
+    for path, library in zip(config.libraries, libraries, strict=True):
+        _check_same(path, "vector", {n: v.sha256 for n, v in merged.vectors.items()},
+                    {n: v.sha256 for n, v in library.vectors.items()}, config.replace)  # fmt: skip
+        kits, features = _by_name(merged.kits), _by_latent(merged.features)
+        _check_same(path, "kit", kits, _by_name(library.kits), config.replace)
+        _check_same(path, "feature", features, _by_latent(library.features), config.replace)
+        if library.sae is not None and merged.sae is not None and library.sae.sha256 != merged.sae.sha256:
+            fix = "Keep them in libraries of their own."
+            raise MismatchError(path, expected="features of the same SAE", got="those of another", fix=fix)
+        merged = replace(
+            merged,
+            about=merged.about if merged.about.name else library.about,
+            vectors=merged.vectors | library.vectors,
+            kits=list((kits | _by_name(library.kits)).values()),
+            features=list((features | _by_latent(library.features)).values()),
+            sae=merged.sae or (library.sae and library.sae.model_copy(update={"dtype": None})),
+        )
+    merged = linked(merged)
+    merged.save(config.out)
+    return merged
+
+
+def difference(path: Path, other: Path) -> dict[str, dict[str, list[str]]]:
+    """What two libraries do not share: of vectors, features and kits the names that were added, removed and changed."""
+    old, new = _parts(Library.open(path)), _parts(Library.open(other))
+    return {
+        kind: {
+            "added": sorted(new[kind].keys() - old[kind].keys()),
+            "removed": sorted(old[kind].keys() - new[kind].keys()),
+            "changed": sorted(
+                name for name in old[kind].keys() & new[kind].keys() if old[kind][name] != new[kind][name]
+            ),
+        }
+        for kind in old
+    }
+
+
+def shown(path: Path, name: str | None) -> dict[str, Any]:
+    """A library in short, or one vector, kit or feature (by its latent) whole, without what is only for machines.
+
+    Raises: UnknownNameError listing the names there are.
+    """
+    library = Library.open(path)
+    if name is None:
+        return {
+            **library.about.model_dump(),
+            "vectors": {
+                each.name: {"hook_point": each.hook_point, "operation": each.operation, "coefficient": each.coefficient,
+                            "dose": each.dose(each.coefficient), "receipts": len(each.receipts)}
+                for each in library.vectors.values()
+            },
+            "features": {str(each.latent): each.label for each in library.features},
+            "kits": {each.name: each.vectors for each in library.kits},
+            "sae": None if library.sae is None else library.sae.model_dump(),
+        }  # fmt: skip
+    parts = _parts(library)
+    for kind in parts.values():
+        if name in kind:
+            return kind[name]
+    expected = f"one of {', '.join(each for kind in parts.values() for each in kind)}"
+    raise UnknownNameError(f"{path}: '{name}'", expected=expected, got=f"'{name}'", fix="Correct the name.")
+
+
+def _opened(path: Path) -> Library:
+    check_own(path)
+    return Library.open(path) if (path / MANIFEST).exists() else Library()
+
+
+def _with_sae(library: Library, config: AddConfig) -> Library:
+    assert config.sae is not None
+    artefact, target = SaeArtefact.load(config.sae), config.library / SAE
+    if library.features and library.sae is not None and artefact.sha256 != library.sae.sha256:
+        fix = "Make another library of its features."
+        raise MismatchError(config.sae, expected="the SAE of the library's features", got="another", fix=fix)
+    attached = {}
+    if config.embed:
+        if artefact.sha256 is None:
+            fix = "Save it with saekit convert first."
+            raise MismatchError(config.sae, expected="an SAE that saekit wrote", got="one without a hash", fix=fix)
+        artefact.save(target, _kept_dtype(config.sae))
+        for name in (CONFIG, WEIGHTS, PROVENANCE):
+            size = (target / name).stat().st_size
+            attached[f"{SAE}/{name}"] = FileRef(bytes=size, sha256=file_sha256(target / name))
+    return replace(library, sae=sae_ref(artefact, config.sae, embedded=config.embed), attached=attached)
+
+
+def sae_ref(artefact: SaeArtefact, path: Path, *, embedded: bool) -> SaeRef:
+    """What a library says of an SAE."""
+    metrics = artefact.metadata.get("metrics", {})
+    return SaeRef(
+        sha256=artefact.sha256 or file_sha256(path / WEIGHTS),
+        architecture=artefact.saved_name,
+        d_model=artefact.d_model,
+        d_sae=artefact.d_sae,
+        hook_point=artefact.metadata["hook_point"],
+        model_fingerprint=artefact.metadata["model"]["fingerprint"],
+        fvu=metrics.get("fvu"),
+        l0=metrics.get("l0"),
+        dtype=_kept_dtype(path) if embedded else None,
+    )
+
+
+def _kept_dtype(path: Path) -> Dtype:
+    from sae.checked_files import safetensors_heads
+
+    return "float16" if safetensors_heads(path / WEIGHTS)["W_dec"].dtype == "F16" else "float32"
+
+
+def _with_features(library: Library, labels: Path, index: Path) -> Library:
+    if library.sae is None:
+        fix = "Add it with --set sae=… first."
+        raise MissingArtefactError("library", expected="the SAE of the features", got="none", fix=fix)
+    opened = FeatureIndex.open(index)
+    try:
+        if opened.info.get("sae_sha256") != library.sae.sha256:
+            fix = "Build the index again with this SAE."
+            raise MismatchError(index, expected="an index of the library's SAE", got="one of another", fix=fix)
+        found = _by_latent(library.features) | _by_latent(features_of(opened, read_labels(labels)))
+    finally:
+        opened.close()
+    return replace(library, features=list(found.values()))
+
+
+def _by_name(kits: list[Kit]) -> dict[str, Kit]:
+    return {kit.name: kit for kit in kits}
+
+
+def _by_latent(features: list[Feature]) -> dict[str, Feature]:
+    return {str(feature.latent): feature for feature in features}
+
+
+def _check_same(path: Path, what: str, known: dict[str, Any], new: dict[str, Any], may_replace: bool) -> None:
+    for name in known.keys() & new.keys():
+        if known[name] != new[name] and not may_replace:
+            fix = "Rename one, or add --set replace=true to keep the later."
+            raise ConfigError(f"{path}: {what} '{name}'", expected="the one there is", got="another", fix=fix)
+
+
+def _parts(library: Library) -> dict[str, dict[str, Any]]:
+    from steer.library_entries import entry_of_vector
+
+    vectors = {name: entry_of_vector(each, {}) | {"sha256": each.sha256} for name, each in library.vectors.items()}
+    return {
+        "vectors": vectors,
+        "features": {name: each.model_dump(mode="json") for name, each in _by_latent(library.features).items()},
+        "kits": {name: each.model_dump(mode="json") for name, each in _by_name(library.kits).items()},
+    }
