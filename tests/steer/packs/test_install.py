@@ -23,7 +23,10 @@ from activations.errors import (
     SaekitError,
     UnknownNameError,
 )
+from steer.config import AddConfig, InitConfig, MergeConfig
 from steer.library import Library, find_vectors, load_library, save_library
+from steer.library_edit import add, merge
+from steer.library_edit import init as init_library
 from steer.making.make import add_to_library
 from steer.pack import About
 from steer.packs import install as install_module
@@ -34,7 +37,8 @@ from steer.packs.installed import installed, resolve, store
 from steer.packs.keys import trust
 from steer.packs.signature import sign
 from steer.receipts.calibrate import calibrate_vector
-from steer.receipts.config import CalibrateConfig, ScoreConfig
+from steer.receipts.config import CalibrateConfig, KitConfig, ScoreConfig
+from steer.receipts.kit import measure_kit
 from steer.receipts.score import read_material
 from steer.vectors import SteeringVector
 from tests.steer.packs.packs import FINGERPRINT, manifest_of, tree, write_pack
@@ -323,10 +327,18 @@ def test_what_is_installed_is_not_written(installed_vectors: Path, vector: Steer
             for write in (save_library, lambda path, vectors: add_to_library(path, *vectors)):
                 with pytest.raises(ConfigError, match=r"a library of your own .*Copy .*moods|new"):
                     write(path, [vector])
-        for config in (CalibrateConfig, ScoreConfig):
-            run = calibrate_vector if config is CalibrateConfig else read_material
+        moods = Path("moods")
+        writers: list[Callable[[], Any]] = [  # refused before anything is loaded or measured
+            lambda: calibrate_vector(CalibrateConfig(library=moods)),
+            lambda: read_material(ScoreConfig(library=moods)),
+            lambda: measure_kit(KitConfig(library=moods, kit="cheer")),
+            lambda: init_library(InitConfig(library=moods, version="1.0.1")),
+            lambda: add(AddConfig(library=moods, vectors=moods)),
+            lambda: merge(MergeConfig(libraries=(moods, moods), out=moods)),
+        ]
+        for run in writers:
             with pytest.raises(ConfigError, match="a library of your own"):
-                run(config(library=Path("moods")))  # type: ignore[arg-type]
+                run()
         assert not (tmp_path / "moods").exists()
     assert tree(store()) == before
 
