@@ -137,7 +137,7 @@ def test_the_archives_made_here_are_right_but_for_what_is_put_wrong(tmp_path: Pa
 @pytest.mark.parametrize(
     "name",
     ["../evil", "/tmp/evil", "a/../../evil", "..\\evil", "C:\\evil", "c:evil", "a\0b", ".bashrc", "manifest.json",
-     "Signature.JSON", "plots/EFFECTS.svg", "README.md/a.b", "plots", "nul.txt", "\x1b[2J", "-rf.x", "a b.c", "é.svg"],
+     "Signature.json", "plots/EFFECTS.svg", "README.md/a.b", "plots", "nul.txt", "\x1b[2J", "-rf.x", "a b.c", "é.svg"],
 )  # fmt: skip
 def test_names_that_lead_elsewhere(tmp_path: Path, name: str) -> None:
     refused(tmp_path, frame_of(tar_of(members({**FILES, name: b"evil"}))), "names")

@@ -333,7 +333,7 @@ def test_what_is_installed_is_not_written(installed_vectors: Path, vector: Steer
             lambda: read_material(ScoreConfig(library=moods)),
             lambda: measure_kit(KitConfig(library=moods, kit="cheer")),
             lambda: init_library(InitConfig(library=moods, version="1.0.1")),
-            lambda: add(AddConfig(library=moods, vectors=moods)),
+            lambda: add(AddConfig(library=moods, sae=Path("none"))),
             lambda: merge(MergeConfig(libraries=(moods, moods), out=moods)),
         ]
         for run in writers:
