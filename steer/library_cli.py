@@ -7,12 +7,14 @@ import typer
 
 from steer.config import AddConfig, ExportConfig, ImportConfig, InitConfig, MergeConfig
 from steer.options import AsJson, ConfigPath, DryRun, Overrides
+from steer.packs.cli import app as packs_app
 from steer.show import show
 
 if TYPE_CHECKING:
     from steer.library import Library
 
-app = typer.Typer(help="Move steering vectors between libraries and other projects.", no_args_is_help=True)
+app = typer.Typer(help="Make, share and compare libraries of steering vectors.", no_args_is_help=True)
+app.registered_commands += packs_app.registered_commands
 
 
 @app.command()

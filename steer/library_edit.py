@@ -16,6 +16,7 @@ from steer.config import AddConfig, InitConfig, MergeConfig
 from steer.library import MANIFEST, SAE, Library, find_vectors
 from steer.making.features import features_of, linked, read_labels
 from steer.pack import Feature, FileRef, Kit, SaeRef
+from steer.packs.installed import check_own
 
 
 def init(config: InitConfig) -> Library:
@@ -127,6 +128,7 @@ def _saved(library: Library, path: Path) -> Library:
 
 
 def _opened(path: Path) -> Library:
+    check_own(path)
     return Library.open(path) if (path / MANIFEST).exists() else Library()
 
 

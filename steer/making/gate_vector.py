@@ -22,6 +22,7 @@ from steer.gates import Gate, Readout, calibrate, cosine, energy, peak, probe
 from steer.library import find_vectors
 from steer.making.config import GateConfig
 from steer.making.make import add_to_library
+from steer.packs.installed import check_own
 from steer.vectors import SteeringVector
 
 READOUTS = {
@@ -41,6 +42,7 @@ def gate_vector(config: GateConfig, loaded: LoadedModel | None = None) -> dict[s
       HookPointError where the model has no such hook point.
     """
     fires, quiet = read_texts(config.fires), read_texts(config.quiet)
+    check_own(config.library)
     vectors = find_vectors(config.library, config.vector)
     loaded = loaded or load_model(config.model, device=config.device)
     readout = _readout(config, loaded, vectors[0])

@@ -36,6 +36,7 @@ from steer.measures.effect import (
     measure,
     sweep_doses,
 )
+from steer.packs.installed import check_own
 from steer.pairs import load_pairs
 from steer.scopes import Scope
 from steer.vectors import SteeringVector, from_latent, from_latents
@@ -206,6 +207,7 @@ def add_to_library(path: Path, *vectors: SteeringVector, instead_of: str | None 
     Args:
       instead_of: a name of which nothing is kept, nor of NAME@HOOK_POINT.
     """
+    check_own(path)
     try:
         library = load_library(path)
     except MissingArtefactError:

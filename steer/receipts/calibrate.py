@@ -33,6 +33,7 @@ from steer.library import find_vectors
 from steer.making.make import add_to_library, load_prompts
 from steer.measures.concepts import concept_of
 from steer.measures.effect import Arm, Bounds, DoseTrial, choose_dose, sweep_doses, try_arms
+from steer.packs.installed import check_own
 from steer.pairs import load_pairs
 from steer.receipts.config import CalibrateConfig
 from steer.vectors import SteeringVector
@@ -66,8 +67,9 @@ def calibrate_vector(
     Args:
       on_status: told in one line which doses are tried.
     Returns: the vector, or those of its group in the order of a pass.
-    Raises: ConfigError if no dose works, or the vector's operation has no dose.
+    Raises: ConfigError if no dose works, the library is an installed one, or the vector's operation has no dose.
     """
+    check_own(config.library)
     vectors = find_vectors(config.library, config.vector or None)
     if ablating := [vector.name for vector in vectors if vector.operation == "ablate"]:
         raise ConfigError(

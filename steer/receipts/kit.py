@@ -23,6 +23,7 @@ from steer.measures.concepts import concept_of
 from steer.measures.effect import Arm, Outcome, bootstrap_interval, examples_of_arms, kl_of, try_arms
 from steer.operations import Intervention
 from steer.pack import Kit
+from steer.packs.installed import check_own
 from steer.receipts.config import KitConfig
 from steer.vectors import SteeringVector
 
@@ -32,6 +33,7 @@ def measure_kit(config: KitConfig, loaded: LoadedModel | None = None) -> Kit:
 
     Raises: UnknownNameError listing the kits there are, and as `concept_of` and `steering` do.
     """
+    check_own(config.library)
     library = Library.open(config.library)
     kit = next((each for each in library.kits if each.name == config.kit), None)
     if kit is None:

@@ -46,6 +46,7 @@ from steer.measures.concepts import concept_of, instruction_of
 from steer.measures.effect import Arm, Concept, Outcome, arms_of, drift, examples_of_arms, next_tokens, try_arms
 from steer.measures.judge import judge_texts, open_judge
 from steer.measures.refusal import RefusalPrompt, load_refusal_prompts, refusals
+from steer.packs.installed import check_own
 from steer.pairs import ContrastPair, contrast_names, load_pairs
 from steer.receipts.config import ScoreConfig
 from steer.runtime import steering
@@ -116,6 +117,7 @@ def _stored(group: Group, coefficient: float, receipt: dict[str, Any]) -> list[S
 
 def read_material(config: ScoreConfig) -> Material:
     """Vector and data; what is wrong with them is found here."""
+    check_own(config.library)
     vectors = find_vectors(config.library, config.vector or None)
     if config.coefficient is None and any(vector.coefficient == 0 for vector in vectors):
         raise ConfigError(
