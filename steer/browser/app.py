@@ -5,6 +5,7 @@ becomes an answer with where, expected, got and fix. Every other path is the pag
 names. Left out: listening on a port (`steer.browser.serve`).
 """
 
+import threading
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -24,13 +25,14 @@ from steer.browser.bench import bench_router
 from steer.browser.comparisons import Comparisons, comparisons_router
 from steer.browser.entry import entry_router
 from steer.browser.features import features_router
-from steer.browser.guard import REFUSALS, AccountOf, Gatekeeper, Pace, answer_of, refusal
+from steer.browser.guard import REFUSALS, Gatekeeper, Pace, answer_of, refusal
 from steer.browser.labelling import Labelling, labelling_router
 from steer.browser.labelling_results import results_router
 from steer.browser.lists import Listings, lists_router
 from steer.browser.maps import maps_router
 from steer.browser.model import SharedModel
 from steer.browser.prompts import prompts_router
+from steer.browser.roles import AccountOf
 from steer.browser.saes import Saes
 from steer.browser.sources import Opened
 from steer.browser.team import Team
@@ -60,9 +62,11 @@ def create_app(
       database: URL of the database that keeps what people write of latents; none: each index its own.
     """
     labelling, comparisons = Labelling(opened, database), Comparisons(opened)
+    listings, saes = Listings(opened, labelling.standings), Saes()
 
     @asynccontextmanager
     async def closing(app: FastAPI) -> AsyncIterator[None]:
+        threading.Thread(target=listings.warm, name="warm", daemon=True).start()
         yield
         labelling.close()
         comparisons.close()
@@ -79,7 +83,6 @@ def create_app(
     app.add_exception_handler(UnicodeEncodeError, _as_answer)
     app.add_exception_handler(HTTPException, _as_answer)
 
-    listings, saes = Listings(opened, labelling.standings), Saes()
     routers = [
         entry_router(opened, model, is_team=team is not None), lists_router(listings), features_router(listings),
         prompts_router(listings, model, saes), maps_router(opened), comparisons_router(comparisons),

@@ -11,7 +11,9 @@ is blind (`sae.annotation.standing`).
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -19,7 +21,7 @@ from fastapi import APIRouter, Query
 from jaxtyping import Float, Int, Int32
 from pydantic import BaseModel
 
-from activations.errors import ConfigError
+from activations.errors import ConfigError, SaekitError
 from sae.annotation.standing import Standings, bits_of
 from sae.histogram import STEPS
 from sae.index_db import FeatureIndex
@@ -37,6 +39,7 @@ FOUND = 2000
 CUT_FROM = 3
 """bytes of a word from which on it may be cut short"""
 KEPT_ORDERS = 8
+PAGE = 100
 MAX_LATENT = 2**31 - 1
 WORDS, FEW_WORDS = 6, 3
 Show = Literal["all", "live", "dead", "dense"]
@@ -235,6 +238,12 @@ class Listings:
         """A source by name. Raises: UnknownNameError."""
         return self._opened.source(name)
 
+    def warm(self) -> None:
+        """Read what the first page shows, so that it is there when the page asks; what fails is told then."""
+        for name, listing in islice(self._listings.items(), 1):
+            with suppress(SaekitError):
+                listing.rows(listing.order(ListQuery(source=name))[:PAGE])
+
     def of(self, name: str) -> Listing:
         """Lists of a source. Raises: UnknownNameError."""
         return self._listings[self.source(name).name]
@@ -247,7 +256,7 @@ def lists_router(listings: Listings) -> APIRouter:
     @router.get("/latents")
     def page(
         account: Viewer, asked: Annotated[ListQuery, Query()], offset: Offset = 0,
-        limit: Annotated[int, Query(ge=1, le=200)] = 100,
+        limit: Annotated[int, Query(ge=1, le=200)] = PAGE,
     ) -> Page:  # fmt: skip
         listing = listings.of(asked.source)
         order = listing.order(asked, account.name)
