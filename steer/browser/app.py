@@ -30,6 +30,7 @@ from steer.browser.labelling import Labelling, labelling_router
 from steer.browser.labelling_results import results_router
 from steer.browser.lists import Listings, lists_router
 from steer.browser.maps import maps_router
+from steer.browser.meaning import Meaning, meaning_router
 from steer.browser.model import SharedModel
 from steer.browser.prompts import prompts_router
 from steer.browser.roles import AccountOf
@@ -51,6 +52,7 @@ def create_app(
     model: SharedModel,
     team: Team | None = None,
     database: str | None = None,
+    meaning: Meaning | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -60,9 +62,10 @@ def create_app(
       model: what prompts are run through and what is steered.
       team: whose accounts an admin may change; none: there is one account.
       database: URL of the database that keeps what people write of latents; none: each index its own.
+      meaning: what labels are searched by beside their words; none: nothing.
     """
-    labelling, comparisons = Labelling(opened, database), Comparisons(opened)
-    listings, saes = Listings(opened, labelling.standings), Saes()
+    labelling, comparisons, saes = Labelling(opened, database), Comparisons(opened), Saes()
+    listings = Listings(opened, labelling.standings, None if meaning is None else meaning.of)
 
     @asynccontextmanager
     async def closing(app: FastAPI) -> AsyncIterator[None]:
@@ -70,6 +73,8 @@ def create_app(
         yield
         labelling.close()
         comparisons.close()
+        if meaning is not None:
+            meaning.close()
 
     app = FastAPI(
         title="saekit browser", version=version("saekit"), docs_url=None, redoc_url=None, openapi_url=None,
@@ -84,11 +89,14 @@ def create_app(
     app.add_exception_handler(HTTPException, _as_answer)
 
     routers = [
-        entry_router(opened, model, is_team=team is not None), lists_router(listings), features_router(listings),
+        entry_router(opened, model, is_team=team is not None, has_meaning=meaning is not None),
+        lists_router(listings), features_router(listings),
         prompts_router(listings, model, saes), maps_router(opened), comparisons_router(comparisons),
         labelling_router(labelling), results_router(labelling), bench_router(opened, model, saes),
     ]  # fmt: skip
-    for router in routers if team is None else [*routers, accounts_router(team)]:
+    routers += [] if team is None else [accounts_router(team)]
+    routers += [] if meaning is None else [meaning_router(meaning)]
+    for router in routers:
         app.include_router(router)
     app.mount("/static", StaticFiles(directory=str(STATIC)), name="static")
 

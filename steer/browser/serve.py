@@ -50,23 +50,25 @@ def browse(config: BrowseConfig, *, as_json: bool = False) -> None:
             url = config.database or sqlite_url(state_folder() / "accounts.sqlite")
             team = stack.enter_context(closing(Team(url, own, token)))
         names = {*LOOPBACK, config.host, *config.hosts}
-        model = SharedModel(config.model or _model_of(opened), config.device)
         shown = f"[{config.host}]" if ":" in config.host else config.host
         _say(f"http://{shown}:{listener.getsockname()[1]}/#token={token}", config, as_json)
         account_of = team.account_of if team else single(own, token)
         with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
-            _server(opened, account_of, names, model, team, config.database).run(sockets=[listener])
+            _server(config, opened, account_of, names, team).run(sockets=[listener])
 
 
 def _server(
-    opened: Opened, account_of: AccountOf, names: set[str], model: SharedModel, team: Team | None, database: str | None
+    config: BrowseConfig, opened: Opened, account_of: AccountOf, names: set[str], team: Team | None
 ) -> "uvicorn.Server":
     with uncollected():
         import uvicorn
 
         from steer.browser.app import create_app
+        from steer.browser.meaning import Meaning
 
-        app = create_app(opened, account_of, names, model, team, database)
+        model = SharedModel(config.model or _model_of(opened), config.device)
+        meaning = Meaning(opened, config.embedding, config.device) if config.embedding else None
+        app = create_app(opened, account_of, names, model, team, config.database, meaning)
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
 
 
