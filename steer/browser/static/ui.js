@@ -153,8 +153,8 @@ export function GoTo({ most, onGo, onClose }) {
     if (field.current.value !== "") onGo(Number(field.current.value));
     onClose();
   };
-  return html`<form class="goto" role="dialog" aria-label="Go to a latent" onSubmit=${submit} onKeyDown=${(event) => event.key === "Escape" && onClose()}>
-    <label>Go to latent <input ref=${field} type="number" min="0" max=${most} step="1" required onBlur=${onClose}/></label><kbd>Enter</kbd></form>`;
+  return html`<div class="goto" role="dialog" aria-label="Go to a latent"><form onSubmit=${submit} onKeyDown=${(event) => event.key === "Escape" && onClose()}>
+    <label>Go to latent <input ref=${field} type="number" min="0" max=${most} step="1" required onBlur=${onClose}/></label><kbd>Enter</kbd></form></div>`;
 }
 
 // What keys do, as a line: [["j", "k"], "moves"], …
