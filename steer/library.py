@@ -105,6 +105,19 @@ def group_name(name: str) -> str:
     return name.partition("@")[0]
 
 
+def grouped(vectors: Mapping[str, SteeringVector]) -> dict[str, list[SteeringVector]]:
+    """By name, what `find_vectors` finds of it: vectors NAME@HOOK_POINT under NAME, unless another is called so."""
+    names = dict.fromkeys(name if group_name(name) in vectors else group_name(name) for name in vectors)
+    return {name: _of_name(vectors, name) for name in names}
+
+
+def _of_name(vectors: Mapping[str, SteeringVector], name: str) -> list[SteeringVector]:
+    if name in vectors:
+        return [vectors[name]]
+    parts = [vector for each, vector in vectors.items() if each.startswith(f"{name}@")]
+    return sorted(parts, key=lambda vector: HookPoint.parse(vector.hook_point).depth)
+
+
 def find_vectors(path: str | Path, name: str | None) -> list[SteeringVector]:
     """The vector of this name, or else those of NAME@HOOK_POINT, in the order of a pass; the first if there is no name.
 
@@ -113,10 +126,7 @@ def find_vectors(path: str | Path, name: str | None) -> list[SteeringVector]:
     vectors = load_library(path)
     if name is None:
         name = group_name(next(iter(vectors), ""))
-    parts = [vector for each, vector in vectors.items() if each.startswith(f"{name}@")]
-    if name in vectors or not parts:
-        return [named(vectors, path, name)]
-    return sorted(parts, key=lambda vector: HookPoint.parse(vector.hook_point).depth)
+    return _of_name(vectors, name) or [named(vectors, path, name)]
 
 
 def _entry(vector: SteeringVector, arrays: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ function Comparison({ one, other, kind, onKind }) {
   }, []);
   if (error) return html`<${Problem} error=${error}/>`;
   if (state?.state === "failed") return html`<${Problem} error=${state.problem}/>`;
-  if (state?.state !== "done") return html`<${Waiting} what="Comparing every latent with every other"/>`;
+  if (state?.state !== "done") return html`<${Waiting} what="Comparing every latent with every other: minutes where there are tens of thousands. It goes on if you leave the page"/>`;
   const { latents, tokens } = state.summary;
   const kinds = Object.keys(KINDS).filter((name) => name === "alone_other" ? latents.alone : latents[name]);
   const chosen = kinds.includes(kind) ? kind : kinds[0];
