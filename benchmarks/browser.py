@@ -7,7 +7,9 @@ The server is `saekit browse` in a process of its own, over an index such as ben
 page is headless Chromium's. Times are from an event inside the page until what it asks for is painted, in ms, to the
 frame of 16.7 ms: the document is looked at in each animation frame, and the first task behind the right one counts.
 
-    open     navigation to the first rows, without a cache of the browser's, after one that is not counted
+    command  the command itself to the first rows, in a Chromium that runs already: each time a new process, with the
+             seconds until it said where it answers (`listening`) and the processor time that it took till the rows
+    open     navigation to the first rows, without a cache of the browser's
     frame    from frame to frame while the list is scrolled by a wheel; drag: by its scrollbar, to random places
     rows     a jump to a random place until its rows are there
     feature  key j on a feature's page to the next feature's heading, labels and strongest contexts, with pauses in
@@ -32,6 +34,8 @@ from typing import Any
 
 from _results import device_name, record
 from playwright.sync_api import Browser, Page, sync_playwright
+
+from sae.index_db import read_info
 
 FLAGS = ("--no-sandbox", "--disable-gpu", "--enable-precise-memory-info", "--js-flags=--expose-gc")
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -115,13 +119,44 @@ def start(index: Path, home: Path) -> tuple[subprocess.Popen[str], str]:
     return process, json.loads(process.stdout.readline())["address"]
 
 
-def opened(browser: Browser, address: str) -> tuple[Page, float]:
-    """A page with its first rows, and how long that took."""
+def blank(browser: Browser) -> Page:
+    """A page that has been nowhere yet."""
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     context.add_init_script(SCRIPT)
-    page = context.new_page()
-    page.goto(address)
+    return context.new_page()
+
+
+def opened(browser: Browser, address: str) -> tuple[Page, float]:
+    """A page with its first rows, and how long that took."""
+    page = blank(browser)
+    page.goto(address, wait_until="commit")
     return page, page.evaluate("changed(isThere).then(() => performance.now())")
+
+
+def processor_s(process: subprocess.Popen[str]) -> float:
+    """Processor time of a process, in user and in system mode."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def from_command(browser: Browser, index: Path, home: Path) -> dict[str, float]:
+    """Seconds from the command to the first rows."""
+    page = blank(browser)
+    begun = time.perf_counter()
+    process, address = start(index, home)
+    listening = time.perf_counter() - begun
+    try:
+        page.goto(address, wait_until="commit")
+        page.evaluate("changed(isThere)")
+        return {
+            "command_s": time.perf_counter() - begun,
+            "listening_s": listening,
+            "command_cpu_s": processor_s(process),
+        }
+    finally:
+        page.context.close()
+        process.terminate()
+        process.wait()
 
 
 def once(browser: Browser, address: str, source: str) -> dict[str, list[float]]:
@@ -157,34 +192,37 @@ def once(browser: Browser, address: str, source: str) -> dict[str, list[float]]:
     return times
 
 
+def driven(browser: Browser, index: Path, home: Path, repeats: int) -> dict[str, float]:
+    """What one server takes that is asked for everything, as often as wanted."""
+    process, address = start(index, home)
+    try:
+        page, _ = opened(browser, address)
+        about = page.evaluate("fetch('/api/about').then((answer) => answer.json())")["sources"][0]
+        page.context.close()
+        rounds = [once(browser, address, about["name"]) for _ in range(repeats)]
+        return {**figures(rounds), "server_mb": round(sat_mb(process))}
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Drive a server as often as asked for."""
+    """Everything, or the command alone."""
     program = os.environ.get("SAEKIT_CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM)))
-    rounds: list[dict[str, list[float]]] = []
-    with tempfile.TemporaryDirectory() as home, sync_playwright() as playwright:
-        begun = time.perf_counter()
-        process, address = start(arguments.index, Path(home))
-        listening = time.perf_counter() - begun
-        try:
-            browser = playwright.chromium.launch(executable_path=program, args=list(FLAGS))
-            page, first_ms = opened(browser, address)
-            about = page.evaluate("fetch('/api/about').then((answer) => answer.json())")["sources"][0]
-            page.context.close()
-            rounds += [once(browser, address, about["name"]) for _ in range(arguments.repeats)]
-            server_mb = sat_mb(process)
-            browser.close()
-        finally:
-            process.terminate()
-            process.wait()
+    index, repeats = arguments.index, arguments.repeats
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        home = Path(folder)
+        browser = playwright.chromium.launch(executable_path=program, args=list(FLAGS))
+        begins = [from_command(browser, index, home) for _ in range(repeats)]
+        rest = {} if arguments.only_command else driven(browser, index, home, repeats)
+        browser.close()
     return {
         "device": device_name("cpu"),
-        "latents": about["d_sae"],
-        "repeats": arguments.repeats,
+        "latents": read_info(index)["d_sae"],
+        "repeats": repeats,
         "load": round(os.getloadavg()[0], 1),
-        "listening_s": round(listening, 2),
-        "first_open_ms": round(first_ms),
-        **figures(rounds),
-        "server_mb": round(server_mb),
+        **{name: round(statistics.median(each[name] for each in begins), 2) for name in begins[0]},
+        **rest,
     }
 
 
@@ -209,6 +247,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time the feature browser.")
     parser.add_argument("--index", type=Path, required=True, help="feature index")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only-command", action="store_true", help="time the command to the first rows, and stop")
     parser.add_argument("--record", action="store_true", help="append to results/<device>.csv")
     arguments = parser.parse_args()
     line = measure(arguments)

@@ -23,6 +23,7 @@ from steer.library_cli import app as library_app
 from steer.options import AsJson, ConfigOption, ConfigPath, DryRun, Overrides
 from steer.packs.names import printable
 from steer.show import show, status
+from steer.uncollected import uncollected
 from steer.vector_cli import app as vector_app
 
 PROBE_S = 3.0
@@ -156,7 +157,8 @@ def browse(
 
         with closing(open_paths(settings.paths)) as opened:
             return show(export_site(opened, settings.export, settings.latents), json_)
-    from steer.browser.serve import browse as run
+    with uncollected():
+        from steer.browser.serve import browse as run
 
     run(settings, as_json=json_)
 

@@ -153,10 +153,7 @@ class Library:
                     for each, factor in kit.vectors.items()
                     for vector in self.find(path, each)
                 ]
-        parts = [vector for each, vector in self.vectors.items() if each.startswith(f"{name}@")]
-        if name in self.vectors or not parts:
-            return [named(self.vectors, path, name)]
-        return sorted(parts, key=lambda vector: HookPoint.parse(vector.hook_point).depth)
+        return _of_name(self.vectors, name) or [named(self.vectors, path, name)]
 
 
 def save_library(path: Path, vectors: Sequence[SteeringVector]) -> str:
@@ -195,6 +192,19 @@ def named(vectors: Mapping[str, SteeringVector], path: str | Path, name: str) ->
 def group_name(name: str) -> str:
     """What vectors NAME@HOOK_POINT that belong together are called; of any other name, itself."""
     return name.partition("@")[0]
+
+
+def grouped(vectors: Mapping[str, SteeringVector]) -> dict[str, list[SteeringVector]]:
+    """By name, what `Library.find` finds of it: vectors NAME@HOOK_POINT under NAME, unless another is called so."""
+    names = dict.fromkeys(name if group_name(name) in vectors else group_name(name) for name in vectors)
+    return {name: _of_name(vectors, name) for name in names}
+
+
+def _of_name(vectors: Mapping[str, SteeringVector], name: str) -> list[SteeringVector]:
+    if name in vectors:
+        return [vectors[name]]
+    parts = [vector for each, vector in vectors.items() if each.startswith(f"{name}@")]
+    return sorted(parts, key=lambda vector: HookPoint.parse(vector.hook_point).depth)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -3,10 +3,10 @@
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 WIDEST = 10_000
 """columns in which results are laid out"""
@@ -26,13 +26,20 @@ def show(result: Mapping[str, Any], as_json: bool, plain: str | None = None) -> 
     elif plain is not None:
         sys.stdout.write(f"{result[plain]}\n")
     else:
-        table = Table(show_header=False, box=None, pad_edge=False)
-        for key, value in _flat(result):
-            table.add_row(key, _cell(value))
-        for part in (table, *(_table(key, value) for key, value in result.items() if _is_table(value))):
-            console = Console(soft_wrap=True, width=WIDEST)
-            console.width = console.measure(part).maximum  # wider than the terminal, if it must: no cell loses its end
-            console.print(part, markup=False)
+        _lay_out(result)
+
+
+def _lay_out(result: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in _flat(result):
+        table.add_row(key, _cell(value))
+    for part in (table, *(_table(key, value) for key, value in result.items() if _is_table(value))):
+        console = Console(soft_wrap=True, width=WIDEST)
+        console.width = console.measure(part).maximum  # wider than the terminal, if it must: no cell loses its end
+        console.print(part, markup=False)
 
 
 def _is_table(value: Any) -> bool:
@@ -49,7 +56,9 @@ def _nests(value: Any) -> bool:
     return isinstance(value, Mapping | list | tuple)
 
 
-def _table(name: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
+def _table(name: str, rows: Mapping[str, Mapping[str, Any]]) -> "Table":
+    from rich.table import Table
+
     table = Table(name, *next(iter(rows.values())), box=None, pad_edge=False, header_style="bold")
     for key, row in rows.items():
         table.add_row(key, *map(_cell, row.values()))

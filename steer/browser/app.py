@@ -6,6 +6,7 @@ names. Left out: listening on a port (`steer.browser.serve`).
 """
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -26,13 +27,15 @@ from steer.browser.bench_runs import Runs
 from steer.browser.comparisons import Comparisons, comparisons_router
 from steer.browser.entry import entry_router
 from steer.browser.features import features_router
-from steer.browser.guard import REFUSALS, AccountOf, Gatekeeper, Pace, answer_of, refusal
+from steer.browser.guard import REFUSALS, Gatekeeper, Pace, answer_of, refusal
 from steer.browser.labelling import Labelling, labelling_router
 from steer.browser.labelling_results import results_router
 from steer.browser.lists import Listings, lists_router
 from steer.browser.maps import maps_router
+from steer.browser.meaning import Meaning, meaning_router
 from steer.browser.model import SharedModel
 from steer.browser.prompts import prompts_router
+from steer.browser.roles import AccountOf
 from steer.browser.saes import Saes
 from steer.browser.sources import Opened
 from steer.browser.team import Team
@@ -51,6 +54,7 @@ def create_app(
     model: SharedModel,
     team: Team | None = None,
     database: str | None = None,
+    meaning: Meaning | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -60,15 +64,20 @@ def create_app(
       model: what prompts are run through and what is steered.
       team: whose accounts an admin may change; none: there is one account.
       database: URL of the database that keeps what people write of latents; none: each index its own.
+      meaning: what labels are searched by beside their words; none: nothing.
     """
     labelling, comparisons, runs = Labelling(opened, database), Comparisons(opened), Runs(model)
+    listings, saes = Listings(opened, labelling.standings, None if meaning is None else meaning.of), Saes()
 
     @asynccontextmanager
     async def closing(app: FastAPI) -> AsyncIterator[None]:
+        threading.Thread(target=listings.warm, name="warm", daemon=True).start()
         yield
         await asyncio.to_thread(runs.close)
         labelling.close()
         comparisons.close()
+        if meaning is not None:
+            meaning.close()
 
     app = FastAPI(
         title="saekit browser", version=version("saekit"), docs_url=None, redoc_url=None, openapi_url=None,
@@ -82,13 +91,15 @@ def create_app(
     app.add_exception_handler(UnicodeEncodeError, _as_answer)
     app.add_exception_handler(HTTPException, _as_answer)
 
-    listings, saes = Listings(opened, labelling.standings), Saes()
     routers = [
-        entry_router(opened, model, is_team=team is not None), lists_router(listings), features_router(listings),
+        entry_router(opened, model, is_team=team is not None, has_meaning=meaning is not None),
+        lists_router(listings), features_router(listings),
         prompts_router(listings, model, saes), maps_router(opened), comparisons_router(comparisons),
         labelling_router(labelling), results_router(labelling), bench_router(opened, model, saes, runs),
     ]  # fmt: skip
-    for router in routers if team is None else [*routers, accounts_router(team)]:
+    routers += [] if team is None else [accounts_router(team)]
+    routers += [] if meaning is None else [meaning_router(meaning)]
+    for router in routers:
         app.include_router(router)
     app.mount("/static", StaticFiles(directory=str(STATIC)), name="static")
 

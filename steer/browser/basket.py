@@ -1,7 +1,8 @@
 """What the bench steers with: vectors of opened libraries and latents of opened sources, by reference.
 
-A vector is NUMBER/NAME, the number being its library's in the catalogue; a latent is SOURCE:N. No path of a request is
-ever opened. Left out: generating (`steer.browser.bench_runs`).
+A vector is NUMBER/NAME, the number being its library's in the catalogue, and so are vectors NAME@HOOK_POINT that belong
+together (`steer.groups`): one item, at the dose of the lead. A latent is SOURCE:N. No path of a request is ever opened.
+Left out: generating (`steer.browser.bench_runs`).
 """
 
 from __future__ import annotations
@@ -65,11 +66,11 @@ Basket = Annotated[list[Item], Field(max_length=MOST_ITEMS)]
 
 
 class Entry(BaseModel):
-    """A vector as the page shows it; doses are coefficients over the mean norm."""
+    """A vector, or a group, as the page shows it; doses are coefficients over the mean norm, of a group the lead's."""
 
     ref: str
     name: str
-    hook_point: str
+    hook_points: list[str]
     coefficient: float
     dose: float
     window: tuple[float, float] | None
@@ -101,13 +102,14 @@ class Shelf:
         self.opened, self._saes = opened, saes
 
     def catalogue(self) -> Catalogue:
-        """Vectors of every library, and of those that cannot be read, why."""
-        from steer.library import load_library
+        """Vectors and groups of every library, and of those that cannot be read, why."""
+        from steer.library import grouped, load_library
 
         found = Catalogue(vectors=[], problems=[])
         for number, path in enumerate(self.opened.libraries):
             try:
-                found.vectors += [entry_of(f"{number}/{name}", vector) for name, vector in load_library(path).items()]
+                groups = grouped(load_library(path)).items()
+                found.vectors += [entry_of(f"{number}/{name}", vectors) for name, vectors in groups]
             except SaekitError as error:
                 found.problems.append(Problem(library=number, name=path.name, detail=detail_of(error)))
         return found
@@ -119,17 +121,17 @@ class Shelf:
             raise UnknownNameError("library", expected=expected, got=number, fix="See the catalogue.")
         return self.opened.libraries[number]
 
-    def find(self, item: Item) -> SteeringVector:
-        """The vector of an item. Raises: ConfigError, UnknownNameError, MissingArtefactError."""
+    def find(self, item: Item) -> list[SteeringVector]:
+        """The vector of an item, or those of its group. Raises: ConfigError, UnknownNameError, MissingArtefactError."""
         if (item.vector is None) == (item.latent is None):
             raise ConfigError("basket", expected="a vector or a latent", got="both or neither", fix="Give one of them.")
         if item.vector is not None:
-            from steer.library import find_vector
+            from steer.library import find_vectors
 
             number, _, name = item.vector.partition("/")
-            return find_vector(self.library(_number(number)), name)
+            return find_vectors(self.library(_number(number)), name)
         source, _, latent = (item.latent or "").rpartition(":")
-        return self._latent(source, _number(latent))
+        return [self._latent(source, _number(latent))]
 
     def steers(self, basket: Sequence[Item]) -> list[Steer]:
         """What a basket does. Raises: as `find` does, and ConfigError for levels of a gate that contradict each other.
@@ -138,12 +140,12 @@ class Shelf:
         mistake, and one vector may be there twice. A gate is put onto the vector here, once, since a run asks for its
         interventions again with each change of doses.
         """
-        found: dict[str, SteeringVector] = {}
+        found: dict[str, list[SteeringVector]] = {}
         steers = []
         for number, item in enumerate(basket, 1):
             ref = item.vector or item.latent or ""
-            vector = found[ref] = found.get(ref) or self.find(item)
-            steers.append(_steer(number, item, vector))
+            vectors = found[ref] = found.get(ref) or self.find(item)
+            steers.append(_steer(number, item, vectors))
         return steers
 
     def _latent(self, name: str, latent: int) -> SteeringVector:
@@ -179,27 +181,37 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def entry_of(ref: str, vector: SteeringVector) -> Entry:
-    """A vector for the page."""
-    unit = 1.0 if vector.operation == "ablate" else vector.mean_norm
-    low, high = vector.window or (0.0, 0.0)
-    receipts = len(vector.receipts)
+def entry_of(ref: str, vectors: Sequence[SteeringVector]) -> Entry:
+    """A vector, or a group, for the page."""
+    from steer.groups import group_of
+    from steer.library import group_name
+
+    lead = group_of(vectors).lead
+    unit = 1.0 if lead.operation == "ablate" else lead.mean_norm
+    low, high = lead.window or (0.0, 0.0)
+    receipts = len(lead.receipts)
     return Entry(
-        ref=ref, name=vector.name, hook_point=vector.hook_point, coefficient=vector.coefficient,
-        dose=vector.coefficient / unit, window=None if vector.window is None else (low / unit, high / unit),
-        operation=vector.operation, scope=vector.scope, gated=vector.gate is not None,
+        ref=ref, name=lead.name if len(vectors) == 1 else group_name(lead.name),
+        hook_points=[vector.hook_point for vector in vectors], coefficient=lead.coefficient,
+        dose=lead.coefficient / unit, window=None if lead.window is None else (low / unit, high / unit),
+        operation=lead.operation, scope=lead.scope, gated=any(vector.gate is not None for vector in vectors),
         headline=f"{receipts} receipt{'' if receipts == 1 else 's'}" if receipts else "not measured",
     )  # fmt: skip
 
 
-def _steer(number: int, item: Item, vector: SteeringVector) -> Steer:
+def _steer(number: int, item: Item, vectors: Sequence[SteeringVector]) -> Steer:
     from steer.chat.state import Steer
+    from steer.library import group_name
 
-    name, levels = f"{number} {vector.name}", item.gate
-    gate = vector.gate if levels is None else levels.of(vector)
-    is_other = item.operation not in (None, vector.operation)
-    used = replace(vector, gate=_numbered(gate, number, {}), window=None if is_other else vector.window)
-    return Steer(name, (used,), item.dose, item.operation, item.scope)
+    known: dict[Gate, Gate] = {}
+
+    def used(vector: SteeringVector) -> SteeringVector:
+        gate = vector.gate if item.gate is None else item.gate.of(vector)
+        is_other = item.operation not in (None, vector.operation)
+        return replace(vector, gate=_numbered(gate, number, known), window=None if is_other else vector.window)
+
+    name = vectors[0].name if len(vectors) == 1 else group_name(vectors[0].name)
+    return Steer(f"{number} {name}", tuple(used(each) for each in vectors), item.dose, item.operation, item.scope)
 
 
 def _numbered(condition: Condition | None, number: int, known: dict[Gate, Gate]) -> Condition | None:
@@ -236,9 +248,13 @@ def refusals(shelf: Shelf, basket: Sequence[Item], loaded: LoadedModel | None, *
 
 
 def as_used(steer: Steer) -> list[SteeringVector]:
-    """The vectors of a steer at the coefficients and for the operation it uses them for."""
+    """The vectors of a steer as it uses them, coefficients and operation included, each under a name of its own."""
     pairs = zip(steer.vectors, steer.coefficients, strict=True)
-    return [replace(steer.used(v), name=steer.name, coefficient=c, scope=steer.scope or v.scope) for v, c in pairs]
+    names = [steer.name if len(steer.vectors) == 1 else f"{steer.name}@{v.hook_point}" for v in steer.vectors]
+    return [
+        replace(steer.used(v), name=name, coefficient=c, scope=steer.scope or v.scope)
+        for name, (v, c) in zip(names, pairs, strict=True)
+    ]
 
 
 def interventions(steers: Sequence[Steer]) -> list[Intervention]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
@@ -32,6 +32,9 @@ from steer.browser.guard import Annotator, Body, Viewer, detail_of
 from steer.browser.model import SharedModel
 from steer.browser.saes import Saes
 from steer.browser.sources import Opened
+
+if TYPE_CHECKING:
+    from steer.vectors import SteeringVector
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}(@[a-z_]+\.[0-9]{1,4})?$")]
 EVENTS = "text/event-stream"
@@ -102,7 +105,7 @@ def _together(shelf: Shelf, basket: Basket) -> dict[str, Any]:
 
 def _save(shelf: Shelf, kept: Kept, author: str) -> list[Entry]:
     """Add to a library. Raises: ConfigError for a name that is taken, or a library that cannot be written."""
-    from steer.library import group_name, load_library
+    from steer.library import group_name, grouped, load_library
     from steer.making.make import add_to_library
 
     path = shelf.library(kept.library)
@@ -115,18 +118,32 @@ def _save(shelf: Shelf, kept: Kept, author: str) -> list[Entry]:
     vectors = []
     for name, item, steer in zip(kept.names, kept.basket, shelf.steers(kept.basket), strict=True):
         steer.interventions()  # refuses a scope or gate that is none before it is written
-        vector, used = shelf.find(item), as_used(steer)[0]
-        if name not in (group_name(name), f"{group_name(name)}@{vector.hook_point}"):
-            fix = "Leave out what is behind the @."
-            raise ConfigError("names", expected=f"a name, or NAME@{vector.hook_point}", got=name, fix=fix)
-        is_measured = (used.operation, used.scope) == (vector.operation, vector.scope) and item.gate is None
-        source = {**vector.source, "bench": {"of": vector.name, "sha256": vector.sha256, "by": author}}
-        gate = vector.gate if item.gate is None else item.gate.of(vector)
-        receipts = vector.receipts if is_measured else []
-        vectors.append(replace(used, name=name, source=source, gate=gate, receipts=receipts))
+        vectors += _of_item(name, item, shelf.find(item), as_used(steer), author)
     try:
         add_to_library(path, *vectors)
     except OSError as error:
         got = error.strerror
         raise ConfigError("library", expected="one that can be written", got=got, fix="Open another.") from error
-    return [entry_of(f"{kept.library}/{vector.name}", vector) for vector in vectors]
+    groups = grouped({vector.name: vector for vector in vectors}).items()
+    return [entry_of(f"{kept.library}/{name}", parts) for name, parts in groups]
+
+
+def _of_item(
+    name: str, item: Item, vectors: list[SteeringVector], used: list[SteeringVector], author: str
+) -> list[SteeringVector]:
+    """The vectors of an item as a library keeps them. Raises: ConfigError for a name behind an @ that is not theirs."""
+    from steer.library import group_name
+
+    own = group_name(name)
+    if name != own and name not in [f"{own}@{vector.hook_point}" for vector in vectors[:1] if len(vectors) == 1]:
+        expected = f"a name, or NAME@{vectors[0].hook_point}" if len(vectors) == 1 else "a name, of a group"
+        raise ConfigError("names", expected=expected, got=name, fix="Leave out what is behind the @.")
+    names = [name] if len(vectors) == 1 else [f"{own}@{vector.hook_point}" for vector in vectors]
+    kept = []
+    for own_name, vector, as_it_is in zip(names, vectors, used, strict=True):
+        is_measured = (as_it_is.operation, as_it_is.scope) == (vector.operation, vector.scope) and item.gate is None
+        source = {**vector.source, "bench": {"of": vector.name, "sha256": vector.sha256, "by": author}}
+        gate = vector.gate if item.gate is None else item.gate.of(vector)
+        receipts = vector.receipts if is_measured else []
+        kept.append(replace(as_it_is, name=own_name, source=source, gate=gate, receipts=receipts))
+    return kept

@@ -33,7 +33,12 @@ class BrowseConfig(Config):
     model: str | None = Field(
         default=None, description="model spec for prompts and steering; none: the index's own, or a library's"
     )
-    device: str = Field(default="auto", description="torch device of the model")
+    embedding: str | None = Field(
+        default=None,
+        description="sentence-embedding model to search labels by meaning with: wheel:NAME, a folder or ORG/NAME; "
+        "none: labels are searched by words alone",
+    )
+    device: str = Field(default="auto", description="torch device of the models")
     export: Path | None = Field(
         default=None, description="write a folder of pages that need no server, and stop; none: serve"
     )

@@ -22,6 +22,8 @@ class About(BaseModel):
     model: str | None
     model_state: str
     is_team: bool
+    has_meaning: bool
+    """whether labels can be searched by meaning"""
 
 
 class Login(Body):
@@ -30,7 +32,7 @@ class Login(Body):
     token: str
 
 
-def entry_router(opened: Opened, model: SharedModel, *, is_team: bool) -> APIRouter:
+def entry_router(opened: Opened, model: SharedModel, *, is_team: bool, has_meaning: bool) -> APIRouter:
     """Routes that any page begins with."""
     router = APIRouter(prefix="/api")
 
@@ -44,7 +46,7 @@ def entry_router(opened: Opened, model: SharedModel, *, is_team: bool) -> APIRou
         return About(
             version=version("saekit"), account=account.name, role=account.role, sources=sources,
             libraries=[str(path) for path in opened.libraries], model=model.spec, model_state=model.state,
-            is_team=is_team,
+            is_team=is_team, has_meaning=has_meaning,
         )  # fmt: skip
 
     @router.get("/openapi.json")

@@ -11,14 +11,11 @@
 Left out: where accounts are kept (`steer.browser.people`, `steer.browser.team`).
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, HTTPException, Request
-from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
 from pydantic import BaseModel, ConfigDict, model_validator
 from starlette import exceptions
 from starlette.datastructures import Headers, MutableHeaders
@@ -26,14 +23,16 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from activations.errors import SaekitError
+from steer.browser.roles import Account, Role
+
+if TYPE_CHECKING:
+    from limits.strategies import MovingWindowRateLimiter
 
 COOKIE = "saekit"
 HEADER = "x-saekit"
 SAFE = ("GET", "HEAD", "OPTIONS")
 MAX_BODY = 1 << 20
 """bytes of a request"""
-Role = Literal["viewer", "annotator", "admin"]
-ROLES: tuple[Role, ...] = ("viewer", "annotator", "admin")
 SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -85,18 +84,6 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 """what any route may answer in place of what it is for, as the OpenAPI schema tells it"""
 
 
-@dataclass(frozen=True)
-class Account:
-    """Somebody who may ask."""
-
-    name: str
-    role: Role
-
-    def may(self, role: Role) -> bool:
-        """Whether this role is enough for what needs `role`."""
-        return ROLES.index(self.role) >= ROLES.index(role)
-
-
 def detail_of(error: SaekitError) -> dict[str, str]:
     """An error in its four parts, as every answer that refuses something has it."""
     return {"where": error.where, "expected": error.expected, "got": error.got, "fix": error.fix}
@@ -114,26 +101,29 @@ class Pace:
     """How often somebody may ask: requests that change or compute something, and tokens that are wrong."""
 
     def __init__(self, asked_a_minute: int = 240, wrong_a_minute: int = 20):
-        self._limiter = MovingWindowRateLimiter(MemoryStorage())
-        self._asked, self._wrong = RateLimitItemPerMinute(asked_a_minute), RateLimitItemPerMinute(wrong_a_minute)
+        self._asked, self._wrong = asked_a_minute, wrong_a_minute
 
     def ask(self, account: str) -> None:
         """Count a request. Raises: HTTPException 429."""
-        self._hit(self._limiter.hit(self._asked, "asked", account), self._asked)
+        self._hit(self._asked, "asked", account)
 
     def be_wrong(self, client: str) -> None:
         """Count a wrong token. Raises: HTTPException 429."""
-        self._hit(self._limiter.hit(self._wrong, "wrong", client), self._wrong)
+        self._hit(self._wrong, "wrong", client)
 
-    @staticmethod
-    def _hit(is_allowed: bool, limit: RateLimitItemPerMinute) -> None:
-        if not is_allowed:
-            expected, again = f"at most {limit.amount} a minute", {"retry-after": "60"}
+    @cached_property
+    def _limiter(self) -> "MovingWindowRateLimiter":
+        from limits.storage import MemoryStorage
+        from limits.strategies import MovingWindowRateLimiter
+
+        return MovingWindowRateLimiter(MemoryStorage())
+
+    def _hit(self, most: int, what: str, who: str) -> None:
+        from limits import RateLimitItemPerMinute
+
+        if not self._limiter.hit(RateLimitItemPerMinute(most), what, who):
+            expected, again = f"at most {most} a minute", {"retry-after": "60"}
             raise refusal(429, "request", expected=expected, got="more", fix="Wait.", headers=again)
-
-
-AccountOf = Callable[[str], Account | None]
-"""whose a token is"""
 
 
 class Gatekeeper:

@@ -8,18 +8,22 @@ What people decided is one more column, made for each question, since not everyb
 is blind (`sae.annotation.standing`).
 """
 
+from __future__ import annotations
+
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
-from typing import Annotated, Any, Literal
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Query
 from jaxtyping import Float, Int, Int32
 from pydantic import BaseModel
 
-from activations.errors import ConfigError
+from activations.errors import ConfigError, SaekitError
 from sae.annotation.standing import Standings, bits_of
 from sae.histogram import STEPS
 from sae.index_db import FeatureIndex
@@ -27,6 +31,9 @@ from sae.latent_query import GIVEN, NUMBER, LatentQuery, Range, order_of, rank_o
 from sae.vocabulary import visible
 from steer.browser.guard import Viewer
 from steer.browser.sources import Opened, Source
+
+if TYPE_CHECKING:
+    from sae.labels.meaning import Meanings
 
 DENSE = 0.1
 """share of tokens from which on a latent is called dense"""
@@ -37,10 +44,14 @@ FOUND = 2000
 CUT_FROM = 3
 """bytes of a word from which on it may be cut short"""
 KEPT_ORDERS = 8
+PAGE = 100
 MAX_LATENT = 2**31 - 1
 WORDS, FEW_WORDS = 6, 3
 Show = Literal["all", "live", "dead", "dense"]
 Status = Literal["undecided", "decided", "accepted", "rejected", "flagged", "skipped", "adjudicated"]
+How = Literal["words", "meaning"]
+MEANING = "meaning"
+"""a column of one question: cosine of a latent's label and the text that is asked for"""
 HAS_STATUS = "has_status"
 """a column of one question: whether a latent has the status that is asked for"""
 SHOWN: dict[Show, tuple[Range, ...]] = {
@@ -57,6 +68,7 @@ class ListQuery(BaseModel):
 
     source: str = Query(max_length=200)
     q: str = Query("", max_length=200, description="words of labels and logits, all of which must be there")
+    how: How = Query("words", description="meaning: q is what labels are to be like, once they are read: /api/meaning")
     sort: str = Query("", max_length=40, description="a column, latent, or given: as a search found them")
     descending: bool = False
     show: Show = "all"
@@ -72,8 +84,19 @@ class ListQuery(BaseModel):
             ranges.append(Range(EXPLAINED, float(self.explained), float(self.explained)))
         if self.status is not None:
             ranges.append(Range(HAS_STATUS, 1, 1))
+        if self.is_by_meaning:
+            ranges.append(Range(MEANING))
         sort = self.sort or (GIVEN if self.q.strip() else NUMBER)
-        return LatentQuery(sort, self.descending, tuple(ranges), live_only=self.show == "live")
+        is_likest_first = self.is_by_meaning and sort == GIVEN
+        return LatentQuery(
+            MEANING if is_likest_first else sort, self.descending != is_likest_first, tuple(ranges),
+            live_only=self.show == "live",
+        )  # fmt: skip
+
+    @property
+    def is_by_meaning(self) -> bool:
+        """Whether labels are compared with a text, and not searched for its words."""
+        return self.how == "meaning" and bool(self.q.strip())
 
 
 class Named(BaseModel):
@@ -97,6 +120,8 @@ class Row(Named):
     score: float | None
     spark: list[int]
     """active tokens by octave of activation"""
+    cosine: float | None = None
+    """of its label and the text, in a search by meaning"""
 
 
 class Page(BaseModel):
@@ -142,9 +167,18 @@ class About(BaseModel):
 class Listing:
     """Lists of one source."""
 
-    def __init__(self, index: FeatureIndex, standings: Callable[[], Standings] | None = None):
-        """Args: standings: what people decided; none: a list by status is empty."""
-        self.index, self._standings = index, standings
+    def __init__(
+        self,
+        index: FeatureIndex,
+        standings: Callable[[], Standings] | None = None,
+        meaning: Callable[[], Meanings] | None = None,
+    ):
+        """Args:
+        standings: what people decided; none: a list by status is empty.
+        meaning: labels by meaning; none: there is no such search.
+        """
+        self.index, self._standings, self._meaning = index, standings, meaning
+        self._cosines: OrderedDict[tuple[Any, ...], Float[np.ndarray, " d_sae"]] = OrderedDict()
         self._lock = threading.Lock()
         self._columns: dict[str, Float[np.ndarray, " d_sae"]] = {}
         self._revision: tuple[int, int] | None = None
@@ -162,15 +196,19 @@ class Listing:
     def order(self, asked: ListQuery, viewer: str = "") -> Int32[np.ndarray, " n"]:
         """All latents of a list, by what the viewer may see. Raises: as `order_of` and `latent_query` do."""
         query, columns = asked.latent_query(), self.columns()
-        key, known = (query, asked.q), columns
+        key: tuple[Any, ...] = query, asked.q
+        own: dict[str, Float[np.ndarray, " d_sae"]] = {}  # columns of this question
+        if asked.is_by_meaning:
+            own[MEANING], revision = self._cosines_of(asked.q)
+            key = *key, revision
         if asked.status is not None:
-            has_status, revision = self._with_status(asked.status, asked.by, viewer)
-            key, known = (*key, asked.status, asked.by, viewer, revision), {**columns, HAS_STATUS: has_status}
+            own[HAS_STATUS], revision = self._with_status(asked.status, asked.by, viewer)
+            key = *key, asked.status, asked.by, viewer, revision
         with self._lock:
             if key in self._orders:
                 self._orders.move_to_end(key)
                 return self._orders[key]
-        order = order_of(known, query, self._found(asked.q))
+        order = order_of({**columns, **own}, query, None if asked.is_by_meaning else self._found(asked.q))
         with self._lock:
             if columns is self._columns:
                 self._orders[key] = order
@@ -178,9 +216,10 @@ class Listing:
                 self._orders.popitem(last=False)
         return order
 
-    def rows(self, latents: Int[np.ndarray, " n"]) -> list[Row]:
+    def rows(self, latents: Int[np.ndarray, " n"], asked: ListQuery) -> list[Row]:
         """What a list shows of some latents."""
         columns = self.columns()
+        cosines = self._cosines_of(asked.q)[0] if asked.is_by_meaning else None
         names = [name for name in Row.model_fields if name in columns and name != EXPLAINED]
 
         def figures(latent: int) -> dict[str, Any]:
@@ -192,10 +231,27 @@ class Listing:
                 **_called(row, WORDS),
                 explained=bool(columns[EXPLAINED][row["latent"]]),
                 spark=octaves(row["histogram"], row["histogram_start"]),
+                cosine=None if cosines is None else number(cosines[row["latent"]]),
                 **figures(row["latent"]),
             )
             for row in stored
         ]
+
+    def _cosines_of(self, text: str) -> tuple[Float[np.ndarray, " d_sae"], Any]:
+        if self._meaning is None:
+            fix = "Start saekit browse with --set embedding=…"
+            raise ConfigError("how", expected="words, without an embedding model", got="meaning", fix=fix)
+        meanings = self._meaning()
+        key = text, meanings.revision
+        with self._lock:
+            known = self._cosines.get(key)
+        if known is None:
+            known = meanings.cosines(text.strip())
+            with self._lock:
+                self._cosines[key] = known
+                if len(self._cosines) > KEPT_ORDERS:
+                    self._cosines.popitem(last=False)
+        return known, meanings.revision
 
     def _with_status(self, status: Status, by: str, viewer: str) -> tuple[Float[np.ndarray, " d_sae"], Any]:
         if self._standings is None:
@@ -224,16 +280,29 @@ class Listing:
 class Listings:
     """Lists of every source that is open."""
 
-    def __init__(self, opened: Opened, standings: Callable[[str], Standings]):
-        """Args: standings: what people decided of the latents of a source."""
+    def __init__(
+        self, opened: Opened, standings: Callable[[str], Standings], meaning: Callable[[str], Meanings] | None = None
+    ):
+        """Args:
+        standings: what people decided of the latents of a source.
+        meaning: labels of a source by meaning; none: there is no such search.
+        """
         self._opened = opened
         self._listings = {
-            name: Listing(source.index, partial(standings, name)) for name, source in opened.sources.items()
+            name: Listing(source.index, partial(standings, name), None if meaning is None else partial(meaning, name))
+            for name, source in opened.sources.items()
         }
 
     def source(self, name: str) -> Source:
         """A source by name. Raises: UnknownNameError."""
         return self._opened.source(name)
+
+    def warm(self) -> None:
+        """Read what the first page shows, so that it is there when the page asks; what fails is told then."""
+        for name, listing in islice(self._listings.items(), 1):
+            with suppress(SaekitError):
+                asked = ListQuery(source=name)
+                listing.rows(listing.order(asked)[:PAGE], asked)
 
     def of(self, name: str) -> Listing:
         """Lists of a source. Raises: UnknownNameError."""
@@ -247,11 +316,11 @@ def lists_router(listings: Listings) -> APIRouter:
     @router.get("/latents")
     def page(
         account: Viewer, asked: Annotated[ListQuery, Query()], offset: Offset = 0,
-        limit: Annotated[int, Query(ge=1, le=200)] = 100,
+        limit: Annotated[int, Query(ge=1, le=200)] = PAGE,
     ) -> Page:  # fmt: skip
         listing = listings.of(asked.source)
         order = listing.order(asked, account.name)
-        return Page(total=len(order), offset=offset, rows=listing.rows(order[offset : offset + limit]))
+        return Page(total=len(order), offset=offset, rows=listing.rows(order[offset : offset + limit], asked))
 
     @router.get("/latents/around")
     def around(

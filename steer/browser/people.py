@@ -11,7 +11,7 @@ import secrets
 from pathlib import Path
 
 from activations.errors import ConfigError
-from steer.browser.guard import Account, AccountOf
+from steer.browser.roles import Account, AccountOf
 
 STATE_HOME = "XDG_STATE_HOME"
 

@@ -1,7 +1,8 @@
 """`saekit browse`: open what is asked for, and answer on a port until stopped.
 
-Flow: 1. open indexes and libraries; 2. listen; 3. say where, and open the page. The address carries a token behind the
-`#`, which a browser sends to nobody; the page trades it for a cookie.
+Flow: 1. open indexes and libraries; 2. listen; 3. say where, and open the page; 4. answer. The application is imported
+while the web browser starts, which waits for an answer meanwhile. The address carries a token behind the `#`, which a
+browser sends to nobody; the page trades it for a cookie.
 """
 
 import ipaddress
@@ -10,15 +11,20 @@ import socket
 import sys
 import webbrowser
 from contextlib import ExitStack, closing, suppress
+from typing import TYPE_CHECKING
 
 from activations.errors import ConfigError
 from steer.browser.config import BrowseConfig
-from steer.browser.guard import Account
 from steer.browser.library_model import model_of_libraries
 from steer.browser.model import SharedModel
 from steer.browser.people import opening_page, own_name, own_token, single, state_folder
+from steer.browser.roles import Account, AccountOf
 from steer.browser.sources import Opened, open_paths
 from steer.browser.team import Team, sqlite_url
+from steer.uncollected import uncollected
+
+if TYPE_CHECKING:
+    import uvicorn
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -30,10 +36,6 @@ def browse(config: BrowseConfig, *, as_json: bool = False) -> None:
       as_json: say where on standard output, as one JSON object, for programs.
     Raises: as `open_paths` does; ConfigError for an address that is not to be had, or open to others without accounts.
     """
-    import uvicorn
-
-    from steer.browser.app import create_app
-
     if not config.team and not _is_loopback(config.host):
         fix = "Leave host as it is and use a tunnel (ssh -L), or set team=true, which gives everybody a token."
         raise ConfigError("host", expected="a loopback address without team", got=config.host, fix=fix)
@@ -48,13 +50,26 @@ def browse(config: BrowseConfig, *, as_json: bool = False) -> None:
             url = config.database or sqlite_url(state_folder() / "accounts.sqlite")
             team = stack.enter_context(closing(Team(url, own, token)))
         names = {*LOOPBACK, config.host, *config.hosts}
-        model = SharedModel(config.model or _model_of(opened), config.device)
-        app = create_app(opened, team.account_of if team else single(own, token), names, model, team, config.database)
         shown = f"[{config.host}]" if ":" in config.host else config.host
         _say(f"http://{shown}:{listener.getsockname()[1]}/#token={token}", config, as_json)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+        account_of = team.account_of if team else single(own, token)
         with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
-            server.run(sockets=[listener])
+            _server(config, opened, account_of, names, team).run(sockets=[listener])
+
+
+def _server(
+    config: BrowseConfig, opened: Opened, account_of: AccountOf, names: set[str], team: Team | None
+) -> "uvicorn.Server":
+    with uncollected():
+        import uvicorn
+
+        from steer.browser.app import create_app
+        from steer.browser.meaning import Meaning
+
+        model = SharedModel(config.model or _model_of(opened), config.device)
+        meaning = Meaning(opened, config.embedding, config.device) if config.embedding else None
+        app = create_app(opened, account_of, names, model, team, config.database, meaning)
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
 
 
 def _say(address: str, config: BrowseConfig, as_json: bool) -> None:

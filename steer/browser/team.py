@@ -18,7 +18,7 @@ from sqlalchemy import Engine, orm
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from activations.errors import ConfigError, StorageError, UnknownNameError
-from steer.browser.guard import ROLES, Account, Role
+from steer.browser.roles import ROLES, Account, Role
 
 NAME = re.compile(r"[\w][\w .@+-]{0,63}")
 """what an account may be called"""

@@ -35,7 +35,7 @@ export function Agreement({ about, source, session }) {
       ${FORMS.map((form) => html`<a class="button" download href=${`/api/label/export${query({ ...where, form })}`}>${form}</a>`)}
       <details class="filters"><summary>Neuronpedia</summary><${ToNeuronpedia} where=${where}/></details>
       ${isAdmin && html`<button onClick=${unblind}>End blindness</button>`}</div>
-    <table class="panel sessions"><thead><tr><th></th><th class="number">value</th><th class="number">95%</th><th class="number">latents</th></tr></thead>
+    <table class="panel sessions"><thead><tr><td></td><th class="number">value</th><th class="number">95%</th><th class="number">latents</th></tr></thead>
       <tbody>${line("Krippendorff's α of verdicts", agreed.alpha)}${line("share of equal verdicts", agreed.equal_verdicts)}${line("share of equal texts, where all accepted", agreed.equal_texts)}
         ${agreed.kappas.map((each) => line(`Cohen's κ of ${each.a} and ${each.b}`, each))}</tbody></table>
     <h2>Where they differ</h2>

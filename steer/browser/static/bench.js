@@ -154,7 +154,7 @@ function Bench({ about, start, catalogue }) {
   return html`<section class="bench" onKeyDown=${press}>
     <div class="panel"><h2>Basket</h2>
       ${basket.length === 0 && html`<p class="faint">Add what steers: a vector of a library, or a latent as SOURCE:NUMBER.</p>
-        <p class="row">${entries.slice(0, OFFERED).map(({ ref, name, hook_point }) => html`<button class="tag" title=${`${ref} at ${hook_point}`} onClick=${() => add(ref)}>${name}</button>`)}</p>`}
+        <p class="row">${entries.slice(0, OFFERED).map(({ ref, name, hook_points }) => html`<button class="tag" title=${`${ref} at ${hook_points.join(", ")}`} onClick=${() => add(ref)}>${name}</button>`)}</p>`}
       ${basket.map((item, i) => html`<${Item} key=${item.key} item=${item} number=${i + 1} entry=${entryOf(item)} refused=${weighed?.items?.[i]} force=${setting.force} onSlide=${(dose) => slide(item, dose)} onChange=${(fields) => put(item, fields)} onRemove=${() => change({ basket: basket.filter(({ key }) => key !== item.key) })}/>`)}
       ${basket.length < MOST && html`<${Add} entries=${entries} onAdd=${add}/>`}
       ${weighed?.error && html`<${Problem} error=${weighed.error}/>`}

@@ -22,7 +22,7 @@ export function Item({ item, number, entry, refused, force, onSlide, onChange, o
   const dose = item.dose ?? entry?.dose ?? 0;
   const isOutside = window && (dose < window[0] || dose > window[1]);
   return html`<div class="item" data-item=${ref}>
-    <div class="title"><b><span class="faint">${number}</span> <bdi title=${ref}>${entry?.name ?? ref}</bdi></b><span class="faint" title=${entry?.headline}>${entry && `${entry.hook_point}, ${entry.headline}`}</span><button class="quiet" aria-label=${`Remove ${ref}`} onClick=${onRemove}>×</button></div>
+    <div class="title"><b><span class="faint">${number}</span> <bdi title=${ref}>${entry?.name ?? ref}</bdi></b><span class="faint" title=${entry?.headline}>${entry && `${entry.hook_points.join(", ")}, ${entry.headline}`}</span><button class="quiet" aria-label=${`Remove ${ref}`} onClick=${onRemove}>×</button></div>
     <div class="row"><input type="range" aria-label=${`Dose of ${ref}`} min=${low} max=${high} step="0.01" list=${`marks-${number}`} value=${dose} onInput=${(event) => onSlide(Number(event.target.value))}/><${NumberField} class="number" aria-label=${`${ref} in figures`} step="any" min="-16" max="16" required value=${Number(dose.toPrecision(3))} onNumber=${onSlide}/></div>
     <datalist id=${`marks-${number}`}>${[...(window ?? []), entry?.dose ?? 0, 0].map((value) => html`<option value=${value}></option>`)}</datalist>
     ${window && html`<p class=${isOutside ? "warn" : "faint"}>${isOutside ? "outside its" : ""} calibrated window ${figure(window[0], 2)} to ${figure(window[1], 2)}</p>`}
@@ -86,8 +86,8 @@ export function Together({ together }) {
 
 export function Save({ about, damaged, basket, entries, onSaved }) {
   const [said, setSaid] = useState(null);
-  const points = entries.map((entry) => entry?.hook_point);
-  const isOne = basket.length > 1 && new Set(points).size === points.length;
+  const points = entries.map((entry) => entry?.hook_points ?? []);
+  const isOne = basket.length > 1 && points.every((each) => each.length === 1) && new Set(points.flat()).size === points.length;
   const libraries = about.libraries.map((path, number) => ({ path, number })).filter(({ number }) => !damaged.some(({ library }) => library === number));
   if (!libraries.length) return html`<p class="faint">Nothing can be saved, as no library is open that can be read.</p>`;
   const submit = (event) => {

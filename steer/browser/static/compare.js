@@ -48,18 +48,18 @@ function Comparison({ one, other, kind, onKind }) {
   }, []);
   if (error) return html`<${Problem} error=${error}/>`;
   if (state?.state === "failed") return html`<${Problem} error=${state.problem}/>`;
-  if (state?.state !== "done") return html`<${Waiting} what="Comparing every latent with every other"/>`;
+  if (state?.state !== "done") return html`<${Waiting} what="Comparing every latent with every other: minutes where there are tens of thousands. It goes on if you leave the page"/>`;
   const { latents, tokens } = state.summary;
   const kinds = Object.keys(KINDS).filter((name) => name === "alone_other" ? latents.alone : latents[name]);
   const chosen = kinds.includes(kind) ? kind : kinds[0];
   return html`<div class="compare">
     <table class="panel">
-      <thead><tr><th></th><th class="number">${one}</th><th class="number">by chance</th><th class="number">${other}</th><th class="number">by chance</th></tr></thead>
+      <thead><tr><td></td><th class="number">${one}</th><th class="number">by chance</th><th class="number">${other}</th><th class="number">by chance</th></tr></thead>
       <tbody>${Object.entries(latents).map(([name, row]) => html`<tr key=${name}><td>${name}</td>
         ${["one", "other"].map((side) => html`<td class="number">${row[side].toLocaleString("en")}${row[`${side}_share`] == null ? "" : ` (${share(row[`${side}_share`])})`}</td>
           <td class="number faint">${row[`${side}_by_chance`] == null ? "" : share(row[`${side}_by_chance`])}</td>`)}</tr>`)}</tbody>
     </table>
-    <p class="faint">${tokens ? `On ${tokens.toLocaleString("en")} tokens that both saw.` : "By weights alone: no text that both saw is known."}
+    <p class="faint">${tokens ? `On ${tokens.toLocaleString("en")} tokens that both saw.` : "By weights alone: no text that both saw is known."}${" "}
       By chance: random directions in the second's place.</p>
     <div class="row tabs" role="tablist">${kinds.map((name) => html`<button role="tab" aria-selected=${name === chosen} title=${KINDS[name]}
       onClick=${() => onKind(name)}>${name.replace("alone_other", "alone there").replace(/^alone$/, "alone here")}</button>`)}</div>

@@ -24,7 +24,7 @@ function Scores({ scores }) {
     else row.controls[score.control] = score;
     rows.set(key, row);
   }
-  return html`<table class="scores"><thead><tr><th></th><th colspan="2">This label</th><th class="number" title="another latent's explanation in its place">Another's</th><th class="number" title="the latent's tokens as a label in its place">Tokens</th><th class="number" title="what one answer for all, or guessing, gets">Chance</th></tr></thead>
+  return html`<table class="scores"><thead><tr><td></td><th colspan="2">This label</th><th class="number" title="another latent's explanation in its place">Another's</th><th class="number" title="the latent's tokens as a label in its place">Tokens</th><th class="number" title="what one answer for all, or guessing, gets">Chance</th></tr></thead>
     <tbody>${[...rows.values()].map((row) => html`<tr><th scope="row">${row.method}</th>
       <td class="number">${row.isOwn ? figure(row.value) : "–"}</td>
       <td>${row.isOwn && row.value !== null && html`<${Interval} value=${row.value} low=${row.low} high=${row.high} chance=${row.chance}/>`}</td>

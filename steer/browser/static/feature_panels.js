@@ -63,7 +63,7 @@ export function Logits({ feature }) {
 }
 
 export function Others({ title, none, others, source, query, figures }) {
-  return html`<section class="panel"><h2>${title}</h2>${others.length === 0 ? html`<p class="faint">${none}</p>` : html`<table class="others"><thead><tr><th>Latent</th><th></th>${figures.map(([, name]) => html`<th class="number">${name}</th>`)}</tr></thead>
+  return html`<section class="panel"><h2>${title}</h2>${others.length === 0 ? html`<p class="faint">${none}</p>` : html`<table class="others"><thead><tr><th>Latent</th><td></td>${figures.map(([, name]) => html`<th class="number">${name}</th>`)}</tr></thead>
     <tbody>${others.map((other) => html`<tr><td class="number">${other.latent}</td>
       <td class="says"><a href=${featureAddress(source, other.latent, query)}><bdi class=${other.label ? "" : "mono"}>${other.label ?? (other.words.join(" ") || `latent ${other.latent}`)}</bdi></a></td>
       ${figures.map(([key]) => html`<td class="number">${figure(other[key])}</td>`)}</tr>`)}</tbody></table>`}</section>`;

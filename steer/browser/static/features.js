@@ -2,17 +2,18 @@
 
 import { Component } from "./vendor/preact.js";
 import { useEffect, useLayoutEffect, useMemo, useReducer, useRef, useState } from "./vendor/hooks.js";
-import { cached, get, known } from "./api.js";
+import { cached, get, known, post } from "./api.js";
 import { Toolbar } from "./filters.js";
 import { asked, COLUMNS, featureAddress, featurePath, listAddress } from "./latent_lists.js";
 import { go, note } from "./router.js";
-import { Empty, fixed, GoTo, html, KeyHints, Problem, Spark, share, useCached, useKeys, Waiting } from "./ui.js";
+import { count, Empty, fixed, GoTo, html, KeyHints, Problem, Spark, share, useCached, useKeys, Waiting } from "./ui.js";
 import { VirtualList } from "./virtual.js";
 
 const ROW_PX = 30;
 const PAGE = 100;
 const PATIENCE_MS = 40;
 const NOTE_MS = 250;
+const LOOK_MS = 300;
 const HINTS = [[["j", "k"], "move"], [["Enter"], "open"], [["/"], "search"], [["g"], "go to a number"], [["Home", "End"], "first, last"]];
 const FIGURES = [["density", share], ["max_activation", fixed(2)], ["score", fixed(3)], ["output_score", fixed(3)], ["confidence_change", fixed(3, true)], ["logit_entropy", fixed(2)]];
 
@@ -22,17 +23,20 @@ export function View({ about, query }) {
   if (!names.length) return html`<${Empty} title="No feature index is open"><code>saekit index</code> makes one.<//>`;
   const source = query.source ?? names[0];
   if (!names.includes(source)) return html`<${Empty} title=${`No index is called ${source}`}><a href="/features">Show ${names[0]}</a><//>`;
-  return html`<${Listed} names=${names} source=${source} query=${query}/>`;
+  return html`<${Listed} names=${names} source=${source} query=${query} hasMeaning=${about.has_meaning}/>`;
 }
 
-function Listed({ names, source, query }) {
+function Listed({ names, source, query, hasMeaning }) {
   const path = "/api/latents" + asked(source, query);
-  const shown = useFirstPage(path);
+  const meaning = useMeaning(query.how && query.q ? source : null);
+  const shown = useFirstPage(meaning.state === "ready" ? path : null);
   const about = useCached(`/api/source?source=${encodeURIComponent(source)}`);
   const change = (values, isReplaced = false) => go(listAddress(values.source ?? source, { ...query, ...values }), { replace: isReplaced });
   return html`<section class="features">
-    <${Toolbar} names=${names} source=${source} query=${query} about=${about.data} total=${shown.total} onChange=${change}/>
-    ${shown.error ? html`<${Problem} error=${shown.error}/>`
+    <${Toolbar} names=${names} source=${source} query=${query} about=${about.data} total=${shown.total} hasMeaning=${hasMeaning} onChange=${change}/>
+    ${meaning.error ? html`<${Problem} error=${meaning.error}/>`
+    : meaning.state === "running" ? html`<${Waiting} what=${meaning.n_texts ? `Reading labels: ${count(meaning.n_done)} of ${count(meaning.n_texts)}` : "Loading the embedding model"}/>`
+    : shown.error ? html`<${Problem} error=${shown.error}/>`
     : shown.total === undefined ? html`<${Waiting}/>`
     : shown.total === 0 ? html`<${Empty} title="No latent is like that">${query.q || query.where || query.show || query.explained || query.status ? "Search for something else, or take filters away." : "The index is empty."}<//>`
     : html`<${Rows} key=${shown.path} path=${shown.path} isAsked=${shown.path === path} total=${shown.total} source=${source} query=${query} about=${about.data} onSort=${change}/>`}
@@ -42,10 +46,29 @@ function Listed({ names, source, query }) {
 
 // The newest list whose first page is there: while another is fetched, the one before stays.
 function useFirstPage(path) {
-  const first = useCached(`${path}&offset=0`);
+  const first = useCached(path && `${path}&offset=0`);
   const last = useRef({});
-  if (first.data) last.current = { path, total: first.data.total };
+  if (path && first.data) last.current = { path, total: first.data.total };
   return first.error ? { error: first.error } : last.current;
+}
+
+// How far the labels of a source are read, for a search by meaning: asked for once, then looked at until they are.
+function useMeaning(source) {
+  const [meaning, setMeaning] = useState({});
+  useEffect(() => {
+    if (!source) return undefined;
+    let later;
+    const failed = (error) => setMeaning({ source, error });
+    const look = (found) => {
+      if (found.state === "failed") return failed(new Error(found.problem));
+      setMeaning({ source, ...found });
+      if (found.state === "running") later = setTimeout(() => get(`/api/meaning?source=${encodeURIComponent(source)}`).then((next) => later && look(next), failed), LOOK_MS);
+    };
+    post("/api/meaning", { source }).then(look, failed);
+    return () => { clearTimeout(later); later = undefined; };
+  }, [source]);
+  if (!source) return { state: "ready" };
+  return meaning.source === source ? meaning : { state: "running" };
 }
 
 // `isAsked`: whether it is this list that the address asks for; while another is fetched, the address is that one's.
@@ -146,6 +169,10 @@ class Row extends Component {
 }
 
 function Says({ row }) {
+  return html`${row.cosine !== null && html`<span class="number faint likeness" title="cosine of the label and the text">${fixed(2)(row.cosine)}</span> `}<${Called} row=${row}/>`;
+}
+
+function Called({ row }) {
   if (row.density === 0) return html`<span class="tag">dead</span> <bdi class="faint">${row.words.join(" ")}</bdi>`;
   if (row.label) return html`<bdi class=${row.explained ? "" : "faint"}>${row.label}</bdi>`;
   return html`<bdi class="faint mono">${row.words.join(" ")}</bdi>`;

@@ -7,13 +7,15 @@ import { count, figure, html, useCached, useKeys } from "./ui.js";
 const TYPING_MS = 150;
 const SHOWN = { "": "all", live: "ever active", dead: "dead", dense: "dense (10%)" };
 const STATUSES = Object.fromEntries([["", "any"], ...["undecided", "decided", "accepted", "rejected", "flagged", "skipped", "adjudicated"].map((status) => [status, status])]);
+const HOWS = { "": "words", meaning: "meaning" };
 const EXPLAINED = { "": "any", true: "explained", false: "not explained" };
 
-export function Toolbar({ names, source, query, about, total, onChange }) {
+export function Toolbar({ names, source, query, about, total, hasMeaning, onChange }) {
   const where = bounds(query.where);
   const n = Object.keys(where).length;
   return html`<div class="toolbar row" role="search">
-      <${Search} text=${query.q ?? ""} onChange=${(q) => onChange({ q, sort: q && !query.q ? "" : query.sort }, true)}/>
+      <${Search} text=${query.q ?? ""} label=${query.how ? "Search labels by meaning" : "Search labels and words"} onChange=${(q) => onChange({ q, sort: q && !query.q ? "" : query.sort }, true)}/>
+      ${hasMeaning && html`<${Choice} label="Search by" value=${query.how ?? ""} options=${HOWS} onChange=${(how) => onChange({ how, sort: "", desc: "" }, true)}/>`}
       ${names.length > 1 && html`<${Choice} label="Source" value=${source} options=${Object.fromEntries(names.map((name) => [name, name]))} onChange=${(value) => onChange({ source: value })}/>`}
       <${Choice} label="Show" value=${query.show ?? ""} options=${SHOWN} onChange=${(show) => onChange({ show })}/>
       <${Choice} label="Label" value=${query.explained ?? ""} options=${EXPLAINED} onChange=${(explained) => onChange({ explained })}/>
@@ -31,7 +33,7 @@ export function Toolbar({ names, source, query, about, total, onChange }) {
 }
 
 // Searches as somebody types, a moment after the last letter.
-function Search({ text, onChange }) {
+function Search({ text, label, onChange }) {
   const field = useRef(null);
   const [typed, setTyped] = useState(text);
   const sent = useRef(text);
@@ -43,7 +45,7 @@ function Search({ text, onChange }) {
   }, [typed]);
   useKeys({ "/": () => { field.current.focus(); field.current.select(); }, Escape: () => document.activeElement === field.current && field.current.blur() });
   const leave = (event) => { if (event.key === "Enter") field.current.blur(); };
-  return html`<input ref=${field} class="search" type="search" maxlength="200" placeholder="Search labels and words" aria-label="Search labels and words" aria-keyshortcuts="/"
+  return html`<input ref=${field} class="search" type="search" maxlength="200" placeholder=${label} aria-label=${label} aria-keyshortcuts="/"
     value=${typed} onInput=${(event) => setTyped(event.target.value)} onKeyDown=${leave}/>`;
 }
 
@@ -58,7 +60,7 @@ function By({ source, by, onChange }) {
 }
 
 function Order({ query, onChange }) {
-  const given = query.q ? { "": "best match", latent: "number" } : { "": "number" };
+  const given = query.q ? { "": query.how ? "likest" : "best match", latent: "number" } : { "": "number" };
   const options = { ...given, ...Object.fromEntries(Object.entries(COLUMNS).map(([key, { name }]) => [key, name])) };
   const isDown = Boolean(query.desc);
   return html`<span class="row"><${Choice} label="Sort" value=${query.sort ?? ""} options=${options} onChange=${(sort) => onChange({ sort, desc: sort && sort !== "latent" ? "1" : "" })}/>

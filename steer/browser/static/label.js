@@ -42,7 +42,7 @@ function Sessions({ about, source }) {
       <label>Layer <select value=${source} onChange=${(event) => go(`/label${query({ source: event.target.value })}`)}>${about.sources.map(({ name }) => html`<option>${name}</option>`)}</select></label></div>
     ${problem && html`<${Problem} error=${problem}/>`}
     ${sessions === null ? html`<${Waiting}/>` : sessions.length === 0 ? html`<p class="faint">No session yet.</p>` : html`<table class="panel sessions">
-      <thead><tr><th>Session</th><th>Queue</th><th class="number">done</th><th class="number">of</th><th></th></tr></thead>
+      <thead><tr><th>Session</th><th>Queue</th><th class="number">done</th><th class="number">of</th><td></td></tr></thead>
       <tbody>${sessions.map((each) => html`<tr key=${each.id}>
         <td><a href=${`/label/${encodeURIComponent(source)}/${each.id}`}>${each.name}</a> ${each.is_blind_now && html`<span class="tag">blind</span>`}</td>
         <td class="faint">${KINDS[each.queue.kind] ?? each.queue.kind}${each.annotators_per_latent > 1 ? `, ${each.annotators_per_latent} annotators each` : ""}</td>

@@ -3,7 +3,7 @@
 import { useEffect, useReducer, useRef } from "./vendor/hooks.js";
 import { get, query as queryString } from "./api.js";
 
-const KEYS = ["q", "sort", "desc", "show", "explained", "status", "by", "where"];
+const KEYS = ["q", "how", "sort", "desc", "show", "explained", "status", "by", "where"];
 
 export const COLUMNS = {
   density: { name: "Density", says: "share of tokens on which it is active" },
@@ -24,7 +24,7 @@ export const COLUMNS = {
 export const listOf = (query) => Object.fromEntries(KEYS.filter((key) => query[key]).map((key) => [key, query[key]]));
 
 export const asked = (source, query) => queryString({
-  source, q: query.q, sort: query.sort, descending: query.desc ? "true" : "", show: query.show,
+  source, q: query.q, how: query.q ? query.how : "", sort: query.sort, descending: query.desc ? "true" : "", show: query.show,
   explained: query.explained, status: query.status, by: query.status ? query.by : "", where: query.where,
 });
 

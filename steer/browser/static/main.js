@@ -28,6 +28,8 @@ const PAGES = [
   { path: "/compare", name: "Compare", isFor: (about) => about.sources.length > 1 },
   { path: "/people", name: "People", isFor: (about) => about.is_team && about.role === "admin" },
 ];
+// Views whose look needs no heading get one for those who do not see it.
+const HEADLESS = { "": "Features", features: "Features", prompt: "Prompt", bench: "Bench" };
 const THEMES = ["auto", "light", "dark"];
 const look = (theme) => { document.documentElement.dataset.theme = theme; };
 look(localStorage.getItem("theme") ?? "auto");
@@ -71,8 +73,8 @@ function Shell({ about }) {
       <nav aria-label="Views">${PAGES.filter(({ isFor }) => isFor(about)).map(({ path, name, also = [] }) => html`<a href=${path} aria-current=${path === `/${first}` || also.includes(first) ? "page" : undefined}>${name}</a>`)}</nav>
       <span class="spacer"></span><span class="who" title=${about.role}>${about.account}</span><${Theme}/>
     </header>
-    <main>${first in VIEWS ? html`<${Lazy} load=${VIEWS[first]} about=${about} parts=${parts.slice(1)} query=${query}/>`
-    : html`<${Empty} title="There is nothing here">Choose a view above.<//>`}</main>`;
+    <main>${HEADLESS[first] && html`<h1 class="unseen">${HEADLESS[first]}</h1>`}${first in VIEWS ? html`<${Lazy} load=${VIEWS[first]} about=${about} parts=${parts.slice(1)} query=${query}/>`
+    : html`<h1 class="unseen">saekit</h1><${Empty} title="There is nothing here">Choose a view above.<//>`}</main>`;
 }
 
 function Lazy({ load, ...given }) {

@@ -64,6 +64,7 @@ function Canvas({ source, places, density, found }) {
   const [view, setView] = useState({ x: 0, y: 0, zoom: 1 });
   const [size, setSize] = useState({ width: 0, height: 0 });
   const [near, setNear] = useState(null);
+  const [isKeyed, setKeyed] = useState(false);
   const drag = useRef(null);
   const colours = useMemo(() => ranked(density), [density]);
 
@@ -84,8 +85,8 @@ function Canvas({ source, places, density, found }) {
     const box = canvas.current.getBoundingClientRect();
     return { x: event.clientX - box.left, y: event.clientY - box.top };
   };
-  const nearest = ({ x, y }) => {
-    let best = -1, least = NEAR * NEAR;
+  const nearest = ({ x, y }, reach = NEAR) => {
+    let best = -1, least = reach * reach;
     for (let i = 0; i < density.length; i++) {
       const dx = places[2 * i] * scale + left - x, dy = places[2 * i + 1] * scale + top - y;
       const distance = dx * dx + dy * dy;
@@ -93,7 +94,15 @@ function Canvas({ source, places, density, found }) {
     }
     return best;
   };
+  // What lies nearest to the middle, for those who move the map with keys.
+  useEffect(() => {
+    if (!isKeyed || size.width === 0) return;
+    const latent = nearest({ x: size.width / 2, y: size.height / 2 }, Infinity);
+    if (latent >= 0) setNear({ latent, x: places[2 * latent] * scale + left, y: places[2 * latent + 1] * scale + top });
+  }, [isKeyed, view, size, places]);
+  const open = (latent) => go(`/feature/${encodeURIComponent(source)}/${latent}`);
   const move = (event) => {
+    setKeyed(false);
     if (drag.current) {
       const { x, y } = drag.current;
       drag.current = { x: event.clientX, y: event.clientY, moved: drag.current.moved + Math.abs(event.clientX - x) + Math.abs(event.clientY - y) };
@@ -117,18 +126,20 @@ function Canvas({ source, places, density, found }) {
     const wasClick = drag.current?.moved < 4;
     drag.current = null;
     const latent = wasClick ? nearest(at(event)) : -1;
-    if (latent >= 0) go(`/feature/${encodeURIComponent(source)}/${latent}`);
+    if (latent >= 0) open(latent);
   };
   const keys = { ArrowLeft: [-0.1, 0], ArrowRight: [0.1, 0], ArrowUp: [0, -0.1], ArrowDown: [0, 0.1] };
   const press = (event) => {
     if (keys[event.key]) setView((old) => ({ ...old, x: old.x + keys[event.key][0] / old.zoom, y: old.y + keys[event.key][1] / old.zoom }));
     else if (event.key === "+" || event.key === "-") setView((old) => ({ ...old, zoom: Math.min(Math.max(old.zoom * (event.key === "+" ? 1.5 : 1 / 1.5), 0.5), 400) }));
     else if (event.key === "0") setView({ x: 0, y: 0, zoom: 1 });
+    else if (event.key === "Enter" && near) open(near.latent);
     else return;
+    setKeyed(true);
     event.preventDefault();
   };
   return html`<div class="map">
-    <canvas ref=${canvas} tabindex="0" role="img" aria-label="Map of latents: arrow keys move, plus and minus zoom, 0 shows all"
+    <canvas ref=${canvas} tabindex="0" role="application" aria-label="Map of latents: arrow keys move, plus and minus zoom, 0 shows all, Enter opens what is ringed"
       onPointerDown=${(event) => { drag.current = { x: event.clientX, y: event.clientY, moved: 0 }; event.target.setPointerCapture(event.pointerId); }}
       onPointerMove=${move} onPointerUp=${release} onPointerLeave=${() => setNear(null)} onWheel=${zoom} onKeyDown=${press}></canvas>
     ${near && html`<${Tip} source=${source} density=${density} ...${near} width=${size.width}/>`}
@@ -146,7 +157,7 @@ function Tip({ source, latent, density, x, y, width }) {
   }, [source, latent]);
   const shown = feature?.latent === latent ? feature : null;
   const said = shown?.said[0]?.text ?? shown?.raised.slice(0, 4).map((token) => token.text).join(" ");
-  return html`<div class="map-tip panel" style=${{ top: `${y + 14}px`, ...(x > width / 2 ? { right: `${width - x + 14}px` } : { left: `${x + 14}px` }) }}>
+  return html`<div class="map-tip panel" role="status" style=${{ top: `${y + 14}px`, ...(x > width / 2 ? { right: `${width - x + 14}px` } : { left: `${x + 14}px` }) }}>
     <strong>${latent}</strong> ${said ?? ""}<br/>
     <span class="faint">density ${figure(density[latent])}</span></div>`;
 }

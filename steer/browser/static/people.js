@@ -31,7 +31,7 @@ export function View({ about }) {
     ${shown && html`<p class="panel" role="status">Give ${shown.name} this address. It is shown once.<br/>
       <code>${`${location.origin}/#token=${shown.token}`}</code></p>`}
     ${people.length === 0 ? html`<${Empty} title="Nobody else yet">Add somebody above.<//>` : html`<table>
-      <thead><tr><th>Name</th><th>Role</th><th>Since</th><th></th></tr></thead>
+      <thead><tr><th>Name</th><th>Role</th><th>Since</th><td></td></tr></thead>
       <tbody>${people.map((each) => html`<tr key=${each.name}>
         <td>${each.name}${!each.is_active && html` <span class="tag">revoked</span>`}</td>
         <td><select aria-label=${`Role of ${each.name}`} value=${each.role}

@@ -13,10 +13,11 @@ export const Problem = ({ error }) => html`<p class="problem" role="alert">${err
 export const Empty = ({ title, children }) => html`<div class="empty"><h2>${title}</h2><p>${children}</p></div>`;
 export const Waiting = ({ what = "Loading" }) => html`<p class="waiting" role="status">${what}…</p>`;
 
-// What a path answers: { data, error }, at once if it is known already.
+// What a path answers: { data, error }, at once if it is known already; nothing for no path.
 export function useCached(path) {
   const [answer, setAnswer] = useState({ path, data: known(path) });
   useEffect(() => {
+    if (!path) return undefined;
     let isWanted = true;
     const already = known(path);
     if (already !== undefined) setAnswer({ path, data: already });
@@ -152,8 +153,8 @@ export function GoTo({ most, onGo, onClose }) {
     if (field.current.value !== "") onGo(Number(field.current.value));
     onClose();
   };
-  return html`<form class="goto" role="dialog" aria-label="Go to a latent" onSubmit=${submit} onKeyDown=${(event) => event.key === "Escape" && onClose()}>
-    <label>Go to latent <input ref=${field} type="number" min="0" max=${most} step="1" required onBlur=${onClose}/></label><kbd>Enter</kbd></form>`;
+  return html`<div class="goto" role="dialog" aria-label="Go to a latent"><form onSubmit=${submit} onKeyDown=${(event) => event.key === "Escape" && onClose()}>
+    <label>Go to latent <input ref=${field} type="number" min="0" max=${most} step="1" required onBlur=${onClose}/></label><kbd>Enter</kbd></form></div>`;
 }
 
 // What keys do, as a line: [["j", "k"], "moves"], …

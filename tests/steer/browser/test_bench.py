@@ -300,3 +300,44 @@ def test_gates_open_and_shut_each_for_itself(client: httpx.Client) -> None:
     both = run(client, asked(basket=[opened, shut]))["end"]
     assert both["texts"] == free
     assert (bool(both["fired"][0]["1 push"]), both["fired"][0]["2 push"]) == (True, [])
+
+
+@pytest.fixture
+def parts(library: Path, vector: SteeringVector, pushing: SteeringVector) -> list[SteeringVector]:
+    """A group of two in the library, the lead at the earlier hook point."""
+    found = [replace(vector, name="calm@resid_post.1", coefficient=4.0, window=(2.0, 6.0)),
+             replace(pushing, name="calm@resid_post.3", coefficient=2.0)]  # fmt: skip
+    save_library(library, [*load_library(library).values(), *found[::-1]])
+    return found
+
+
+def test_a_group_is_one_entry_with_the_dose_of_its_lead(client: httpx.Client, parts: list[SteeringVector]) -> None:
+    entries = {entry["name"]: entry for entry in client.get("/api/bench/catalogue").json()["vectors"]}
+    assert list(entries) == ["push", "up", "bounded", "calm"]
+    calm, lead = entries["calm"], parts[0]
+    assert (calm["ref"], calm["hook_points"]) == ("0/calm", ["resid_post.1", "resid_post.3"])
+    assert calm["dose"] == pytest.approx(lead.dose(4.0))
+    assert calm["window"] == pytest.approx([lead.dose(2.0), lead.dose(6.0)])
+
+
+def test_a_group_steers_at_one_common_factor(
+    client: httpx.Client, tiny: LoadedModel, parts: list[SteeringVector]
+) -> None:
+    dose = 1.5 * parts[0].dose(4.0)
+    got = run(client, asked(basket=[{"vector": "0/calm", "dose": dose}], control=True))["end"]["texts"]
+    rows = [[Intervention.of(parts[0], 6.0), Intervention.of(parts[1], 3.0)], []]
+    assert got[:2] == generate(tiny, ["the river"] * 2, max_new_tokens=12, temperature=0.0, rows=rows)
+    weighed = client.post("/api/bench/interference", json={"basket": [{"vector": "0/calm", "dose": dose}]}).json()
+    assert weighed["items"] == [None]
+    assert weighed["together"]["names"] == ["1 calm@resid_post.1", "1 calm@resid_post.3"]
+
+
+def test_a_group_is_saved_as_one(client: httpx.Client, library: Path, parts: list[SteeringVector]) -> None:
+    dose = 0.5 * parts[0].dose(4.0)
+    body = {"library": 0, "basket": [{"vector": "0/calm", "dose": dose}], "names": ["calmer"]}
+    (entry,) = client.post("/api/bench/save", json=body).json()
+    assert (entry["ref"], entry["hook_points"]) == ("0/calmer", ["resid_post.1", "resid_post.3"])
+    saved = load_library(library)
+    assert [saved[f"calmer@resid_post.{i}"].coefficient for i in (1, 3)] == pytest.approx([2.0, 1.0])
+    answer = client.post("/api/bench/save", json={**body, "names": ["other@resid_post.1"]})
+    assert answer.json()["detail"]["expected"] == "a name, of a group"

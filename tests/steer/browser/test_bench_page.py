@@ -254,3 +254,17 @@ def test_what_is_typed_stays_while_a_text_is_written(bench: Page) -> None:
     field.press_sequentially("1.25", delay=100)
     expect(field).to_have_value("1.25")
     bench.keyboard.press("Escape")
+
+
+def test_a_group_has_one_slider(page: Page, library: Path, pushing: SteeringVector, vector: SteeringVector) -> None:
+    group = [replace(vector, name="calm@resid_post.1"), replace(pushing, name="calm@resid_post.3", coefficient=2.0)]
+    save_library(library, [*load_library(library).values(), *group])
+    page.goto("/bench")
+    item = add(page, "1/calm")
+    expect(item.locator("bdi")).to_have_text("calm")
+    expect(item).to_contain_text("resid_post.1, resid_post.3")
+    expect(item.get_by_role("slider")).to_have_count(1)
+    page.get_by_label("Name to save as").fill("calmer")
+    page.get_by_role("button", name="Save", exact=True).click()
+    expect(page.get_by_text("Saved calmer.")).to_be_visible()
+    assert {"calmer@resid_post.1", "calmer@resid_post.3"} <= set(load_library(library))

@@ -233,3 +233,12 @@ def test_long_lists_are_scrolled_on_a_shorter_scale(page: Page) -> None:
     assert (found["start"], found["end"]) == (0, 30e6 - 600)
     assert found["back"] == pytest.approx(12345678)
     assert (found["up"], found["down"], found["stay"]) == (90, 30, 0)
+
+
+def test_without_an_embedding_model_there_is_no_search_by_meaning(page: Page) -> None:
+    page.goto("/features")
+    expect(page.get_by_label("Search labels and words")).to_be_visible()
+    expect(page.get_by_label("Search by")).to_have_count(0)
+    answer = page.request.get("/api/latents?source=resid_post.1&q=law&how=meaning")
+    assert "set embedding=" in answer.json()["detail"]["fix"]
+    assert page.request.get("/api/meaning?source=resid_post.1").status == 404

@@ -1,5 +1,7 @@
 """The picture of all latents: its bytes, and how it is used."""
 
+import re
+
 import httpx
 import numpy as np
 import pytest
@@ -74,3 +76,18 @@ def test_zooming_keeps_what_is_under_the_pointer(page: Page, opened: Opened) -> 
     page.mouse.wheel(0, -300)
     page.locator("canvas").hover(position={"x": x + 2, "y": y})
     expect(page.locator(".map-tip strong")).to_have_text(str(latent))
+
+
+def test_keys_alone_find_and_open_a_latent(page: Page, opened: Opened) -> None:
+    page.goto("/map")
+    places = opened.source("resid_post.1").index.map()
+    page.locator("canvas").focus()
+    page.keyboard.press("0")
+    middle = page.locator(".map-tip strong")
+    expect(middle).to_have_text(str(int(np.linalg.norm(places, axis=1).argmin())))
+    for _ in range(6):
+        page.keyboard.press("ArrowRight")
+    latent = int(np.linalg.norm(places - np.array([0.6, 0]), axis=1).argmin())
+    expect(middle).to_have_text(str(latent))
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(re.compile(f"/feature/resid_post.1/{latent}$"))

@@ -1,6 +1,10 @@
 """The page as a whole, in Chromium."""
 
+import re
+
 from playwright.sync_api import Browser, Page, expect
+
+from steer.browser.app import STATIC
 
 from .conftest import TOKEN
 
@@ -31,3 +35,15 @@ def test_a_theme_is_kept(page: Page) -> None:
     page.reload()
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(20, 23, 28)"
+
+
+def test_the_modules_of_the_first_page_are_asked_for_at_once() -> None:
+    """Else each waits for the one that imports it: a round trip a step."""
+    found, todo = set[str](), ["main.js", "features.js"]
+    while todo:
+        name = todo.pop()
+        found.add(name)
+        imported = re.findall(r'^import .* from "\./(.+)";$', (STATIC / name).read_text(), re.M)
+        todo += [each for each in imported if each not in found]
+    named = re.findall(r'(?:modulepreload" href|src)="/static/(.+\.js)"', (STATIC / "index.html").read_text())
+    assert sorted(named) == sorted(found)

@@ -17,6 +17,7 @@ from activations.models import LoadedModel
 from sae.annotation.events import ACTIONS
 from steer.browser.app import create_app
 from steer.browser.guard import Account, Pace
+from steer.browser.meaning import Meaning
 from steer.browser.model import SharedModel
 from steer.browser.serve import LOOPBACK
 from steer.browser.sources import Opened, open_paths
@@ -50,7 +51,9 @@ CONFIG = {
 def schema_of_all() -> Any:
     """The schema of an app with every route; nothing has to be open for it."""
     with closing(Team("sqlite://", ADA, TOKEN)) as team:
-        return create_app(Opened({}, ()), team.account_of, (), SharedModel(None), team).openapi()
+        opened = Opened({}, ())
+        meaning = Meaning(opened, "none")
+        return create_app(opened, team.account_of, (), SharedModel(None), team, meaning=meaning).openapi()
 
 
 schema = schemathesis.openapi.from_dict(schema_of_all(), config=SchemathesisConfig.from_dict(CONFIG))
@@ -85,7 +88,8 @@ def where_all(
     save_library(folder / "library", [pushing])
     team = Team(sqlite_url(folder / "state" / "accounts.sqlite"), ADA, TOKEN)
     with closing(team), closing(open_paths([folder / "index", folder / "library"])) as opened:
-        app = create_app(opened, team.account_of, LOOPBACK, SharedModel(tiny.id, "cpu", tiny), team)
+        model, meaning = SharedModel(tiny.id, "cpu", tiny), Meaning(opened, "none")
+        app = create_app(opened, team.account_of, LOOPBACK, model, team, meaning=meaning)
         app.state.pace = Pace(10**9, 10**9)
         with serving(app) as where, httpx.Client(base_url=where, headers=HEADERS) as client:
             for name in ("first", "second"):

