@@ -16,8 +16,16 @@ from activations.config import Config, HarvestConfig
 from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
 from sae.labels.config import LabelConfig
 from steer.browser.config import BrowseConfig
-from steer.config import ChatConfig, DemoConfig, ExportConfig, ImportConfig
-from steer.making.config import CombineConfig, FindConfig, GateConfig, LayersConfig, LearnConfig, VectorConfig
+from steer.config import AddConfig, ChatConfig, DemoConfig, ExportConfig, ImportConfig, InitConfig, MergeConfig
+from steer.making.config import (
+    CombineConfig,
+    FeaturesConfig,
+    FindConfig,
+    GateConfig,
+    LayersConfig,
+    LearnConfig,
+    VectorConfig,
+)
 from steer.packs.config import (
     InstallConfig,
     KeyConfig,
@@ -27,7 +35,7 @@ from steer.packs.config import (
     TrustConfig,
     VerifyConfig,
 )
-from steer.receipts.config import CalibrateConfig, CompareAxisConfig, InterferenceConfig, ScoreConfig
+from steer.receipts.config import CalibrateConfig, CompareAxisConfig, InterferenceConfig, KitConfig, ScoreConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -39,15 +47,20 @@ CLASSES: dict[str, type[Config]] = {
     "inspect": CompareConfig,
     "label": LabelConfig,
     "vector make": VectorConfig,
+    "vector features": FeaturesConfig,
     "vector find": FindConfig,
     "vector combine": CombineConfig,
     "vector layers": LayersConfig,
     "vector gate": GateConfig,
     "vector calibrate": CalibrateConfig,
     "vector score": ScoreConfig,
+    "vector kit": KitConfig,
     "vector learn": LearnConfig,
     "vector interference": InterferenceConfig,
     "vector compare": CompareAxisConfig,
+    "library init": InitConfig,
+    "library add": AddConfig,
+    "library merge": MergeConfig,
     "library export": ExportConfig,
     "library import": ImportConfig,
     "library publish": PublishConfig,

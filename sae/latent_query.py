@@ -79,7 +79,7 @@ def rank_of(order: Int32[np.ndarray, " matching"], latent: int) -> int | None:
 
 
 def _matching(columns: Columns, query: LatentQuery, n: int) -> Bool[np.ndarray, " d_sae"]:
-    is_shown = np.ones(n, bool)
+    is_shown = ~np.isnan(columns["density"]) if "density" in columns else np.ones(n, bool)  # NaN: not in this index
     for name, low, high in query.ranges:
         values = _column(columns, name)
         is_shown &= (values >= low) & (values <= high)  # False for NaN

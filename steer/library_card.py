@@ -75,7 +75,7 @@ def plots(library: Library) -> dict[str, bytes]:
 
 
 def shown_of(library: Library) -> list[Shown]:
-    """The vectors and kits whose newest receipt of an effect has an interval."""
+    """The vectors and kits whose newest receipt of an effect has an interval, the largest effect first."""
     named: dict[str, Sequence[Mapping[str, Any]]] = {name: vector.receipts for name, vector in library.vectors.items()}
     named |= {f"kit {kit.name}": kit.receipts for kit in library.kits}
     found = []
@@ -86,7 +86,7 @@ def shown_of(library: Library) -> list[Shown]:
             low, high = newest["effect_ci95"]
             asked, random = (newest.get(key) for key in ("prompt_baseline_effect", "random_control_effect"))
             found.append(Shown(name, newest["effect"], low, high, random, asked))
-    return sorted(found, key=lambda each: each.name)
+    return sorted(found, key=lambda each: (-each.effect, each.name))
 
 
 def _is_interval(value: Any) -> bool:
@@ -185,7 +185,7 @@ def _svg(shown: Sequence[Shown]) -> str:
         f'<path d="M{x(0.0)} {_TOP - 12}V{height - 8}" stroke="{_GREY}"/>',
         *(
             f'<text x="{x(value)}" y="16" text-anchor="middle" fill="#475569">{value:+.2f}</text>'
-            for value in sorted({low, 0.0, high})
+            for value in sorted({low if low < -0.1 * span else 0.0, 0.0, high if high > 0.1 * span else 0.0})
         ),
     ]
     for i, each in enumerate(shown):

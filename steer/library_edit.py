@@ -13,8 +13,9 @@ from activations.errors import ConfigError, MismatchError, MissingArtefactError,
 from sae.artefact import CONFIG, PROVENANCE, WEIGHTS, Dtype, SaeArtefact, file_sha256
 from sae.index_db import FeatureIndex
 from steer.config import AddConfig, InitConfig, MergeConfig
-from steer.library import MANIFEST, SAE, Library, find_vectors
+from steer.library import Library, find_vectors
 from steer.making.features import features_of, linked, read_labels
+from steer.manifest import MANIFEST, SAE
 from steer.pack import Feature, FileRef, Kit, SaeRef
 from steer.packs.installed import check_own
 
@@ -159,6 +160,7 @@ def sae_ref(artefact: SaeArtefact, path: Path, *, embedded: bool) -> SaeRef:
         d_model=artefact.d_model,
         d_sae=artefact.d_sae,
         hook_point=artefact.metadata["hook_point"],
+        model_id=artefact.metadata["model"]["id"],
         model_fingerprint=artefact.metadata["model"]["fingerprint"],
         fvu=metrics.get("fvu"),
         l0=metrics.get("l0"),
@@ -182,9 +184,10 @@ def _with_features(library: Library, labels: Path, index: Path) -> Library:
             fix = "Build the index again with this SAE."
             raise MismatchError(index, expected="an index of the library's SAE", got="one of another", fix=fix)
         found = _by_latent(library.features) | _by_latent(features_of(opened, read_labels(labels)))
+        sae = library.sae.model_copy(update={"n_layers": opened.info["model"]["n_layers"]})
     finally:
         opened.close()
-    return replace(library, features=list(found.values()))
+    return replace(library, features=list(found.values()), sae=sae)
 
 
 def _by_name(kits: list[Kit]) -> dict[str, Kit]:

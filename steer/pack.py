@@ -45,7 +45,10 @@ class SaeRef(Part):
     d_model: int = Field(gt=0)
     d_sae: int = Field(gt=0)
     hook_point: str
+    model_id: str
     model_fingerprint: str
+    n_layers: int | None = Field(default=None, gt=0)
+    """blocks of the model, once an index told of it"""
     fvu: Finite | None = None
     """on text that it was not trained on"""
     l0: Finite | None = None
@@ -87,6 +90,15 @@ class Feature(Part):
     density: Finite
     """share of tokens on which it is active"""
     max_activation: Finite
+    mean_activation: Finite = 0.0
+    """over the tokens on which it is active"""
+    histogram: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=4096)] = []
+    """active tokens by activation, in the bins of `sae.histogram` from `histogram_start` on"""
+    histogram_start: int = 0
+    logit_entropy: Finite | None = None
+    output_score: Finite | None = None
+    confidence_change: Finite | None = None
+    """as `sae.index_db.LatentRow` has them"""
     history: list[Label] = []
     """oldest first"""
     top_logits: list[Logit] = []

@@ -1,6 +1,7 @@
 """What a browser shows: feature indexes by name, and libraries.
 
-A folder stands for every index and library below it, two folders deep. Left out: reading them (`sae.index_db`,
+A folder stands for every index and library below it, two folders deep, and the features of a library are an index too,
+unless the index of their SAE is opened as well. Left out: reading them (`sae.index_db`,
 `steer.library`).
 """
 
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import yaml
 
-from activations.errors import MissingArtefactError, UnknownNameError
+from activations.errors import MissingArtefactError, SaekitError, UnknownNameError
 from sae.index_db import FILE_NAME, FeatureIndex
+from steer.library_index import index_of_library
+from steer.packs.installed import resolve
 
 MANIFEST = "manifest.json"
 DEPTH = 2
@@ -63,7 +66,7 @@ def open_paths(paths: Sequence[Path]) -> Opened:
     """
     indexes: dict[Path, FeatureIndex] = {}
     libraries: list[Path] = []
-    for path in paths:
+    for path in map(resolve, paths):
         found = list(_artefacts(path, DEPTH)) if path.is_dir() else []
         if not found:
             fix = "Make one with: saekit index, or saekit demo"
@@ -73,7 +76,22 @@ def open_paths(paths: Sequence[Path]) -> Opened:
                 indexes[folder] = FeatureIndex.open(folder)
             elif folder not in libraries:
                 libraries.append(folder)
+    whole = {index.info.get("sae_sha256") for index in indexes.values()}
+    for own in filter(None, map(_index_of, libraries)):
+        index = FeatureIndex.open(own)
+        if index.info.get("sae_sha256") in whole:
+            index.close()
+        else:
+            indexes[own] = index
     return Opened(_named(indexes), tuple(libraries))
+
+
+def _index_of(library: Path) -> Path | None:
+    """The index of its features; none if it has none, or is damaged, which the bench says of it."""
+    try:
+        return index_of_library(library)
+    except SaekitError:
+        return None
 
 
 def _artefacts(folder: Path, depth: int) -> Iterator[Path]:

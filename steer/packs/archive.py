@@ -28,7 +28,7 @@ import zstandard
 
 from activations.errors import MissingArtefactError
 from sae.checked_files import JSON_BYTES
-from steer.library import MANIFEST, SIGNATURE, parse_manifest
+from steer.manifest import MANIFEST, SIGNATURE, parse_manifest
 from steer.packs.contents import (
     BLOCK,
     FILE_BYTES,

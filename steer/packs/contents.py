@@ -15,7 +15,7 @@ from typing import Any
 
 from activations.errors import CorruptArtefactError, MissingArtefactError
 from sae.checked_files import JSON_BYTES
-from steer.library import MANIFEST, SIGNATURE, parse_manifest
+from steer.manifest import MANIFEST, SIGNATURE, parse_manifest
 from steer.packs.disk import explained, write_hashed
 from steer.packs.names import clash, is_device, printable
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from activations.errors import ConfigError, EndpointError, MissingArtefactError, SaekitError
 from activations.quiet import first_line
 from sae.checked_files import JSON_BYTES
-from steer.library import MANIFEST, SIGNATURE, parse_manifest
+from steer.manifest import MANIFEST, SIGNATURE, parse_manifest
 from steer.packs.contents import SIGNATURE_BYTES, copy_pack, damaged, declared_files, read_small
 from steer.packs.names import name_of, printable
 

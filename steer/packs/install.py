@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from activations.errors import ArtefactError, ConfigError, MismatchError
 from activations.progress import Advance, progress
-from steer.library import SIGNATURE, read_manifest, verify_files
+from steer.manifest import SIGNATURE, read_manifest, verify_files
 from steer.packs.archive import FRAME_BYTES, unpack_archive
 from steer.packs.catalogue import find_pack, read_catalogue
 from steer.packs.contents import SIGNATURE_BYTES, copy_pack, damaged, declared_files, models_of, read_small

@@ -6,7 +6,7 @@ Left out: comparing files with their hashes, which `steer.packs.install.verify` 
 from typing import Any
 
 from activations.errors import SaekitError
-from steer.library import read_manifest
+from steer.manifest import read_manifest
 from steer.packs.installed import installed, store
 from steer.packs.keys import trusted_keys
 from steer.packs.names import about_of, printable

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from activations.errors import ConfigError
-from steer.library import read_manifest
+from steer.manifest import read_manifest
 from steer.packs.archive import write_archive
 from steer.packs.catalogue import publish_to_catalogue
 from steer.packs.config import PublishConfig

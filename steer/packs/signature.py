@@ -21,7 +21,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from activations.errors import ConfigError, CorruptArtefactError
-from steer.library import SIGNATURE
+from steer.manifest import SIGNATURE
 from steer.packs.contents import SIGNATURE_BYTES, read_small
 from steer.packs.keys import fingerprint, parse_public, public_text
 

@@ -17,8 +17,9 @@ import numpy as np
 from activations.errors import UnknownNameError
 from activations.models import LoadedModel, load_model
 from steer.composition import joint_doses
-from steer.library import SAE, Library
+from steer.library import Library
 from steer.making.make import load_prompts
+from steer.manifest import SAE
 from steer.measures.concepts import concept_of
 from steer.measures.effect import Arm, Outcome, bootstrap_interval, examples_of_arms, kl_of, try_arms
 from steer.operations import Intervention

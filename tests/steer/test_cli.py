@@ -572,7 +572,7 @@ def damaged(path: Path, tmp: Path, name: str, content: str) -> Path:
 
 def resigned(made: Made, tmp: Path) -> Path:
     """A library whose manifest was changed by someone who also made its hash right."""
-    from steer.library import content_hash
+    from steer.manifest import content_hash
 
     shutil.copytree(made.library, tmp / "library")
     path = tmp / "library" / "manifest.json"

@@ -14,13 +14,21 @@ import pytest
 from activations.errors import ConfigError, CorruptArtefactError, MismatchError, MissingArtefactError, UnknownNameError
 from sae.artefact import SaeArtefact
 from steer.config import AddConfig, InitConfig, MergeConfig
-from steer.library import Library, content_hash, find_vectors, load_library, read_manifest, save_library, verify_files
+from steer.library import Library, find_vectors, load_library, save_library
 from steer.library_edit import add, difference, init, merge, shown
+from steer.manifest import content_hash, read_manifest, verify_files
 from steer.pack import About, Example, Feature, FileRef, Kit, SaeRef
 from steer.vectors import SteeringVector
 
 SAE_OF = SaeRef(
-    sha256="a" * 64, architecture="jumprelu", d_model=32, d_sae=64, hook_point="resid_post.1", model_fingerprint="f"
+    sha256="a" * 64,
+    architecture="jumprelu",
+    d_model=32,
+    d_sae=64,
+    hook_point="resid_post.1",
+    model_id="tiny",
+    model_fingerprint="f",
+    n_layers=4,
 )
 
 

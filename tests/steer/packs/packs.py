@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from steer.library import content_hash
+from steer.manifest import content_hash
 
 FILES = {
     "vectors.safetensors": bytes(range(256)) * 12,
