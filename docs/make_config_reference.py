@@ -16,7 +16,7 @@ from activations.config import Config, HarvestConfig
 from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
 from sae.labels.config import LabelConfig
 from steer.browser.config import BrowseConfig
-from steer.config import ChatConfig, DemoConfig, ExportConfig, ImportConfig
+from steer.config import BakeConfig, ChatConfig, DemoConfig, ExportConfig, ImportConfig
 from steer.making.config import CombineConfig, FindConfig, GateConfig, LayersConfig, LearnConfig, VectorConfig
 from steer.receipts.config import CalibrateConfig, CompareAxisConfig, InterferenceConfig, ScoreConfig
 
@@ -41,6 +41,7 @@ CLASSES: dict[str, type[Config]] = {
     "vector compare": CompareAxisConfig,
     "library export": ExportConfig,
     "library import": ImportConfig,
+    "library bake": BakeConfig,
     "browse": BrowseConfig,
     "chat": ChatConfig,
     "demo": DemoConfig,
@@ -81,6 +82,7 @@ EXAMPLES: dict[str, str] = {
     "vector_compare_all.yaml": "vector compare",
     "library_export.yaml": "library export",
     "library_import.yaml": "library import",
+    "library_bake.yaml": "library bake",
     "browse.yaml": "browse",
     "chat.yaml": "chat",
     "demo.yaml": "demo",

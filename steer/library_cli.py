@@ -2,7 +2,7 @@
 
 import typer
 
-from steer.config import ExportConfig, ImportConfig
+from steer.config import BakeConfig, ExportConfig, ImportConfig
 from steer.options import AsJson, ConfigPath, DryRun, Overrides
 from steer.show import show
 
@@ -38,3 +38,16 @@ def import_(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = F
         for each in made
     }  # fmt: skip
     show({"library": settings.out, "vectors": rows}, json_)
+
+
+@app.command()
+def bake(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Write a vector as weights, a LoRA or an edited copy of the model, that do exactly what steering does."""
+    settings = BakeConfig.load(config, set_)
+    if dry_run:
+        return show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.baking.bake import bake as bake_vectors
+    from steer.baking.bake import summary
+
+    receipt = bake_vectors(settings)
+    show(receipt if json_ else summary(receipt, settings.out), json_)
