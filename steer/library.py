@@ -32,6 +32,8 @@ from steer.scopes import Scope
 from steer.vectors import Reader, SteeringVector
 
 FORMAT = "saekit-library-3"
+TENSOR_BYTES = 1 << 30
+"""the largest file of vectors that is read"""
 
 
 def save_library(path: Path, vectors: Sequence[SteeringVector]) -> str:
@@ -61,6 +63,8 @@ def load_library(path: str | Path) -> dict[str, SteeringVector]:
         if (path / "manifest.json").stat().st_size > JSON_BYTES:
             raise _damaged(path, f"a manifest of more than {JSON_BYTES >> 20} MiB")
         manifest = json.loads((path / "manifest.json").read_text())
+        if (path / "vectors.safetensors").stat().st_size > TENSOR_BYTES:
+            raise _damaged(path, f"vectors of more than {TENSOR_BYTES >> 20} MiB")
         tensors = (path / "vectors.safetensors").read_bytes()
     except FileNotFoundError as error:
         raise MissingArtefactError(
@@ -77,8 +81,11 @@ def load_library(path: str | Path) -> dict[str, SteeringVector]:
         raise _damaged(path, "content that does not match its hash")
     try:
         arrays, gates = load_tensors(tensors), {}
-        return {entry["name"]: _vector(entry, arrays, gates) for entry in manifest["vectors"]}
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
+        vectors = {entry["name"]: _vector(entry, arrays, gates) for entry in manifest["vectors"]}
+        if len(vectors) < len(manifest["vectors"]):
+            raise ValueError("two vectors of one name")
+        return vectors
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, SafetensorError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 
@@ -196,6 +203,10 @@ def _number(entry: dict[str, Any], key: str) -> float:
 
 def _vector(entry: dict[str, Any], arrays: Mapping[str, np.ndarray], gates: dict[Any, Gate]) -> SteeringVector:
     model = ModelRef.model_validate(entry["model"])
+    if not isinstance(entry["source"], dict) or not all(isinstance(each, dict) for each in list(entry["receipts"])):
+        raise TypeError("a source or receipts of another type")
+    if not _number(entry, "mean_norm") > 0:
+        raise ValueError(f"mean_norm {entry['mean_norm']}")
     return SteeringVector(
         name=entry["name"],
         direction=_row(arrays, entry["name"], model.d_model),
