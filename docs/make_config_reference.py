@@ -16,7 +16,16 @@ from activations.config import Config, HarvestConfig
 from sae.config import CompareConfig, EvaluateConfig, IndexConfig, TrainConfig
 from sae.labels.config import LabelConfig
 from steer.browser.config import BrowseConfig
-from steer.config import AddConfig, ChatConfig, DemoConfig, ExportConfig, ImportConfig, InitConfig, MergeConfig
+from steer.config import (
+    AddConfig,
+    BakeConfig,
+    ChatConfig,
+    DemoConfig,
+    ExportConfig,
+    ImportConfig,
+    InitConfig,
+    MergeConfig,
+)
 from steer.making.config import (
     CombineConfig,
     FeaturesConfig,
@@ -63,6 +72,7 @@ CLASSES: dict[str, type[Config]] = {
     "library merge": MergeConfig,
     "library export": ExportConfig,
     "library import": ImportConfig,
+    "library bake": BakeConfig,
     "library publish": PublishConfig,
     "library install": InstallConfig,
     "library search": SearchConfig,
@@ -98,18 +108,24 @@ EXAMPLES: dict[str, str] = {
     "vector_contrast.yaml": "vector make",
     "vector_latents.yaml": "vector make",
     "vector_modifier.yaml": "vector make",
+    "vector_features.yaml": "vector features",
     "vector_find.yaml": "vector find",
     "vector_combine.yaml": "vector combine",
     "vector_layers.yaml": "vector layers",
     "vector_gate.yaml": "vector gate",
     "vector_calibrate.yaml": "vector calibrate",
     "vector_score.yaml": "vector score",
+    "vector_kit.yaml": "vector kit",
     "vector_learn.yaml": "vector learn",
     "vector_interference.yaml": "vector interference",
     "vector_compare.yaml": "vector compare",
     "vector_compare_all.yaml": "vector compare",
+    "library_init.yaml": "library init",
+    "library_add.yaml": "library add",
+    "library_merge.yaml": "library merge",
     "library_export.yaml": "library export",
     "library_import.yaml": "library import",
+    "library_bake.yaml": "library bake",
     "library_publish.yaml": "library publish",
     "library_install.yaml": "library install",
     "library_search.yaml": "library search",

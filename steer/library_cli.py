@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.config import AddConfig, ExportConfig, ImportConfig, InitConfig, MergeConfig
+from steer.config import AddConfig, BakeConfig, ExportConfig, ImportConfig, InitConfig, MergeConfig
 from steer.options import AsJson, ConfigPath, DryRun, Overrides
 from steer.packs.cli import app as packs_app
 from steer.show import show
@@ -105,6 +105,19 @@ def import_(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = F
         for each in made
     }  # fmt: skip
     show({"library": settings.out, "vectors": rows}, json_)
+
+
+@app.command()
+def bake(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Write a vector as weights, a LoRA or an edited copy of the model, that do exactly what steering does."""
+    settings = BakeConfig.load(config, set_)
+    if dry_run:
+        return show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.baking.bake import bake as bake_vectors
+    from steer.baking.bake import summary
+
+    receipt = bake_vectors(settings)
+    show(receipt if json_ else summary(receipt, settings.out), json_)
 
 
 def _counts(library: "Library") -> dict[str, Any]:

@@ -106,6 +106,10 @@ def vector_of_entry(entry: dict[str, Any], arrays: Mapping[str, np.ndarray], gat
     Raises: KeyError, TypeError, ValueError, AttributeError or SaekitError for what is not one.
     """
     model = ModelRef.model_validate(entry["model"])
+    if not isinstance(entry["source"], dict) or not all(isinstance(each, dict) for each in list(entry["receipts"])):
+        raise TypeError("a source or receipts of another type")
+    if not _number(entry, "mean_norm") > 0:
+        raise ValueError(f"mean_norm {entry['mean_norm']}")
     return SteeringVector(
         name=entry["name"],
         direction=_row(arrays, entry["name"], model.d_model),

@@ -28,6 +28,8 @@ MANIFEST, VECTORS, CARD, SIGNATURE = "manifest.json", "vectors.safetensors", "RE
 SAE = "sae"
 """directory of the SAE in a library"""
 PARTIAL = ".partial"
+TENSOR_BYTES = 1 << 30
+"""the largest file of vectors that is read"""
 FILE_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_-]{0,63}/){0,2}[A-Za-z0-9_][A-Za-z0-9_-]{0,63}\.[a-z0-9]{1,16}")
 """what files of a library may be called: at most two directories deep, and nothing that a system takes specially"""
 
@@ -99,8 +101,8 @@ def _may_be_called(name: str) -> bool:
 def _checked(path: Path, content: bytes) -> dict[str, Any]:
     manifest = parse_manifest(path, content)
     ref = manifest["files"].get(VECTORS)
-    if ref is None:
-        raise damaged(path, f"no {VECTORS}")
+    if ref is None or ref["bytes"] > TENSOR_BYTES:
+        raise damaged(path, f"no {VECTORS} of {TENSOR_BYTES >> 20} MiB at most")
     data = read_file(path / VECTORS, ref["bytes"])
     if len(data) != ref["bytes"] or sha256(data) != ref["sha256"]:
         raise damaged(path, f"a file {VECTORS} that does not match its hash")

@@ -6,7 +6,7 @@ share them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
@@ -31,6 +31,16 @@ class Place:
     """Whether the value is [batch, pos, streams, d_model]: it is read as the mean over streams, written to all."""
 
 
+@dataclass(frozen=True)
+class Writer:
+    """A linear map of a block whose output a site is, alone or in a sum with those of others."""
+
+    path: str
+    """Path inside the block: a linear module, or one whose parameter `down_proj` holds the maps of many experts."""
+    is_plain: bool = True
+    """Whether its output is in the sum once and as it is on every token, so that its bias is a constant of the site."""
+
+
 WHOLE_BLOCK = {"resid_pre": Place("", "input"), "resid_post": Place("", "output")}
 
 PRE_NORM = WHOLE_BLOCK | {
@@ -39,6 +49,20 @@ PRE_NORM = WHOLE_BLOCK | {
     "mlp_out": Place("mlp", "output"),
 }
 """A block that adds what `self_attn` and then what `mlp` returns; each has a norm in front of it."""
+
+PRE_NORM_WRITERS = {
+    "attn_out": (Writer("self_attn.o_proj"), Writer("self_attn.o_b_proj"), Writer("self_attn.dense")),
+    "mlp_out": (
+        Writer("mlp.down_proj"),
+        Writer("mlp.c_proj"),
+        Writer("mlp.fc2"),
+        Writer("mlp.experts", is_plain=False),
+        Writer("mlp.shared_experts.down_proj"),
+        Writer("mlp.shared_expert.down_proj", is_plain=False),
+    ),
+}
+"""What writes in such a block, under the names that it has in one model or another; Qwen2-MoE weighs its shared expert
+by the token."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +79,8 @@ class DecoderFamily:
     """Path of the norm between the last block and the unembedding."""
     places: Mapping[str, Place]
     """Site -> where it is in each block."""
+    writers: Mapping[str, tuple[Writer, ...]] = field(default_factory=dict)
+    """Site that is a sum of linear maps -> these, as far as a block has them; none behind a norm."""
 
     def matches(self, config: Any) -> bool:
         """Whether a Hugging Face config belongs to this family."""

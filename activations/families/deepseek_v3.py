@@ -1,6 +1,6 @@
 """DeepSeek-V2 and V3: latent attention and, behind some dense blocks, experts, in a Llama-shaped block."""
 
-from activations.families.base import PRE_NORM, DecoderFamily
+from activations.families.base import PRE_NORM, PRE_NORM_WRITERS, DecoderFamily
 
 DEEPSEEK_V3 = DecoderFamily(
     name="deepseek_v3",
@@ -8,4 +8,5 @@ DEEPSEEK_V3 = DecoderFamily(
     blocks_path="model.layers",
     final_norm_path="model.norm",
     places=PRE_NORM,
+    writers=PRE_NORM_WRITERS,
 )

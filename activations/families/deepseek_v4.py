@@ -11,7 +11,7 @@ does, and it moves their mean by just as much. An edit of attn_out or mlp_out mo
 Behind the last block `model.hc_head` collapses the streams, and `model.norm` reads its output, not the mean.
 """
 
-from activations.families.base import DecoderFamily, Place
+from activations.families.base import PRE_NORM_WRITERS, DecoderFamily, Place
 
 DEEPSEEK_V4 = DecoderFamily(
     name="deepseek_v4",
@@ -27,4 +27,5 @@ DEEPSEEK_V4 = DecoderFamily(
         "mlp_out": Place("mlp", "output"),
         "resid_post": Place("", "output", streams=True),
     },
+    writers=PRE_NORM_WRITERS,
 )

@@ -1,6 +1,6 @@
 """GPT-2: blocks in `transformer.h`, then `transformer.ln_f`."""
 
-from activations.families.base import WHOLE_BLOCK, DecoderFamily, Place
+from activations.families.base import WHOLE_BLOCK, DecoderFamily, Place, Writer
 
 GPT2 = DecoderFamily(
     name="gpt2",
@@ -13,4 +13,5 @@ GPT2 = DecoderFamily(
         "resid_mid": Place("ln_2", "input", shared=True),
         "mlp_out": Place("mlp", "output"),
     },
+    writers={"attn_out": (Writer("attn.c_proj"),), "mlp_out": (Writer("mlp.c_proj"),)},
 )

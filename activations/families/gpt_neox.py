@@ -7,7 +7,7 @@ no resid_mid.
 from collections.abc import Mapping
 from typing import Any
 
-from activations.families.base import WHOLE_BLOCK, DecoderFamily, Place
+from activations.families.base import WHOLE_BLOCK, DecoderFamily, Place, Writer
 
 
 class _GPTNeoX(DecoderFamily):
@@ -22,4 +22,5 @@ GPT_NEOX = _GPTNeoX(
     blocks_path="gpt_neox.layers",
     final_norm_path="gpt_neox.final_layer_norm",
     places=WHOLE_BLOCK | {"attn_out": Place("attention", "output"), "mlp_out": Place("mlp", "output")},
+    writers={"attn_out": (Writer("attention.dense"),), "mlp_out": (Writer("mlp.dense_4h_to_h"),)},
 )

@@ -4,7 +4,7 @@ Models that scale what a sub-layer returns before they add it, such as Granite, 
 would not be what is added.
 """
 
-from activations.families.base import PRE_NORM, DecoderFamily
+from activations.families.base import PRE_NORM, PRE_NORM_WRITERS, DecoderFamily
 
 LLAMA = DecoderFamily(
     name="llama",
@@ -34,4 +34,5 @@ LLAMA = DecoderFamily(
     blocks_path="model.layers",
     final_norm_path="model.norm",
     places=PRE_NORM,
+    writers=PRE_NORM_WRITERS,
 )

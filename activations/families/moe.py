@@ -3,7 +3,7 @@
 Left out: single experts and the router.
 """
 
-from activations.families.base import PRE_NORM, DecoderFamily
+from activations.families.base import PRE_NORM, PRE_NORM_WRITERS, DecoderFamily
 
 MOE = DecoderFamily(
     name="moe",
@@ -13,4 +13,5 @@ MOE = DecoderFamily(
     blocks_path="model.layers",
     final_norm_path="model.norm",
     places=PRE_NORM,
+    writers=PRE_NORM_WRITERS,
 )

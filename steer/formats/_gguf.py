@@ -1,8 +1,9 @@
 """GGUF files that hold directions instead of a model: what llama.cpp's control vectors and GLP have in common."""
 
+import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,13 @@ from steer.formats.base import checked_size
 
 ARCHITECTURE = "controlvector"
 MAGIC = b"GGUF"
+STRING, ARRAY = 8, 9
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, STRING: 8, 10: 8, 11: 8, 12: 8}
+"""kind of value -> bytes, of a string those of its length; arrays of arrays are not read"""
+MOST = 4096
+"""tensors, and keys, that are read: more than a file of directions has"""
+LEAST_KEY, LEAST_TENSOR = 13, 32
+"""bytes that a key and a tensor take at least"""
 OWN = "saekit."
 """prefix of keys that only this project reads"""
 
@@ -30,7 +38,7 @@ def read_container(path: Path) -> Container:
     """Keys and tensors. Raises: MissingArtefactError, CorruptArtefactError."""
     import gguf
 
-    checked_size(path, "a GGUF file of directions")
+    _check_header(path, checked_size(path, "a GGUF file of directions"))
     try:
         reader = gguf.GGUFReader(path, "r")
         keys = {name: field.contents() for name, field in reader.fields.items()}
@@ -44,6 +52,45 @@ def read_container(path: Path) -> Container:
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, UnicodeDecodeError, MemoryError) as error:
         raise corrupt(path, "a GGUF file", f"{type(error).__name__}: {str(error)[:100]}") from error
     return Container(keys, tensors)
+
+
+def _check_header(path: Path, size: int) -> None:
+    """Walk keys and tensors, so that gguf, which believes what lengths say, meets none that the file cannot hold.
+
+    Raises: CorruptArtefactError.
+    """
+    with path.open("rb") as file:
+        try:
+            _, _, n_tensors, n_keys = struct.unpack("<4sIQQ", file.read(24))
+            if max(n_tensors, n_keys) > MOST or n_tensors * LEAST_TENSOR + n_keys * LEAST_KEY > size:
+                raise ValueError(f"{n_tensors} tensors and {n_keys} keys in {size} bytes")
+            for _ in range(n_keys):
+                _skip(file, _whole(file, "<Q"), size)
+                kind = _whole(file, "<I")
+                if kind == ARRAY:
+                    kind, count = _whole(file, "<I"), _whole(file, "<Q")
+                    if kind != STRING:
+                        _skip(file, count * SIZES[kind], size)
+                        continue
+                else:
+                    count = 1
+                if count * SIZES[kind] > size:
+                    raise ValueError(f"an array of {count}")
+                for _ in range(count):
+                    _skip(file, _whole(file, "<Q") if kind == STRING else SIZES[kind], size)
+        except (struct.error, ValueError, KeyError) as error:
+            raise corrupt(path, "a GGUF file", f"{type(error).__name__}: {error}") from error
+
+
+def _whole(file: BinaryIO, form: str) -> int:
+    return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+
+
+def _skip(file: BinaryIO, n_bytes: int, size: int) -> None:
+    """Go on by so many bytes. Raises: ValueError if the file has not so many."""
+    if file.tell() + n_bytes > size:
+        raise ValueError(f"a length of {n_bytes} in {size} bytes")
+    file.seek(n_bytes, 1)
 
 
 def is_directions(path: Path) -> bool:

@@ -9,7 +9,7 @@ wrong is one SaekitError. Left out: the model a file is for, which none of them 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -150,6 +150,16 @@ def is_torch(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
+
+
+def dense(where: str | Path, tensor: Any) -> np.ndarray:
+    """A tensor of torch as float32. Raises: CorruptArtefactError for one that is not of plain floats in memory."""
+    kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
+    if not tensor.is_floating_point() or str(tensor.layout) != "torch.strided" or tensor.device.type != "cpu":
+        raise corrupt(where, "a dense tensor of floats", kind)
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise corrupt(where, "as many numbers as its shape says", "fewer, read again and again")
+    return np.asarray(tensor.detach().float())
 
 
 def checked_row(where: str, values: np.ndarray, model: ModelRef) -> Float[np.ndarray, " d_model"]:

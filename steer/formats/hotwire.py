@@ -16,7 +16,7 @@ from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from sae.checked_files import corrupt
 from sae.formats.state_dict import load_torch
-from steer.formats.base import Direction, check_expressible, is_torch, refused, row_at, strength_of, table_rows
+from steer.formats.base import Direction, check_expressible, dense, is_torch, refused, row_at, strength_of, table_rows
 from steer.vectors import SteeringVector
 
 TITLE = "hotwire table"
@@ -35,7 +35,7 @@ def read(path: Path, model: ModelRef) -> list[Direction]:
         raise corrupt(path, "a table of floats", type(table).__name__)
     if tuple(table.shape) != (model.n_layers, model.d_model):
         raise refused(path, f"{model.n_layers} x {model.d_model} for {model.id}", "x".join(map(str, table.shape)))
-    return table_rows(path, np.asarray(table.float()), model, "resid_post", "add")
+    return table_rows(path, dense(path, table), model, "resid_post", "add")
 
 
 def write(vectors: Sequence[SteeringVector], path: Path, folded: bool) -> list[str]:

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from activations.hook_points import HookPoint
@@ -23,6 +22,7 @@ from steer.formats.base import (
     checked_layer,
     checked_number,
     checked_row,
+    dense,
     is_torch,
     refused,
     row_at,
@@ -87,7 +87,7 @@ def _direction(where: str, name: str, entry: object, model: ModelRef) -> Directi
     if entry.get("head_index") is not None or entry.get("bias") is not None:
         raise refused(where, "no head and no bias", "one")
     coefficient = checked_number(f"{where}: steering_coefficient", entry.get("steering_coefficient", 1.0))
-    row = checked_row(where, np.asarray(entry["steering_vector"].detach().float()), model)
+    row = checked_row(where, dense(where, entry["steering_vector"]), model)
     point = HookPoint("resid_post", checked_layer(where, int(block[1]), model))
     if entry.get("action") == "add":
         return Direction(point, row, "add", coefficient)

@@ -16,6 +16,7 @@ from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from sae.checked_files import corrupt, read_json
 from steer.formats.base import (
+    LARGEST,
     Direction,
     check_expressible,
     checked_layer,
@@ -46,7 +47,9 @@ def read(path: Path, model: ModelRef) -> list[Direction]:
     checked_size(path, "a .json")
     content = read_json(path)
     values = content.get("vector")
-    if not isinstance(values, list) or not all(type(each) in (int, float) for each in values):
+    if not isinstance(values, list) or not all(
+        type(each) in (int, float) and not abs(each) > LARGEST for each in values
+    ):
         raise corrupt(f"{path}: vector", "a list of numbers", type(values).__name__)
     point, strength = _point(path, content), content.get("vectorDefaultSteerStrength", 1.0)
     strength = 1.0 if strength is None else checked_number(f"{path}: vectorDefaultSteerStrength", strength)

@@ -9,14 +9,22 @@ they are not read.
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from sae.checked_files import corrupt
 from sae.formats.state_dict import load_torch
-from steer.formats.base import Direction, check_expressible, checked_layer, checked_row, is_torch, refused, scaled_rows
+from steer.formats.base import (
+    Direction,
+    check_expressible,
+    checked_layer,
+    checked_row,
+    dense,
+    is_torch,
+    refused,
+    scaled_rows,
+)
 from steer.vectors import SteeringVector
 
 TITLE = "steering-vectors"
@@ -41,7 +49,7 @@ def read(path: Path, model: ModelRef) -> list[Direction]:
         if type(layer) is not int or not isinstance(values, torch.Tensor):
             raise corrupt(path, "a tensor a block", f"{type(values).__name__} at {layer!r}"[:80])
         where = f"{path}: block {layer}"
-        row = checked_row(where, np.asarray(values.detach().float()), model)
+        row = checked_row(where, dense(where, values), model)
         found.append(Direction(HookPoint("resid_post", checked_layer(where, layer, model)), row))
     if not found:
         raise corrupt(path, "a row", "none")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from steer.packs import installed
 from tests.steer.packs.packs import FILES, write_pack
 
 
@@ -23,5 +24,6 @@ def make_pack(tmp_path: Path) -> Callable[..., Path]:
 def homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where installed packs and trusted keys are, for this test alone."""
     monkeypatch.setenv("SAEKIT_LIBRARIES", str(tmp_path / "store"))
+    monkeypatch.setattr(installed, "SHIPPED", tmp_path / "none")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.delenv("SAEKIT_KEY_PASSPHRASE", raising=False)
