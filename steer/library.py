@@ -104,11 +104,12 @@ class Library:
             "format": FORMAT,
             "about": as_json(self.about),
             "sae": None if self.sae is None else as_json(self.sae),
-            "features": [as_json(each) for each in sorted(self.features, key=lambda each: each.latent)],
+            "features": [as_json(each) for each in self._linked()],
             "kits": [as_json(each) for each in sorted(self.kits, key=lambda each: each.name)],
             "vectors": [entry_of_vector(vector, arrays) for vector in self.vectors.values()],
         }
-        files = {VECTORS: save_tensors(arrays), CARD: card(self).encode()} | plots(self)
+        shown = replace(self, features=self._linked())
+        files = {VECTORS: save_tensors(arrays), CARD: card(shown).encode()} | plots(shown)
         refs = {name: as_json(FileRef(bytes=len(data), sha256=sha256(data))) for name, data in files.items()}
         refs |= {name: as_json(ref) for name, ref in self.attached.items()}
         manifest["files"] = {name: refs[name] for name in sorted(refs)}
@@ -116,6 +117,17 @@ class Library:
         remove_signature(path)
         write_files(path, files | {MANIFEST: by_lines(manifest).encode()})
         return manifest["content_sha256"]
+
+    def _linked(self) -> list[Feature]:
+        """Features in order, each with the name of the vector that was made of its latent, if there is one."""
+        sha256 = None if self.sae is None else self.sae.sha256
+        made = {
+            vector.source.get("latent"): name
+            for name, vector in self.vectors.items()
+            if vector.source.get("kind") == "latent" and vector.source.get("sae_sha256") == sha256
+        }
+        ordered = sorted(self.features, key=lambda each: each.latent)
+        return [each.model_copy(update={"vector": made.get(each.latent)}) for each in ordered]
 
     def check(self) -> None:
         """Raise ConfigError if a kit or a feature names what is not there, or two things have one name."""

@@ -14,7 +14,7 @@ from sae.artefact import CONFIG, PROVENANCE, WEIGHTS, Dtype, SaeArtefact, file_s
 from sae.index_db import FeatureIndex
 from steer.config import AddConfig, InitConfig, MergeConfig
 from steer.library import Library, find_vectors
-from steer.making.features import features_of, linked, read_labels
+from steer.making.features import features_of, read_labels
 from steer.manifest import MANIFEST, SAE
 from steer.pack import Feature, FileRef, Kit, SaeRef
 from steer.packs.installed import check_own
@@ -121,9 +121,8 @@ def shown(path: Path, name: str | None) -> dict[str, Any]:
 
 
 def _saved(library: Library, path: Path) -> Library:
-    """With vectors in order of their names, and features linked to theirs."""
-    ordered = {name: library.vectors[name] for name in sorted(library.vectors)}
-    library = linked(replace(library, vectors=ordered))
+    """With vectors in order of their names."""
+    library = replace(library, vectors={name: library.vectors[name] for name in sorted(library.vectors)})
     library.save(path)
     return library
 

@@ -90,20 +90,6 @@ def vector_name(feature: Feature) -> str:
     return "-".join([*words[:3], str(feature.latent)])
 
 
-def linked(library: Library) -> Library:
-    """With each feature naming the vector of the library that was made of its latent, if there is one."""
-    made = {
-        vector.source["latent"]: name
-        for name, vector in library.vectors.items()
-        if vector.source.get("kind") == "latent"
-        and library.sae is not None
-        and vector.source.get("sae_sha256") == library.sae.sha256
-    }
-    return replace(
-        library, features=[each.model_copy(update={"vector": made.get(each.latent)}) for each in library.features]
-    )
-
-
 def steer_features(config: FeaturesConfig, loaded: LoadedModel | None = None) -> list[SteeringVector]:
     """Make and measure a vector of every feature of a library, or of every `parts`-th, and add it to `config.out`.
 

@@ -36,7 +36,9 @@ VERBS = (
     "vector gate", "vector calibrate", "vector score", "vector learn", "vector interference", "vector compare",
     "vector features", "vector kit", "browse", "chat", "convert", "inspect", "demo",
 )  # fmt: skip
-WITHOUT_SEED = ("browse", "vector make", "vector find", "vector combine", "vector gate")
+WITHOUT_SEED = (
+    "browse", "vector make", "vector find", "vector combine", "vector gate", "vector features", "vector kit",
+)  # fmt: skip
 MEASURE = [
     f"measure.{key}={value}"
     for key, value in {
@@ -220,6 +222,38 @@ def test_a_dry_run_prints_the_resolved_config_and_does_nothing(
     ).json["config"]
     assert (config["model"], config.get("seed", 3)) == ("from-the-file", 3)
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+
+
+def test_labelled_features_become_a_library_with_measured_vectors(saekit: Saekit, made: Made, tmp_path: Path) -> None:
+    library, labels = tmp_path / "library", tmp_path / "labels.jsonl"
+    rows = [{"latent": i, "text": f"thing {i}", "authors": ["ada"], "decided": "2026-01-01T00:00:00+00:00"}
+            for i in (1, 5, 7)]  # fmt: skip
+    rows.append({"latent": 9, "text": "", "authors": ["ada"], "decided": None})  # annotators did not agree
+    labels.write_text("\n".join(map(json.dumps, rows)))
+    added = saekit("library", "add", *sets(library=library, sae=made.sae, features=labels, index=made.index), "--json")
+    assert added.json["features"] == 3
+    common = sets(*MEASURE, library=library, sae=library / "sae", store=made.store, model=made.model)
+    made_now = saekit("vector", "features", *common, *sets(out=library, parts=2, part=1), "--json").json
+    assert list(made_now["vectors"]) == ["thing-5-5"]
+    again = saekit("vector", "features", *common, *sets(out=library), "--json").json
+    assert list(again["vectors"]) == ["thing-1-1", "thing-7-7"], "what is there is not made again"
+    shown = saekit("library", "show", library, "5", "--json").json
+    assert (shown["label"], shown["vector"], shown["author"]) == ("thing 5", "thing-5-5", "ada")
+    assert "thing 5" in [each["text"] for each in shown["history"]]
+    row = saekit("inspect", made.index, "--latent", 5, "--json").json
+    assert shown["density"] == row["density"]
+    assert saekit("library", "add", *sets(library=library, kit="two", of="{thing-1-1: 1.0, thing-7-7: 0.5}")).code == 0
+    kit = saekit("vector", "kit", *sets(*MEASURE, library=library, kit="two", model=made.model), "--json").json
+    low, high = kit["effect_ci95"]
+    assert low <= kit["effect"] <= high
+    alone = [each["effect"] for each in kit["vectors"].values()]
+    assert kit["effect"] == pytest.approx(sum(alone) / 2)
+    assert len(saekit("library", "show", library, "two", "--json").json["receipts"]) == 1
+    other = saekit("vector", "features", *sets(*MEASURE, library=library, sae=made.wide_sae, store=made.store,
+                                               model=made.model))  # fmt: skip
+    assert (other.code, "the SAE of the library's features" in other.err) == (1, True)
+    unknown = saekit("vector", "kit", *sets(library=library, kit="three", model=made.model))
+    assert (unknown.code, "one of two" in unknown.err) == (1, True)
 
 
 def test_a_dry_training_also_checks_the_store_and_says_what_it_takes(
