@@ -91,6 +91,7 @@ def test_a_basket_is_written_changed_shared_and_saved(bench: Page, library: Path
     add(bench, "push")
     slider = bench.get_by_label("Dose of 1/push")
     slider.fill("0.5")
+    bench.wait_for_url(lambda url: "push" in url and "0.5" in url)  # it is told with a delay
     first, link = written(bench), bench.url
     assert first
     bench.goto("/features")
@@ -117,6 +118,7 @@ def test_a_link_writes_a_text_again_with_its_changes(bench: Page) -> None:
     bench.get_by_label("Dose of 1/push").fill("1")
     bench.locator("[data-row=steered] mark").first.wait_for(state="attached", timeout=10_000)
     expect(status(bench)).to_contain_text("done", timeout=30_000)
+    bench.wait_for_url(lambda url: "changes" in url)
     changed, link = bench.locator("[data-row=steered]").text_content(), bench.url
     bench.goto("/features")
     bench.goto(link)
@@ -126,7 +128,7 @@ def test_a_link_writes_a_text_again_with_its_changes(bench: Page) -> None:
     expect(bench.get_by_label("Dose of 1/push")).to_have_value("1")
     assert written(bench) != changed
     expect(bench.get_by_role("button", name="Replay")).to_have_count(0)
-    assert bench.url != link
+    expect(bench).not_to_have_url(link)
 
 
 def test_a_basket_that_changes_leaves_the_run_that_goes_on(bench: Page) -> None:
@@ -147,7 +149,7 @@ def test_a_basket_that_changes_leaves_the_run_that_goes_on(bench: Page) -> None:
     expect(bench.locator("[data-says=detached]")).to_have_count(0)
     bench.get_by_label("Tokens").fill("20")
     written(bench)
-    assert "changes" not in bench.url
+    bench.wait_for_url(lambda url: "changes" not in url)
 
 
 def test_tokens_are_marked_where_a_gate_is_open(bench: Page, tiny: LoadedModel, pushing: SteeringVector) -> None:
