@@ -1,14 +1,17 @@
 """The bench in Chromium: what is in the basket, texts that are written under it, links that write them again."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from activations.models import LoadedModel
+from steer.browser import bench_runs
 from steer.browser.app import create_app
 from steer.browser.guard import Account
 from steer.browser.model import SharedModel
@@ -52,6 +55,18 @@ def bench(page: Page) -> Page:
     page.get_by_label("Tokens").fill("20")
     page.get_by_label("Seed").fill("3")
     return page
+
+
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts take a while, as those of a larger model, so that something can be done meanwhile."""
+    gates = bench_runs._gates
+
+    def slow(steered: Any) -> Any:
+        time.sleep(0.01)
+        return gates(steered)
+
+    monkeypatch.setattr(bench_runs, "_gates", slow)
 
 
 def add(page: Page, name: str) -> Locator:
