@@ -294,6 +294,9 @@ class IndexConfig(Config):
         ge=0,
         description="strongest contexts a latent whose loss is measured with and without it: two forward passes each",
     )
+    compare_to: Annotated[tuple[Path, ...], BeforeValidator(_several)] = Field(
+        (), description="SAEs of other seeds, which say how stable each latent is"
+    )
     map: Literal["pca", "umap"] = Field(
         "pca", description="how latents are laid out in a picture of all; umap needs the extra `umap`"
     )

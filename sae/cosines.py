@@ -1,6 +1,6 @@
 """Rows of two matrices by cosine, exact, in blocks, so that memory does not grow with the product of their numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,13 @@ def nearest(
         parts.append(cosines.topk(k, dim=1))
     values, indices = zip(*parts, strict=True)
     return torch.cat(values), torch.cat(indices)
+
+
+def mean_largest(a: Float[Tensor, "n d"], others: Sequence[Float[Tensor, "_ d"]]) -> Float[Tensor, " n"]:
+    """The largest cosine of each row of a with rows of another matrix, the mean over several; NaN for none."""
+    if not others:
+        return torch.full((len(a),), torch.nan, device=a.device)
+    return torch.stack([nearest(a, other, 1)[0][:, 0] for other in others]).mean(0)
 
 
 def near(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], least: float, most: int) -> Near:

@@ -15,11 +15,12 @@ same one when it has grown, adds to what is there. Left out: labels.
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -32,7 +33,8 @@ from sae.artefact import SaeArtefact
 from sae.belongs import check_belongs, check_sae
 from sae.config import IndexConfig
 from sae.contexts import Context
-from sae.cosines import nearest
+from sae.cosines import mean_largest, nearest
+from sae.evaluation.stability import load_others
 from sae.histogram import trim
 from sae.index_db import FILE_NAME, SCHEMA_VERSION, LatentRow, read_info, write_index
 from sae.index_effects import LENS_TOKENS, measure_effects
@@ -55,8 +57,8 @@ DIGITS = 4
 def build_index(config: IndexConfig, loaded: LoadedModel | None = None) -> Path:
     """Build or extend the index of the SAE at `config.sae`, over `config.text` or the store; returns its directory.
 
-    Raises: MismatchError if model, store and SAE do not belong together, or if the index is of another SAE or was begun
-      with other settings; TextError if there are no tokens.
+    Raises: MismatchError if model, store and SAEs do not belong together, or if the index is of another SAE or was
+      begun with other settings; TextError if there are no tokens.
     """
     artefact = SaeArtefact.load(config.sae)
     assert artefact.sha256 is not None
@@ -69,6 +71,7 @@ def build_index(config: IndexConfig, loaded: LoadedModel | None = None) -> Path:
     else:
         check_sae(artefact, loaded)
         source = text_source(config, reads, artefact.d_sae, loaded)
+    seeds = [*load_others(config.compare_to, artefact).values()]
     state, statistics = load_state(config.out, artefact, pass_settings(config), loaded.device)
     state = _read_text(config, source, state, statistics, sae)
     info = _info(config, artefact, loaded, state, statistics)
@@ -76,7 +79,8 @@ def build_index(config: IndexConfig, loaded: LoadedModel | None = None) -> Path:
         vocabulary = Vocabulary.of_tokenizer(loaded.tokenizer)
         places = layout(artefact.W_dec, config.map, config.seed)
         words = _Words(loaded.tokenizer, vocabulary)
-        write_index(config.out, info, _rows(config, loaded, artefact, sae, statistics, words), vocabulary, places)
+        rows = _rows(config, loaded, artefact, sae, statistics, words, seeds)
+        write_index(config.out, info, rows, vocabulary, places)
         config.save(config.out / CONFIG_NAME)
     return config.out
 
@@ -154,6 +158,7 @@ def _rows(
     sae: TorchSae,
     found: Statistics,
     words: "_Words",
+    seeds: Sequence[SaeArtefact],
 ) -> Iterator[LatentRow]:
     arrays = {name: value.cpu().numpy() for name, value in found.tensors().items()}
     lens = logit_lens(loaded, sae.W_dec, max(config.n_logits, LENS_TOKENS))
@@ -161,6 +166,7 @@ def _rows(
     neighbours = _listed(others, cosines)
     sample = coactivation.first(found.sample, config.coactivation_tokens)
     partners = _listed(*coactivation.partners(sample, artefact.d_sae, config.n_coactivations))
+    stable = mean_largest(sae.W_dec, [torch.from_numpy(seed.W_dec).to(sae.W_dec) for seed in seeds])
     effects = measure_effects(config, loaded, sae, Wiring.parse(artefact.hook_point), lens, found)
     contexts = [_contexts(arrays, kind, config.window_before) for kind in ("top", "sampled", "near")]
     top_logits, bottom_logits = (
@@ -191,6 +197,7 @@ def _rows(
             near_misses=near,
             output_score=_measured(effects.output_score[i]),
             confidence_change=_measured(effects.confidence_change[i]),
+            stability=_measured(stable[i]),
         )
 
 

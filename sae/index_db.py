@@ -32,7 +32,7 @@ from sae.labels.tables import Label, labels_of, listed, newest_labels, revision
 from sae.vocabulary import NO_TOKENS, Vocabulary
 
 FILE_NAME = "index.sqlite"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 BLOBS = ("contexts", "sampled", "near_misses")
 _BATCH = 1000
 _VOCABULARY = ("token_ends", "<i4"), ("token_bytes", "|u1")
@@ -67,6 +67,7 @@ class _Latent(Base):
     coactivations: orm.Mapped[Any] = orm.mapped_column(sql.JSON)
     output_score: orm.Mapped[float | None] = orm.mapped_column(index=True)
     confidence_change: orm.Mapped[float | None] = orm.mapped_column(index=True)
+    stability: orm.Mapped[float | None]
     contexts: orm.Mapped[bytes]
     sampled: orm.Mapped[bytes]
     near_misses: orm.Mapped[bytes]
@@ -108,6 +109,8 @@ class LatentRow:
     """0..1, how much steering with it says what its logits say (`sae.index_effects`); None where not measured"""
     confidence_change: float | None = None
     """change of the next token's confidence, in nats, when it is amplified (`sae.index_effects`)"""
+    stability: float | None = None
+    """largest decoder cosine in an SAE of another seed, the mean over those; None without such"""
 
     def one_a_document(self) -> list[Context]:
         """A context of each document that it was kept from: a sampled one where there are both."""
@@ -141,6 +144,7 @@ COLUMNS: dict[str, Callable[[LatentRow], float | None]] = {
     "top_logit": lambda row: max((rise for _, rise in row.top_logits), default=None),
     "output_score": lambda row: row.output_score,
     "confidence_change": lambda row: row.confidence_change,
+    "stability": lambda row: row.stability,
     "max_ablation_effect": lambda row: max(_effects(row)),
     "mean_ablation_effect": lambda row: sum(_effects(row)) / len(_effects(row)),
     "nearest_cosine": lambda row: max((cosine for _, cosine in row.neighbours), default=None),

@@ -92,6 +92,7 @@ def _schema(arrow: Any, info: dict[str, str]) -> Any:
         "coactivations": structs(latent=number, jaccard=real, lift=real),
         "output_score": real,
         "confidence_change": real,
+        "stability": real,
         **dict.fromkeys(BLOBS, context),
     }
     return arrow.schema(types, metadata=info)

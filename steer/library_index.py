@@ -90,6 +90,7 @@ def _row(feature: Feature, ids: dict[str, int]) -> LatentRow:
         logit_entropy=feature.logit_entropy,
         output_score=feature.output_score,
         confidence_change=feature.confidence_change,
+        stability=feature.stability,
         top_logits=feature.top_logits,
         bottom_logits=feature.bottom_logits,
         neighbours=[],

@@ -98,6 +98,7 @@ class Feature(Part):
     logit_entropy: Finite | None = None
     output_score: Finite | None = None
     confidence_change: Finite | None = None
+    stability: Finite | None = None
     """as `sae.index_db.LatentRow` has them"""
     history: list[Label] = []
     """oldest first"""

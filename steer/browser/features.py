@@ -109,6 +109,7 @@ class Feature(BaseModel):
     logit_entropy: float | None
     output_score: float | None
     confidence_change: float | None
+    stability: float | None
     histogram: Histogram
     raised: list[Token]
     lowered: list[Token]
@@ -142,8 +143,8 @@ def as_feature(source: str, index: FeatureIndex, row: LatentRow, denser_than: fl
     """A row of the index, with all that it names by number in words."""
     called = named(index, [other for other, *_ in (*row.neighbours, *row.coactivations)])
     figures = {
-        name: number(getattr(row, name)) for name in ("logit_entropy", "output_score", "confidence_change")
-    }  # fmt: skip
+        name: number(getattr(row, name)) for name in ("logit_entropy", "output_score", "confidence_change", "stability")
+    }
     return Feature(
         source=source, latent=row.latent, d_sae=index.info["d_sae"], n_tokens=index.info.get("n_tokens") or 0,
         density=number(row.density) or 0, denser_than=denser_than, max_activation=number(row.max_activation) or 0,

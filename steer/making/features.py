@@ -156,6 +156,7 @@ def _feature(index: FeatureIndex, row: LatentRow, line: LabelLine) -> Feature:
         logit_entropy=row.logit_entropy,
         output_score=row.output_score,
         confidence_change=row.confidence_change,
+        stability=row.stability,
         history=sorted(history, key=lambda label: label.created),
         top_logits=row.top_logits,
         bottom_logits=row.bottom_logits,

@@ -143,6 +143,26 @@ def test_density_and_activations_equal_brute_force(made: Made) -> None:
         assert row.mean_activation == pytest.approx(active.mean() if len(active) else 0, rel=1e-5)
 
 
+def test_stability_is_the_nearest_cosine_in_other_seeds(made: Made, tmp_path: Path) -> None:
+    assert made.index.latent(0).stability is None, "there was nothing to compare with"
+    rng, W_dec = np.random.default_rng(1), made.artefact.W_dec
+    seeds = [rng.permutation(W_dec) + 0.3 * rng.standard_normal(W_dec.shape).astype(np.float32) for _ in range(2)]
+    for i, rows in enumerate(seeds):
+        replace(made.artefact, W_dec=rows).save(tmp_path / str(i))
+    others = tuple(tmp_path / str(i) for i in range(2))
+    changes = {"out": tmp_path / "index", "compare_to": others, "output_scores": False, "n_ablated": 0}
+    index = FeatureIndex.open(build_index(made.config.model_copy(update=changes), made.loaded))
+    unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (W_dec, *seeds)]
+    expected = np.mean([(unit[0] @ other.T).max(axis=1) for other in unit[1:]], axis=0)
+    np.testing.assert_allclose(index.columns()["stability"], expected, atol=1e-4)
+    assert index.latent(3).stability == pytest.approx(float(expected[3]), abs=1e-4)
+    index.close()
+    wide = replace(made.artefact, metadata={**made.artefact.metadata, "hook_point": "resid_pre.0"})
+    wide.save(tmp_path / "elsewhere")
+    with pytest.raises(MismatchError, match="one model and place"):
+        build_index(made.config.model_copy(update=changes | {"compare_to": (tmp_path / "elsewhere",)}), made.loaded)
+
+
 def test_the_histogram_counts_every_active_token(made: Made) -> None:
     flat = made.latents.reshape(-1, D_SAE)
     for row in made.index.rows(min_density=1e-9):

@@ -37,7 +37,7 @@ def row(latent: int, effects: tuple[float, ...] = (), **figures: Any) -> LatentR
 
 ROWS = [
     row(0, (math.nan, 0.5, -0.25), logit_entropy=3.0, output_score=0.1, confidence_change=-0.2),
-    row(2, (math.nan,), coactivations=[(0, 0.125, 2.0), (1, 0.0625, 9.0)]),
+    row(2, (math.nan,), stability=0.75, coactivations=[(0, 0.125, 2.0), (1, 0.0625, 9.0)]),
     row(1, (), top_logits=[], neighbours=[]),
     row(4, (0.75,)),
 ]
@@ -59,6 +59,7 @@ def test_columns_hold_every_figure_in_order_of_the_latents(index: FeatureIndex) 
         "top_logit": [1, nan, 1, nan, 1],
         "output_score": [0.1, nan, nan, nan, nan],
         "confidence_change": [-0.2, nan, nan, nan, nan],
+        "stability": [nan, nan, 0.75, nan, nan],
         "max_ablation_effect": [0.5, nan, nan, nan, 0.75],
         "mean_ablation_effect": [0.125, nan, nan, nan, 0.75],
         "nearest_cosine": [0.25, nan, 0.25, nan, 0.25],

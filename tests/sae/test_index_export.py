@@ -30,7 +30,7 @@ def row(i: int) -> LatentRow:
         return Context(j, 1, tokens, rng.random(3 + j).astype(np.float16), j % 2, 0.5 * j, math.nan if j else 0.25)
 
     kinds = {name: [context(j) for j in range(n * known)] for name, n in (("contexts", 3), ("sampled", 2))}
-    figures = {"logit_entropy": 1.5, "output_score": 0.25, "confidence_change": -0.5} if known else {}
+    figures = {"logit_entropy": 1.5, "output_score": 0.25, "confidence_change": -0.5, "stability": 0.5} if known else {}
     return LatentRow(
         latent=i, density=i / 8, max_activation=0.5 * i, mean_activation=0.25 * i, histogram=[i, 1],
         histogram_start=i, top_logits=[(f'"{i}\n\u0627', 0.5)], bottom_logits=[], neighbours=[(i + 1, 0.5)],

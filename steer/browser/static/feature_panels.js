@@ -8,7 +8,7 @@ const SAYS_ITS_LOGITS = 0.01;
 const Fact = ({ name, value, says }) => html`<div><dt>${name}</dt><dd class="mono">${value}</dd><dd class="faint">${says}</dd></div>`;
 
 export function Facts({ feature }) {
-  const { density, n_tokens, max_activation, mean_activation, logit_entropy, output_score, confidence_change } = feature;
+  const { density, n_tokens, max_activation, mean_activation, logit_entropy, output_score, confidence_change, stability } = feature;
   const often = density > 0 ? `1 in ${count(Math.round(1 / density))} tokens` : `0 of ${count(n_tokens)} tokens`;
   return html`<dl class="facts">
     <${Fact} name="Density" value=${share(density)} says=${often}/>
@@ -16,6 +16,7 @@ export function Facts({ feature }) {
     <${Fact} name="Output score" value=${figure(output_score)} says=${outputMeans(output_score)}/>
     <${Fact} name="Confidence change" value=${confidence_change > 0 ? `+${figure(confidence_change)}` : figure(confidence_change)} says=${confidenceMeans(confidence_change)}/>
     <${Fact} name="Logit entropy" value=${figure(logit_entropy)} says=${logit_entropy === null ? "not computed" : "nats; low: it speaks for few tokens"}/>
+    ${stability !== null && html`<${Fact} name="Stability" value=${figure(stability)} says="nearest decoder cosine in SAEs of other seeds, their mean"/>`}
   </dl>`;
 }
 

@@ -16,6 +16,7 @@ export const COLUMNS = {
   top_logit: { name: "Top logit", says: "largest rise of a logit, a unit of activation" },
   max_ablation_effect: { name: "Max effect", says: "largest loss without it in a context, in nats a token" },
   mean_ablation_effect: { name: "Mean effect", says: "mean loss without it in its contexts, in nats a token" },
+  stability: { name: "Stability", says: "largest decoder cosine in an SAE of another seed, the mean over those" },
   nearest_cosine: { name: "Cosine", says: "of the most similar decoder row" },
   nearest_jaccard: { name: "Jaccard", says: "of the latent it is most often active with" },
 };
