@@ -1,6 +1,6 @@
-"""The quickstart notebook runs from top to bottom, on a tiny random model and a small budget.
+"""The notebooks run from top to bottom: the quickstart on a tiny random model, that of the library as a reader runs it.
 
-The cell tagged `parameters` is replaced; everything else is what a reader runs.
+Of the quickstart the cell tagged `parameters` is replaced; everything else is what a reader runs.
 """
 
 from pathlib import Path
@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "notebooks" / "01_quickstart.ipynb"
+OF_LIBRARY = ROOT / "notebooks" / "02_library.ipynb"
 
 SMALL = """
 MODEL = {model!r}
@@ -27,10 +28,10 @@ RUN = Path({run!r})
 """
 
 
-def read() -> Any:
+def read(notebook: Path = NOTEBOOK) -> Any:
     import nbformat
 
-    return nbformat.read(NOTEBOOK, as_version=4)
+    return nbformat.read(notebook, as_version=4)
 
 
 def parameter_cells(notebook: Any) -> list[Any]:
@@ -41,14 +42,18 @@ def assigned(source: str) -> set[str]:
     return {line.split(" = ")[0] for line in source.splitlines() if " = " in line}
 
 
-def test_it_is_valid_and_stripped() -> None:
+@pytest.mark.parametrize("path", [NOTEBOOK, OF_LIBRARY], ids=lambda path: path.stem)
+def test_it_is_valid_and_stripped(path: Path) -> None:
     import nbformat
 
-    notebook = read()
+    notebook = read(path)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
-    (cell,) = parameter_cells(notebook)
+
+
+def test_every_parameter_of_the_quickstart_is_replaced() -> None:
+    (cell,) = parameter_cells(read())
     assert assigned(cell.source) == assigned(SMALL)
 
 
@@ -69,3 +74,19 @@ def test_it_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert (tmp_path / "run" / artefact).is_file()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in outputs), "at least one plot"
+
+
+@pytest.mark.filterwarnings("default")  # those of the Jupyter client are not ours
+def test_the_shipped_library_opens_and_steers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    notebook = read(OF_LIBRARY)
+    NotebookClient(
+        notebook, kernel_name="python3", timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    said = outputs[-1]["text"]
+    unsteered, one, kit = (part.split("\n")[1] for part in said.strip().split("\n\n"))
+    assert len({unsteered, one, kit}) == 3
