@@ -66,6 +66,7 @@ def latent_row(latent: int, rng: np.random.Generator) -> LatentRow:
         [((latent + k) % N_LATENTS, 0.9 - k / 10) for k in range(1, 4)],
         contexts, contexts[::-1], [context(100)], 60, float(rng.uniform(0, 10)),
         [((latent + k) % N_LATENTS, 0.5 / k, 3.0 / k) for k in range(1, 4)], float(rng.random()), float(rng.normal()),
+        None if latent % 4 else latent / N_LATENTS,
     )  # fmt: skip
 
 

@@ -49,7 +49,9 @@ def figures(own_index: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("descending", [False, True])
-@pytest.mark.parametrize("sort", ["latent", "density", "max_activation", "output_score", "logit_entropy", "score"])
+@pytest.mark.parametrize(
+    "sort", ["latent", "density", "max_activation", "output_score", "logit_entropy", "score", "stability"]
+)
 def test_lists_are_sorted_with_what_is_unknown_last(
     client: httpx.Client, figures: dict[str, np.ndarray], sort: str, descending: bool
 ) -> None:
@@ -69,6 +71,7 @@ def test_lists_are_sorted_with_what_is_unknown_last(
         ({"explained": False, "show": "live"}, lambda f, i: i % 5 and f["density"][i] > 0),
         ({"where": "density:0.001:0.01"}, lambda f, i: 0.001 <= f["density"][i] <= 0.01),
         ({"where": "score:0.8:,output_score::0.5"}, lambda f, i: f["score"][i] >= 0.8 and f["output_score"][i] <= 0.5),
+        ({"where": "stability:0.5:"}, lambda f, i: f["stability"][i] >= 0.5),
         ({"where": "confidence_change:0:1e9"}, lambda f, i: f["confidence_change"][i] >= 0),
     ],
 )  # fmt: skip
