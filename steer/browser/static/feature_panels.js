@@ -16,7 +16,7 @@ export function Facts({ feature }) {
     <${Fact} name="Output score" value=${figure(output_score)} says=${outputMeans(output_score)}/>
     <${Fact} name="Confidence change" value=${confidence_change > 0 ? `+${figure(confidence_change)}` : figure(confidence_change)} says=${confidenceMeans(confidence_change)}/>
     <${Fact} name="Logit entropy" value=${figure(logit_entropy)} says=${logit_entropy === null ? "not computed" : "nats; low: it speaks for few tokens"}/>
-    ${stability !== null && html`<${Fact} name="Stability" value=${figure(stability)} says="nearest decoder cosine in SAEs of other seeds, their mean"/>`}
+    ${stability !== null && html`<${Fact} name="Stability" value=${figure(stability)} says="nearest decoder cosine in other seeds"/>`}
   </dl>`;
 }
 
