@@ -7,10 +7,12 @@ browser sends to nobody; the page trades it for a cookie.
 
 import ipaddress
 import json
+import signal
 import socket
 import sys
 import webbrowser
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from activations.errors import ConfigError
@@ -51,10 +53,22 @@ def browse(config: BrowseConfig, *, as_json: bool = False) -> None:
             team = stack.enter_context(closing(Team(url, own, token)))
         names = {*LOOPBACK, config.host, *config.hosts}
         shown = f"[{config.host}]" if ":" in config.host else config.host
-        _say(f"http://{shown}:{listener.getsockname()[1]}/#token={token}", config, as_json)
         account_of = team.account_of if team else single(own, token)
+        _say(f"http://{shown}:{listener.getsockname()[1]}/#token={token}", config, as_json)
         with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
-            _server(config, opened, account_of, names, team).run(sockets=[listener])
+            with _uninterrupted():
+                server = _server(config, opened, account_of, names, team)
+            server.run(sockets=[listener])
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the context ends: in an import it would come out as whatever the module makes of it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _server(

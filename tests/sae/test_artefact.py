@@ -242,7 +242,7 @@ def claim_huge_tensors(path: Path) -> None:
         (change_config(rescale_acts_by_decoder_norm=True), MismatchError, "rescale_acts"),
         (change_weights(b_dec=None), ShapeError, "'b_dec'.*no such tensor"),
         (change_weights(extra=np.zeros(2, np.float32)), ShapeError, "'extra'"),
-        (change_weights(b_dec=np.zeros(4, np.float64)), MismatchError, "dtype F32, got F64.*saekit convert"),
+        (change_weights(b_dec=np.zeros(4, np.float64)), MismatchError, "dtype F32 or F16, got F64.*saekit convert"),
         (change_weights(W_enc=np.full((4, 7), np.nan, np.float32)), NumericsError, "28 NaN"),
         (truncate("sae_weights.safetensors"), CorruptArtefactError, "safetensors"),
         (flip_a_bit, CorruptArtefactError, "SHA-256"),

@@ -151,6 +151,7 @@ def test_a_search_by_meaning_in_the_page(page: Page, model: Counting) -> None:
     expect(page.get_by_label("Search by")).to_have_value("meaning")
     page.locator("#row-0 a").click()
     expect(page.locator("article h1")).to_contain_text("3")
+    expect(page.get_by_role("link", name="Next latent")).to_be_visible()
     page.keyboard.press("j")
     expect(page).to_have_url(re.compile(r"/(?!3\?)\d+\?.*how=meaning"))
     page.goto("/features?how=meaning&q=legal+proceedings")
