@@ -12,6 +12,7 @@ together, one a layer, are named NAME@HOOK_POINT, and found by NAME, as those of
 Left out: files and hashes (`steer.manifest`), signatures, archives and catalogues (`steer.packs`).
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,7 +77,7 @@ class Library:
             vectors = {entry["name"]: vector_of_entry(entry, arrays, gates) for entry in manifest["vectors"]}
             if len(vectors) < len(manifest["vectors"]):
                 raise ValueError("two vectors of one name")
-            return cls(
+            library = cls(
                 vectors=vectors,
                 about=About.model_validate(manifest["about"]),
                 features=[Feature.model_validate(each) for each in manifest["features"]],
@@ -88,8 +89,12 @@ class Library:
                     if name.startswith(f"{SAE}/")
                 },
             )
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            library.check()
+        except (
+            KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, ConfigError,
+        ) as error:  # fmt: skip
             raise damaged(path, first_problem(error)) from error
+        return library
 
     def save(self, path: Path) -> str:
         """Write the library to `path` and return its content hash; attached files must be there already.
@@ -120,11 +125,11 @@ class Library:
 
     def _linked(self) -> list[Feature]:
         """Features in order, each with the name of the vector that was made of its latent, if there is one."""
-        sha256 = None if self.sae is None else self.sae.sha256
+        own = None if self.sae is None else self.sae.sha256
         made = {
-            vector.source.get("latent"): name
+            latent: name
             for name, vector in self.vectors.items()
-            if vector.source.get("kind") == "latent" and vector.source.get("sae_sha256") == sha256
+            if vector.source.get("sae_sha256") == own and isinstance(latent := vector.source.get("latent"), int)
         }
         ordered = sorted(self.features, key=lambda each: each.latent)
         return [each.model_copy(update={"vector": made.get(each.latent)}) for each in ordered]
@@ -136,10 +141,9 @@ class Library:
             for name in kit.vectors.keys() - known:
                 fix = "Add it, or leave it out."
                 raise ConfigError(f"kit '{kit.name}'", expected="vectors of this library", got=f"'{name}'", fix=fix)
-        names = [*known, *(kit.name for kit in self.kits)]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError(f"'{name}'", expected="one thing of this name", got="several", fix="Rename one.")
+        for name, n in Counter([*known, *(kit.name for kit in self.kits)]).items():
+            if n > 1:
+                raise ConfigError(f"'{name}'", expected="one thing of this name", got=n, fix="Rename one.")
         latents = [feature.latent for feature in self.features]
         if len(set(latents)) < len(latents) or (latents and self.sae is None):
             fix = "Add features with saekit library add."
@@ -158,7 +162,7 @@ class Library:
                 return [
                     replace(vector, coefficient=factor * vector.coefficient)
                     for each, factor in kit.vectors.items()
-                    for vector in self.find(path, each)
+                    for vector in _of_name(self.vectors, each)
                 ]
         return _of_name(self.vectors, name) or [named(self.vectors, path, name)]
 

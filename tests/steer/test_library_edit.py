@@ -84,6 +84,8 @@ def test_one_hash_covers_every_file(library: Path) -> None:
     [
         ("about", {"name": "../x"}), ("about", {"version": "1"}), ("about", {"evil": 1}), ("about", None),
         ("features", [{"latent": -1}]), ("features", {}), ("kits", [{"name": "k", "vectors": {}}]), ("kits", 3),
+        ("kits", [{"name": "k", "vectors": {"k": 1.0}}]), ("kits", [{"name": "up", "vectors": {"up": 1.0}}]),
+        ("features", [feature(3).model_dump(mode="json")] * 2), ("sae", None),
         ("sae", {"sha256": "short"}), ("files", {"../x": {"bytes": 1, "sha256": "a" * 64}}), ("files", []),
         ("files", {"a/b/c/d.txt": {"bytes": 1, "sha256": "a" * 64}}), ("files", {"CON.": {"bytes": 1}}), ("files", {}),
         ("files", {"vectors.safetensors": {"bytes": -1, "sha256": "a" * 64}}), ("vectors", [3]), ("vectors", None),
