@@ -67,7 +67,14 @@ function Order({ query, onChange }) {
     <button class="quiet" aria-label=${isDown ? "Largest first" : "Smallest first"} title=${isDown ? "Largest first" : "Smallest first"} onClick=${() => onChange({ desc: isDown ? "" : "1" })}>${isDown ? "↓" : "↑"}</button></span>`;
 }
 
-// A line a column; a bound counts once its field is left or Enter is pressed.
+// What is typed stays while a list arrives, and counts once the field is left or Enter is pressed.
+function Bound({ onBound, value, ...rest }) {
+  const [draft, setDraft] = useState(null);
+  const end = (event) => { setDraft(null); onBound(event.target.value); };
+  return html`<input type="number" step="any" ...${rest} value=${draft ?? value} onInput=${(event) => setDraft(event.target.value)} onChange=${end}/>`;
+}
+
+// A line a column.
 function Bounds({ where, columns, onChange }) {
   const set = (column, side, text) => {
     const pair = [...(where[column] ?? ["", ""])];
@@ -75,6 +82,6 @@ function Bounds({ where, columns, onChange }) {
     onChange({ ...where, [column]: pair });
   };
   return html`<div class="bounds panel">${Object.entries(COLUMNS).filter(([column]) => columns[column]).map(([column, { name, says }]) => html`<span title=${says}>${name}</span>
-    ${["at least", "at most"].map((word, side) => html`<input type="number" step="any" aria-label=${`${name} ${word}`} placeholder=${figure(columns[column][side])}
-      value=${where[column]?.[side] ?? ""} onChange=${(event) => set(column, side, event.target.value)}/>`)}`)}</div>`;
+    ${["at least", "at most"].map((word, side) => html`<${Bound} aria-label=${`${name} ${word}`} placeholder=${figure(columns[column][side])}
+      value=${where[column]?.[side] ?? ""} onBound=${(text) => set(column, side, text)}/>`)}`)}</div>`;
 }

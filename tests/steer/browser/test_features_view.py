@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from sae.annotation.events import NewEvent
 from sae.annotation.store import AnnotationStore
@@ -86,6 +86,25 @@ def test_what_a_list_shows_is_in_its_address(page: Page) -> None:
     expect(page.locator(".entry:not(.head)")).to_have_text(before)
     page.get_by_title("Take this away").click()
     expect(page.locator(".total")).not_to_have_text(shown)
+
+
+def test_a_bound_that_is_typed_stays_while_another_list_arrives(page: Page) -> None:
+    held: list[Route] = []
+    page.route("**/api/latents?*explained=true*", lambda route: held.append(route))
+    page.goto("/features")
+    expect(page.locator(".total")).to_have_text("300 latents")
+    page.get_by_text("Bounds").click()
+    page.get_by_label("Label", exact=True).select_option("explained")
+    page.get_by_label("Score at least").fill("0.9")
+    while not held:
+        page.wait_for_timeout(20)
+    for route in held:
+        route.continue_()
+    page.unroute("**/api/latents?*explained=true*")
+    expect(page.locator(".total")).to_have_text("60 of 300")
+    expect(page.get_by_label("Score at least")).to_have_value("0.9")
+    page.keyboard.press("Enter")
+    expect(page.locator(".total")).to_have_text("12 of 300")
 
 
 def test_a_list_is_of_what_somebody_decided(page: Page, own_index: Path) -> None:
