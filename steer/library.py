@@ -37,8 +37,7 @@ from steer.manifest import (
     content_hash,
     damaged,
     first_problem,
-    read_file,
-    read_manifest,
+    read_library,
     remove_signature,
     sha256,
     write_files,
@@ -68,8 +67,8 @@ class Library:
           damaged or was changed by hand.
         """
         path = resolve(path)
-        manifest = read_manifest(path)
-        arrays = _read_arrays(path, manifest)
+        manifest, tensors = read_library(path)
+        arrays = _read_arrays(path, tensors)
         gates: dict[Any, Any] = {}
         try:
             if not all(isinstance(manifest[key], list) for key in ("vectors", "features", "kits")):
@@ -95,6 +94,15 @@ class Library:
         ) as error:  # fmt: skip
             raise damaged(path, first_problem(error)) from error
         return library
+
+    @classmethod
+    def open_or_new(cls, path: Path) -> "Library":
+        """The library at `path` to be written, or an empty one if there is none.
+
+        Raises: ConfigError for one that is installed; as `open` does, for one that is damaged.
+        """
+        check_own(path)
+        return cls.open(path) if (path / MANIFEST).exists() else cls()
 
     def save(self, path: Path) -> str:
         """Write the library to `path` and return its content hash; attached files must be there already.
@@ -172,8 +180,7 @@ def save_library(path: Path, vectors: Sequence[SteeringVector]) -> str:
 
     Raises: as `Library.save` does.
     """
-    library = Library.open(path) if (path / MANIFEST).exists() else Library()
-    return replace(library, vectors={vector.name: vector for vector in vectors}).save(path)
+    return replace(Library.open_or_new(path), vectors={vector.name: vector for vector in vectors}).save(path)
 
 
 def load_library(path: str | Path) -> dict[str, SteeringVector]:
@@ -218,8 +225,8 @@ def _of_name(vectors: Mapping[str, SteeringVector], name: str) -> list[SteeringV
     return sorted(parts, key=lambda vector: HookPoint.parse(vector.hook_point).depth)
 
 
-def _read_arrays(path: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path, tensors: bytes) -> dict[str, np.ndarray]:
     try:
-        return load_tensors(read_file(path / VECTORS, manifest["files"][VECTORS]["bytes"]))
+        return load_tensors(tensors)
     except (SafetensorError, ValueError, KeyError) as error:
         raise damaged(path, f"{type(error).__name__}: {error}") from error

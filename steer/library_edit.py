@@ -5,24 +5,26 @@ Each function reads libraries, puts another together, and writes it in one go; w
 Left out: making vectors (`steer.making`) and moving libraries (`steer.packs`).
 """
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from activations.errors import ConfigError, MismatchError, MissingArtefactError, UnknownNameError
 from sae.artefact import CONFIG, PROVENANCE, WEIGHTS, Dtype, SaeArtefact, file_sha256
+from sae.checked_files import safetensors_heads
 from sae.index_db import FeatureIndex
 from steer.config import AddConfig, InitConfig, MergeConfig
 from steer.library import Library, find_vectors
+from steer.library_entries import entry_of_vector
 from steer.making.features import features_of, read_labels
-from steer.manifest import MANIFEST, SAE
+from steer.manifest import SAE
 from steer.pack import Feature, FileRef, Kit, SaeRef
-from steer.packs.installed import check_own
 
 
 def init(config: InitConfig) -> Library:
     """Name the library at `config.library`, which is made if it is not there; keys that are not given stay."""
-    library = _opened(config.library)
+    library = Library.open_or_new(config.library)
     given = config.model_dump(exclude={"library"}, exclude_none=True)
     library = replace(library, about=library.about.model_copy(update=given))
     library.save(config.library)
@@ -34,7 +36,7 @@ def add(config: AddConfig) -> Library:
 
     Raises: ConfigError if nothing is to be added, MismatchError for what belongs to another SAE, UnknownNameError.
     """
-    library = _opened(config.library)
+    library = Library.open_or_new(config.library)
     if config.sae is None and config.features is None and config.vectors is None and config.kit is None:
         expected = "vectors, sae, features or kit"
         raise ConfigError("saekit library add", expected=expected, got="none", fix="Say what to add.")
@@ -58,7 +60,7 @@ def merge(config: MergeConfig) -> Library:
     Raises: ConfigError for two things of one name that differ, MismatchError for features of different SAEs.
     """
     libraries = [Library.open(path) for path in config.libraries]
-    merged = _opened(config.out)
+    merged = Library.open_or_new(config.out)
     for path, library in zip(config.libraries, libraries, strict=True):
         _check_same(path, "vector", {n: v.sha256 for n, v in merged.vectors.items()},
                     {n: v.sha256 for n, v in library.vectors.items()}, config.replace)  # fmt: skip
@@ -127,11 +129,6 @@ def _saved(library: Library, path: Path) -> Library:
     return library
 
 
-def _opened(path: Path) -> Library:
-    check_own(path)
-    return Library.open(path) if (path / MANIFEST).exists() else Library()
-
-
 def _with_sae(library: Library, config: AddConfig) -> Library:
     assert config.sae is not None
     artefact, target = SaeArtefact.load(config.sae), config.library / SAE
@@ -147,10 +144,10 @@ def _with_sae(library: Library, config: AddConfig) -> Library:
         for name in (CONFIG, WEIGHTS, PROVENANCE):
             size = (target / name).stat().st_size
             attached[f"{SAE}/{name}"] = FileRef(bytes=size, sha256=file_sha256(target / name))
-    return replace(library, sae=sae_ref(artefact, config.sae, embedded=config.embed), attached=attached)
+    return replace(library, sae=_sae_ref(artefact, config.sae, embedded=config.embed), attached=attached)
 
 
-def sae_ref(artefact: SaeArtefact, path: Path, *, embedded: bool) -> SaeRef:
+def _sae_ref(artefact: SaeArtefact, path: Path, *, embedded: bool) -> SaeRef:
     """What a library says of an SAE."""
     metrics = artefact.metadata.get("metrics", {})
     return SaeRef(
@@ -168,8 +165,6 @@ def sae_ref(artefact: SaeArtefact, path: Path, *, embedded: bool) -> SaeRef:
 
 
 def _kept_dtype(path: Path) -> Dtype:
-    from sae.checked_files import safetensors_heads
-
     return "float16" if safetensors_heads(path / WEIGHTS)["W_dec"].dtype == "F16" else "float32"
 
 
@@ -177,15 +172,12 @@ def _with_features(library: Library, labels: Path, index: Path) -> Library:
     if library.sae is None:
         fix = "Add it with --set sae=… first."
         raise MissingArtefactError("library", expected="the SAE of the features", got="none", fix=fix)
-    opened = FeatureIndex.open(index)
-    try:
+    with closing(FeatureIndex.open(index)) as opened:
         if opened.info.get("sae_sha256") != library.sae.sha256:
             fix = "Build the index again with this SAE."
             raise MismatchError(index, expected="an index of the library's SAE", got="one of another", fix=fix)
         found = _by_latent(library.features) | _by_latent(features_of(opened, read_labels(labels)))
         sae = library.sae.model_copy(update={"n_layers": opened.info["model"]["n_layers"]})
-    finally:
-        opened.close()
     return replace(library, features=list(found.values()), sae=sae)
 
 
@@ -205,8 +197,6 @@ def _check_same(path: Path, what: str, known: dict[str, Any], new: dict[str, Any
 
 
 def _parts(library: Library) -> dict[str, dict[str, Any]]:
-    from steer.library_entries import entry_of_vector
-
     vectors = {name: entry_of_vector(each, {}) | {"sha256": each.sha256} for name, each in library.vectors.items()}
     return {
         "vectors": vectors,

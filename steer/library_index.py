@@ -23,7 +23,7 @@ from sae.labels.store import LabelStore, NewLabel
 from sae.labels.tables import EXPLANATION, KINDS
 from sae.vocabulary import Vocabulary
 from steer.manifest import SAE, damaged, first_problem, read_manifest
-from steer.pack import Feature, SaeRef
+from steer.pack import FIGURES, Feature, SaeRef
 from steer.packs.installed import data_folder
 
 
@@ -80,22 +80,7 @@ def _row(feature: Feature, ids: dict[str, int]) -> LatentRow:
         tokens = np.array([ids[token] for token in example.tokens], np.int32)
         peak = int(values.argmax())
         contexts.append(Context(number, peak, tokens, values, score=float(values[peak])))
-    return LatentRow(
-        latent=feature.latent,
-        density=feature.density,
-        max_activation=feature.max_activation,
-        mean_activation=feature.mean_activation,
-        histogram=feature.histogram,
-        histogram_start=feature.histogram_start,
-        logit_entropy=feature.logit_entropy,
-        output_score=feature.output_score,
-        confidence_change=feature.confidence_change,
-        stability=feature.stability,
-        top_logits=feature.top_logits,
-        bottom_logits=feature.bottom_logits,
-        neighbours=[],
-        contexts=contexts,
-    )
+    return LatentRow(**{name: getattr(feature, name) for name in FIGURES}, neighbours=[], contexts=contexts)
 
 
 def _labels(features: Iterable[Feature]) -> Iterator[NewLabel]:

@@ -35,7 +35,12 @@ FILE_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_-]{0,63}/){0,2}[A-Za-z0-9_][A-Z
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the library at `path`, whose format and hash are right and whose files are named as files may be.
+    """The manifest of the library at `path`, as `read_library` reads it."""
+    return read_library(path)[0]
+
+
+def read_library(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The manifest of the library at `path` and the bytes of its vectors; format, hashes and names of files are right.
 
     Raises: MissingArtefactError if there is none, StorageError if it cannot be read, CorruptArtefactError if it is
       damaged or was changed by hand.
@@ -98,7 +103,7 @@ def _may_be_called(name: str) -> bool:
     return bool(FILE_NAME.fullmatch(name)) and name not in (MANIFEST, SIGNATURE)
 
 
-def _checked(path: Path, content: bytes) -> dict[str, Any]:
+def _checked(path: Path, content: bytes) -> tuple[dict[str, Any], bytes]:
     manifest = parse_manifest(path, content)
     ref = manifest["files"].get(VECTORS)
     if ref is None or ref["bytes"] > TENSOR_BYTES:
@@ -106,7 +111,7 @@ def _checked(path: Path, content: bytes) -> dict[str, Any]:
     data = read_file(path / VECTORS, ref["bytes"])
     if len(data) != ref["bytes"] or sha256(data) != ref["sha256"]:
         raise damaged(path, f"a file {VECTORS} that does not match its hash")
-    return manifest
+    return manifest, data
 
 
 def read_file(file: Path, most: int) -> bytes:

@@ -113,6 +113,13 @@ class Feature(Part):
     """the vector of this library that was made of it"""
 
 
+FIGURES = (
+    "latent", "density", "max_activation", "mean_activation", "histogram", "histogram_start", "logit_entropy",
+    "output_score", "confidence_change", "stability", "top_logits", "bottom_logits",
+)  # fmt: skip
+"""what a feature has as the row of its latent in an index (`sae.index_db.LatentRow`) has it"""
+
+
 class Kit(Part):
     """Vectors that are used together, each at a coefficient of its own."""
 

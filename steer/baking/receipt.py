@@ -27,6 +27,7 @@ from activations.hook_points import HookPoint
 from activations.hooks import edit
 from activations.models import LoadedModel, chat_prompt
 from activations.text import documents
+from steer.composition import by_point
 from steer.measures.openings import prompts
 from steer.operations import Intervention
 from steer.runtime import steering
@@ -79,11 +80,8 @@ def steered_logits(
 @contextmanager
 def on_every_token(loaded: LoadedModel, vectors: Sequence[SteeringVector]) -> Iterator[None]:
     """Steer as the runtime does, but the first token of a sequence as well."""
-    points: dict[str, list[SteeringVector]] = {}
-    for vector in vectors:
-        points.setdefault(vector.hook_point, []).append(vector)
     with ExitStack() as stack:
-        for point, group in points.items():
+        for point, group in by_point(vectors).items():
             stack.enter_context(edit(loaded.model, loaded.family, HookPoint.parse(point), _writing(group)))
         yield
 

@@ -10,7 +10,6 @@ import asyncio
 import json
 import secrets
 import threading
-import weakref
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -75,6 +74,7 @@ class Run:
     stop: threading.Event = field(default_factory=threading.Event)
     events: asyncio.Queue[tuple[str, Any]] = field(default_factory=asyncio.Queue)
     wanted: list[Dose | None] | None = None
+    thread: threading.Thread | None = None
 
     def say(self, event: str, data: Any) -> None:
         """From the worker to whoever listens."""
@@ -92,7 +92,6 @@ class Runs:
 
     def __init__(self, model: SharedModel):
         self._model, self._runs, self._lock = model, dict[str, Run](), threading.Lock()
-        self._threads = weakref.WeakSet[threading.Thread]()
 
     def start(self, run: Run) -> AsyncIterator[str]:
         """Begin to write. Raises: ConfigError if too many do, or for changes of another number of doses."""
@@ -102,18 +101,19 @@ class Runs:
             if len(self._runs) >= MOST_RUNS:
                 raise ConfigError("bench", expected=f"at most {MOST_RUNS} runs", got="more", fix="Wait for one to end.")
             self._runs[run.id] = run
-        thread = threading.Thread(target=self._work, args=(run,), daemon=True)
-        self._threads.add(thread)
-        thread.start()
+            run.thread = threading.Thread(target=self._work, args=(run,), daemon=True)
+            run.thread.start()
         return _events(run)
 
     def close(self) -> None:
         """Stop all that write, and wait until each has left the model as it was, for CLOSING_S each at most."""
         with self._lock:
-            for run in self._runs.values():
-                run.stop.set()
-        for thread in list(self._threads):
-            thread.join(CLOSING_S)
+            running = list(self._runs.values())
+        for run in running:
+            run.stop.set()
+        for run in running:
+            if run.thread is not None:
+                run.thread.join(CLOSING_S)
 
     def dose(self, id_: str, account: str, doses: Doses) -> None:
         """Other doses from the next token on. Raises: UnknownNameError, ConfigError."""

@@ -175,6 +175,15 @@ def checked_row(where: str, values: np.ndarray, model: ModelRef) -> Float[np.nda
     return row
 
 
+def checked_list(where: str, values: object, model: ModelRef) -> Float[np.ndarray, " d_model"]:
+    """A row that JSON has as a list. Raises: CorruptArtefactError for another thing, and as `checked_row`."""
+    if not isinstance(values, list) or not all(
+        type(each) in (int, float) and not abs(each) > LARGEST for each in values
+    ):
+        raise corrupt(where, "a list of numbers", type(values).__name__)
+    return checked_row(where, np.array(values, np.float64), model)
+
+
 def checked_layer(where: str, layer: int, model: ModelRef) -> int:
     """A 0-based block that the model has. Raises: MismatchError."""
     if not 0 <= layer < model.n_layers:

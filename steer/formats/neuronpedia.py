@@ -10,18 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from sae.checked_files import corrupt, read_json
 from steer.formats.base import (
-    LARGEST,
     Direction,
     check_expressible,
     checked_layer,
+    checked_list,
     checked_number,
-    checked_row,
     checked_size,
     checked_word,
     refused,
@@ -46,16 +43,11 @@ def read(path: Path, model: ModelRef) -> list[Direction]:
     """Its one row, at its strength."""
     checked_size(path, "a .json")
     content = read_json(path)
-    values = content.get("vector")
-    if not isinstance(values, list) or not all(
-        type(each) in (int, float) and not abs(each) > LARGEST for each in values
-    ):
-        raise corrupt(f"{path}: vector", "a list of numbers", type(values).__name__)
+    row = checked_list(f"{path}: vector", content.get("vector"), model)
     point, strength = _point(path, content), content.get("vectorDefaultSteerStrength", 1.0)
     strength = 1.0 if strength is None else checked_number(f"{path}: vectorDefaultSteerStrength", strength)
     checked_layer(str(path), point.layer, model)
     label = content.get("vectorLabel")
-    row = checked_row(f"{path}: vector", np.array(values, np.float64), model)
     return [Direction(point, row, "add", strength, label if isinstance(label, str) and label else None)]
 
 

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from sae.checked_files import corrupt, read_json
-from steer.formats.base import LARGEST, Direction, checked_layer, checked_row, checked_size, refused
+from steer.formats.base import Direction, checked_layer, checked_list, checked_size, refused
 from steer.vectors import SteeringVector
 
 
@@ -58,11 +56,7 @@ class Svec:
             if len(rows) > 1:
                 raise refused(where, "one row for all tokens", f"{len(rows)}, each for its own place")
             rows = rows[0]
-        if not isinstance(rows, list) or not all(
-            type(each) in (int, float) and not abs(each) > LARGEST for each in rows
-        ):
-            raise corrupt(where, "a list of numbers", type(rows).__name__)
-        return Direction(HookPoint(self.site, layer), checked_row(where, np.array(rows, np.float64), model))
+        return Direction(HookPoint(self.site, layer), checked_list(where, rows, model))
 
 
 CAST = Svec("steerability or CAST .svec of block inputs", "resid_pre")

@@ -32,7 +32,7 @@ from steer.library import Library, load_library
 from steer.making.config import FeaturesConfig
 from steer.making.make import add_to_library, dose_and_measure
 from steer.measures.effect import latent_reader
-from steer.pack import Example, Feature, Label
+from steer.pack import FIGURES, Example, Feature, Label
 from steer.vectors import SteeringVector, from_latent
 
 EXAMPLES = 5
@@ -132,10 +132,8 @@ def _missing(config: FeaturesConfig, features: Sequence[Feature]) -> list[Featur
 
 
 def _feature(index: FeatureIndex, row: LatentRow, line: LabelLine) -> Feature:
-    history = [
-        Label(text=each.text, author=each.author, created=each.created, kind=each.kind)
-        for each in index.labels(row.latent)
-    ]
+    said = index.labels(row.latent)
+    history = [Label(text=each.text, author=each.author, created=each.created, kind=each.kind) for each in said]
     history += [
         Label(text=each["text"], author=each["author"], created=each["created"], kind=each["action"])
         for each in line.history
@@ -145,25 +143,14 @@ def _feature(index: FeatureIndex, row: LatentRow, line: LabelLine) -> Feature:
         author = ", ".join(line.authors)
         history.append(Label(text=line.text, author=author, created=line.decided, kind=EXPLANATION))
     return Feature(
-        latent=row.latent,
+        **{name: getattr(row, name) for name in FIGURES},
         label=line.text,
         author=", ".join(line.authors),
-        density=row.density,
-        max_activation=row.max_activation,
-        mean_activation=row.mean_activation,
-        histogram=row.histogram,
-        histogram_start=row.histogram_start,
-        logit_entropy=row.logit_entropy,
-        output_score=row.output_score,
-        confidence_change=row.confidence_change,
-        stability=row.stability,
         history=sorted(history, key=lambda label: label.created),
-        top_logits=row.top_logits,
-        bottom_logits=row.bottom_logits,
         examples=[_example(index, row, i) for i in range(min(EXAMPLES, len(row.contexts)))],
         scores={
             f"{score.method} {score.measure} ({score.control}, {score.judge})": score.value
-            for label in index.labels(row.latent)
+            for label in said
             if label.text == line.text
             for score in label.scores
         },

@@ -7,21 +7,21 @@ name. What takes a direction away is measured at strength 1, all of it, unless a
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from activations.errors import ConfigError, MissingArtefactError
+from activations.errors import ConfigError
 from activations.models import LoadedModel, load_model
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from sae.belongs import check_belongs, check_store
 from sae.torch_view import TorchSae
 from steer.latents import Places, places_of
-from steer.library import group_name, load_library, save_library
+from steer.library import Library, group_name
 from steer.making.config import MeasureConfig, VectorConfig
 from steer.making.contrast import from_contrast
 from steer.making.modifier import from_modifier, from_places, load_requests, request_prompt
@@ -36,7 +36,6 @@ from steer.measures.effect import (
     measure,
     sweep_doses,
 )
-from steer.packs.installed import check_own
 from steer.pairs import load_pairs
 from steer.scopes import Scope
 from steer.vectors import SteeringVector, from_latent, from_latents
@@ -207,16 +206,9 @@ def add_to_library(path: Path, *vectors: SteeringVector, instead_of: str | None 
     Args:
       instead_of: a name of which nothing is kept, nor of NAME@HOOK_POINT.
     """
-    check_own(path)
-    try:
-        library = load_library(path)
-    except MissingArtefactError:
-        library = {}
-    if instead_of is not None:
-        library = {name: each for name, each in library.items() if group_name(name) != instead_of}
-    library |= {vector.name: vector for vector in vectors}
-    save_library(path, _in_order(list(library.values())))
-
-
-def _in_order(vectors: Sequence[SteeringVector]) -> list[SteeringVector]:
-    return sorted(vectors, key=lambda vector: vector.name)
+    library = Library.open_or_new(path)
+    kept = {
+        name: each for name, each in library.vectors.items() if instead_of is None or group_name(name) != instead_of
+    }
+    kept |= {vector.name: vector for vector in vectors}
+    replace(library, vectors={name: kept[name] for name in sorted(kept)}).save(path)

@@ -19,7 +19,6 @@ version of libzstd; the content hash does not.
 import hashlib
 import os
 import tarfile
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,7 +39,7 @@ from steer.packs.contents import (
     file_parts,
     read_small,
 )
-from steer.packs.disk import check_room, explained, sync, write_hashed
+from steer.packs.disk import check_room, explained, write_hashed, written_whole
 from steer.packs.names import ARCHIVE_SUFFIX, name_of
 
 TAR_BLOCK = tarfile.BLOCKSIZE
@@ -83,24 +82,16 @@ def write_archive(directory: Path, file: Path, signature: bytes | None = None) -
     sizes = {name: len(content) for name, content in small.items()} | {
         name: size for name, (size, _) in declared.items()
     }
-    part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     with explained(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("xb") as raw:
-                frame = _compressor().stream_writer(raw, size=_unpacked(sizes), closefd=False)
-                for name, content in small.items():
-                    frame.write(_header(name, len(content)) + content + _padding(len(content)))
-                for name, (size, sha256) in declared.items():
-                    _add(frame, directory / name, name, size, sha256)
-                frame.write(bytes(2 * TAR_BLOCK))
-                frame.close()
-                raw.flush()
-                os.fsync(raw.fileno())
-            part.replace(file)
-            sync(file.parent)
-        finally:
-            part.unlink(missing_ok=True)
+        with written_whole(file) as raw:
+            frame = _compressor().stream_writer(raw, size=_unpacked(sizes), closefd=False)
+            for name, content in small.items():
+                frame.write(_header(name, len(content)) + content + _padding(len(content)))
+            for name, (size, sha256) in declared.items():
+                _add(frame, directory / name, name, size, sha256)
+            frame.write(bytes(2 * TAR_BLOCK))
+            frame.close()
     return manifest
 
 

@@ -1,12 +1,11 @@
 """What a pack consists of, checked before it is moved: its manifest, the files that are listed there, a signature.
 
 A pack is a library with a name and a version. Flow: 1. the manifest is read, and its hash and the names in it are
-compared with what is allowed, by `steer.library`; 2. `declared_files` does so with sizes and number of the files that
+compared with what is allowed, by `steer.manifest`; 2. `declared_files` does so with sizes and number of the files that
 it lists, before any of them is opened; 3. `copy_pack` takes these files alone, each with the size and the hash that
 were listed, into a new folder. Left out: what the files mean, which `steer.library` knows when it loads them.
 """
 
-import hashlib
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from activations.errors import CorruptArtefactError, MissingArtefactError
+from sae.artefact import file_sha256
 from sae.checked_files import JSON_BYTES
 from steer.manifest import MANIFEST, SIGNATURE, parse_manifest
 from steer.packs.disk import explained, write_hashed
@@ -132,5 +132,5 @@ def file_parts(path: Path, size: int, *, follow_links: bool = False) -> Iterator
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hex; read now, and not remembered."""
-    with explained(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with explained(path):
+        return file_sha256(path)

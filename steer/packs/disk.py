@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from activations.errors import DiskSpaceError, SaekitError, StorageError
 
@@ -58,10 +59,17 @@ def sync_tree(path: Path) -> None:
 
 def write_whole(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Put a file in place at once, in one piece and flushed."""
+    with written_whole(path, mode) as file:
+        file.write(content)
+
+
+@contextmanager
+def written_whole(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """The same of a file that is written in the context; after an error nothing is there that was not before."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

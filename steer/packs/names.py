@@ -1,6 +1,6 @@
 """Names of packs and their versions, names of files that cannot be beside each other, and what is fit to be shown.
 
-What files of a library may be called says `steer.library`, and what a library may be called `steer.pack`. Here is what
+What files of a library may be called says `steer.manifest`, and what a library may be called `steer.pack`. Here is what
 is added where a pack comes from anybody: no name that Windows keeps for a device, no two names that differ in case
 alone, and no file that is the folder of another. Left out: what is in the files.
 """
