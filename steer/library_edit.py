@@ -15,7 +15,7 @@ from sae.artefact import CONFIG, PROVENANCE, WEIGHTS, Dtype, SaeArtefact, file_s
 from sae.checked_files import safetensors_heads
 from sae.index_db import FeatureIndex
 from steer.config import AddConfig, InitConfig, MergeConfig
-from steer.library import Library, find_vectors
+from steer.library import Library
 from steer.library_entries import entry_of_vector
 from steer.making.features import features_of, read_labels
 from steer.manifest import SAE
@@ -41,16 +41,23 @@ def add(config: AddConfig) -> Library:
         expected = "vectors, sae, features or kit"
         raise ConfigError("saekit library add", expected=expected, got="none", fix="Say what to add.")
     if config.vectors is not None:
-        names = config.names or tuple(Library.open(config.vectors).vectors)
-        found = {each.name: each for name in names for each in find_vectors(config.vectors, name)}
+        source = Library.open(config.vectors)
+        found = {
+            each.name: each for name in config.names or source.vectors for each in source.find(config.vectors, name)
+        }
         library = replace(library, vectors=library.vectors | found)
-    if config.sae is not None:
-        library = _with_sae(library, config)
+    artefact = None if config.sae is None else _checked_sae(library, config.sae, embed=config.embed)
+    if artefact is not None and config.sae is not None:
+        library = replace(library, sae=_sae_ref(artefact, config.sae, embedded=config.embed), attached={})
     if config.features is not None:
         library = _with_features(library, config.features, config.index)
     if config.kit is not None:
         kit = Kit(name=config.kit, summary=config.summary, vectors=config.of)
         library = replace(library, kits=[each for each in library.kits if each.name != kit.name] + [kit])
+    library.check()
+    if artefact is not None and config.sae is not None and config.embed:  # last, since it writes
+        attached = _embedded(artefact, config.library / SAE, _kept_dtype(config.sae))
+        library = replace(library, attached=attached)
     return _saved(library, config.library)
 
 
@@ -129,22 +136,24 @@ def _saved(library: Library, path: Path) -> Library:
     return library
 
 
-def _with_sae(library: Library, config: AddConfig) -> Library:
-    assert config.sae is not None
-    artefact, target = SaeArtefact.load(config.sae), config.library / SAE
+def _checked_sae(library: Library, path: Path, *, embed: bool) -> SaeArtefact:
+    artefact = SaeArtefact.load(path)
     if library.features and library.sae is not None and artefact.sha256 != library.sae.sha256:
         fix = "Make another library of its features."
-        raise MismatchError(config.sae, expected="the SAE of the library's features", got="another", fix=fix)
-    attached = {}
-    if config.embed:
-        if artefact.sha256 is None:
-            fix = "Save it with saekit convert first."
-            raise MismatchError(config.sae, expected="an SAE that saekit wrote", got="one without a hash", fix=fix)
-        artefact.save(target, _kept_dtype(config.sae))
-        for name in (CONFIG, WEIGHTS, PROVENANCE):
-            size = (target / name).stat().st_size
-            attached[f"{SAE}/{name}"] = FileRef(bytes=size, sha256=file_sha256(target / name))
-    return replace(library, sae=_sae_ref(artefact, config.sae, embedded=config.embed), attached=attached)
+        raise MismatchError(path, expected="the SAE of the library's features", got="another", fix=fix)
+    if embed and artefact.sha256 is None:
+        fix = "Save it with saekit convert first."
+        raise MismatchError(path, expected="an SAE that saekit wrote", got="one without a hash", fix=fix)
+    return artefact
+
+
+def _embedded(artefact: SaeArtefact, target: Path, dtype: Dtype) -> dict[str, FileRef]:
+    """Write the SAE into a library, and give its files as the manifest names them."""
+    artefact.save(target, dtype)
+    return {
+        f"{SAE}/{name}": FileRef(bytes=(target / name).stat().st_size, sha256=file_sha256(target / name))
+        for name in (CONFIG, WEIGHTS, PROVENANCE)
+    }
 
 
 def _sae_ref(artefact: SaeArtefact, path: Path, *, embedded: bool) -> SaeRef:

@@ -223,6 +223,17 @@ def test_features_need_their_sae(library: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_what_is_refused_leaves_no_sae_behind(library: Path, tiny_sae: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text("{}\n")
+    new = tmp_path / "new"
+    with pytest.raises(MissingArtefactError):
+        add(AddConfig(library=new, sae=tiny_sae, features=labels, index=tmp_path / "none"))
+    with pytest.raises(ConfigError, match="kit 'k'"):
+        add(AddConfig(library=new, sae=tiny_sae, kit="k", of={"nobody": 1.0}))
+    assert not new.exists()
+
+
 def save_again_and_again(path: Path, vector: SteeringVector) -> None:
     n = 0
     while True:
