@@ -46,7 +46,7 @@ def add(config: AddConfig) -> Library:
             each.name: each for name in config.names or source.vectors for each in source.find(config.vectors, name)
         }
         library = replace(library, vectors=library.vectors | found)
-    artefact = None if config.sae is None else _checked_sae(library, config.sae, embed=config.embed)
+    artefact = None if config.sae is None else _checked_sae(library, config.sae)
     if artefact is not None and config.sae is not None:
         library = replace(library, sae=_sae_ref(artefact, config.sae, embedded=config.embed), attached={})
     if config.features is not None:
@@ -136,14 +136,17 @@ def _saved(library: Library, path: Path) -> Library:
     return library
 
 
-def _checked_sae(library: Library, path: Path, *, embed: bool) -> SaeArtefact:
+def _checked_sae(library: Library, path: Path) -> SaeArtefact:
     artefact = SaeArtefact.load(path)
     if library.features and library.sae is not None and artefact.sha256 != library.sae.sha256:
         fix = "Make another library of its features."
         raise MismatchError(path, expected="the SAE of the library's features", got="another", fix=fix)
-    if embed and artefact.sha256 is None:
+    if artefact.sha256 is None:
         fix = "Save it with saekit convert first."
         raise MismatchError(path, expected="an SAE that saekit wrote", got="one without a hash", fix=fix)
+    if "hook_point" not in artefact.metadata or not {"id", "fingerprint"} <= artefact.metadata.get("model", {}).keys():
+        fix = "Take one that was trained with saekit, or write hook_point and model into its saekit.json."
+        raise MismatchError(path, expected="an SAE that says of which model and place it is", got="less", fix=fix)
     return artefact
 
 
@@ -160,7 +163,7 @@ def _sae_ref(artefact: SaeArtefact, path: Path, *, embedded: bool) -> SaeRef:
     """What a library says of an SAE."""
     metrics = artefact.metadata.get("metrics", {})
     return SaeRef(
-        sha256=artefact.sha256 or file_sha256(path / WEIGHTS),
+        sha256=str(artefact.sha256),
         architecture=artefact.saved_name,
         d_model=artefact.d_model,
         d_sae=artefact.d_sae,

@@ -223,6 +223,17 @@ def test_features_need_their_sae(library: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("embed", [True, False])
+@pytest.mark.parametrize("missing", ["weights_sha256", "hook_point", "model"])
+def test_an_sae_says_of_which_model_and_place_it_is(tiny_sae: Path, tmp_path: Path, missing: str, embed: bool) -> None:
+    about = json.loads((tiny_sae / "saekit.json").read_text())
+    del about[missing]
+    (tiny_sae / "saekit.json").write_text(json.dumps(about))
+    with pytest.raises(MismatchError, match="an SAE that"):
+        add(AddConfig(library=tmp_path / "new", sae=tiny_sae, embed=embed))
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_is_refused_leaves_no_sae_behind(library: Path, tiny_sae: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels.jsonl"
     labels.write_text("{}\n")
