@@ -9,10 +9,12 @@ text then does not depend on the rows beside it. Whatever hooks are on the model
 changed between two tokens. Nothing runs after the last token that was asked for.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from activations.errors import ConfigError
 from activations.models import LoadedModel
@@ -122,6 +124,31 @@ def tokens(
 
     Raises: ConfigError, before the first pass, if rows and continuations do not fit the model's context.
     """
+    seeds = [seed] if isinstance(seed, int) else seed
+    draws = [torch.Generator(loaded.device).manual_seed(each) for each in seeds]
+
+    def drawn(scores: Float[Tensor, "row vocab"]) -> Int[Tensor, " row"]:
+        chances = scores.softmax(-1).chunk(len(draws))
+        return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(chances, draws, strict=True)])[:, 0]
+
+    if temperature == 0:
+        return chosen(loaded, rows, _likeliest, max_new_tokens=max_new_tokens, do_sample=False)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95}
+    return chosen(loaded, rows, drawn, max_new_tokens=max_new_tokens, **sampling)
+
+
+Choose = Callable[[Float[Tensor, "row vocab"]], Int[Tensor, " row"]]
+"""Scores of every token -> the next one of each row"""
+
+
+def chosen(
+    loaded: LoadedModel, rows: Sequence[list[int]], choose: Choose, *, max_new_tokens: int, **sampling: Any
+) -> Iterator[list[int]]:
+    """As `tokens`, of which `choose` says what they are.
+
+    Args:
+      sampling: what transformers does to the scores before, as `generate` takes it.
+    """
     tokenizer, width = loaded.tokenizer, max(len(row) for row in rows)
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     if limit is not None and width + max_new_tokens > limit:
@@ -131,15 +158,10 @@ def tokens(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature > 0 else {"do_sample": False}
-    )
-    seeds = [seed] if isinstance(seed, int) else seed
-    draws = [torch.Generator(loaded.device).manual_seed(each) for each in seeds]
 
     def decode(model: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
                **inputs: Any) -> Iterator[list[int]]:  # fmt: skip
-        return _decode(model, input_ids, logits_processor, stopping_criteria, generation_config, draws, inputs)
+        return _decode(model, input_ids, logits_processor, stopping_criteria, generation_config, choose, inputs)
 
     with torch.inference_mode():
         return loaded.model.generate(  # type: ignore[operator]
@@ -152,14 +174,12 @@ def tokens(
         )
 
 
+def _likeliest(scores: Float[Tensor, "row vocab"]) -> Int[Tensor, " row"]:
+    return scores.argmax(-1)
+
+
 def _decode(
-    model: Any,
-    ids: Any,
-    processors: Any,
-    stopping: Any,
-    config: Any,
-    draws: list[torch.Generator],
-    inputs: dict[str, Any],
+    model: Any, ids: Any, processors: Any, stopping: Any, config: Any, choose: Choose, inputs: dict[str, Any]
 ) -> Iterator[list[int]]:
     """What transformers does for one token after the other, with a rest between them."""
     running = torch.ones(len(ids), dtype=torch.long, device=ids.device)
@@ -173,13 +193,7 @@ def _decode(
                 outputs = model(**model.prepare_inputs_for_generation(ids, next_sequence_length=n, **inputs))
             is_first = False
             inputs = model._update_model_kwargs_for_generation(outputs, inputs, is_encoder_decoder=False)
-            scores = processors(ids, outputs.logits[:, -1].float())
-            if config.do_sample:
-                chances = scores.softmax(-1).chunk(len(draws))
-                drawn = [torch.multinomial(p, 1, generator=g) for p, g in zip(chances, draws, strict=True)]
-                following = torch.cat(drawn)[:, 0]
-            else:
-                following = scores.argmax(-1)
+            following = choose(processors(ids, outputs.logits[:, -1].float()))
             following = torch.where(running > 0, following, config._pad_token_tensor)
             ids = torch.cat([ids, following[:, None]], dim=-1)
             running = running & ~stopping(ids, None)

@@ -190,10 +190,26 @@ class Steering(nn.Module):
             yield
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _may_rest() and not self._has_flags and all(lane.is_empty for lane in self._lanes):
+        if self.rests:
             return
         inputs = dict(zip(self._inputs, args, strict=False)) | kwargs
-        index, run = token_index(inputs), self._run
+        self.begin(token_index(inputs), inputs.get("input_ids"))
+
+    @property
+    def rests(self) -> bool:
+        """Whether the next pass may be left alone."""
+        return _may_rest() and not self._has_flags and all(lane.is_empty for lane in self._lanes)
+
+    def begin(self, index: Int[Tensor, "batch pos"], ids: Int[Tensor, "batch pos"] | None) -> None:
+        """In front of a pass over tokens of these indices in their sequences, -1 for padding, and of these ids.
+
+        For whoever runs passes that `attached` cannot follow, such as several requests behind each other: `begin`, then
+        `at` each of `points` in their order, then `end`.
+
+        Raises: ShapeError for another number of sequences than steering was made for, ConfigError for ids that are not
+          there and that a scope looks at.
+        """
+        run = self._run
         batch = len(index)
         self._check_batch(batch)
         run.index, run.readings = index, [None] * len(self._lanes)
@@ -203,7 +219,20 @@ class Steering(nn.Module):
             self.seen[:batch] = torch.maximum(before, index.amax(1) + 1)
             self.seen[batch:].zero_()
         if self.events is not None:
-            run.flags = self._latches(inputs.get("input_ids"), index)
+            run.flags = self._latches(ids, index)
+
+    @property
+    def points(self) -> list[HookPoint]:
+        """Where it reads or acts, in the order of a pass."""
+        return [site.point for site in self._sites]
+
+    def at(self, point: HookPoint, value: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """The value at one of `points`, steered; the same tensor where nothing acts."""
+        return next(site for site in self._sites if site.point == point).forward(value)
+
+    def end(self) -> None:
+        """Behind a pass."""
+        self._run.clear()
 
     def _latches(self, ids: Tensor | None, index: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos latch"]:
         if ids is None:
@@ -225,7 +254,7 @@ class Steering(nn.Module):
             raise ShapeError("steering", expected=f"a batch of at most {len(self.last)}", got=batch, fix=fix)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._run.clear()
+        self.end()
 
 
 class _Run:

@@ -6,9 +6,10 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 from pydantic import BaseModel, Field
 
-from steer.browser.guard import Admin, Body
+from steer.browser.guard import Admin
 from steer.browser.roles import Role
 from steer.browser.team import Team
+from steer.items import Body
 
 Name = Annotated[str, Path(min_length=1, max_length=64)]
 

@@ -11,73 +11,36 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, Field
 
 from activations.errors import ConfigError, MissingArtefactError, SaekitError, UnknownNameError
-from steer.browser.guard import Body, detail_of
+from steer.browser.guard import detail_of
 from steer.browser.saes import Saes
 from steer.browser.sources import Opened, Source
+from steer.items import MOST_ITEMS, Entry, Ref, Use, entry_of, steer_of
 
 if TYPE_CHECKING:
     from activations.models import LoadedModel
     from steer.chat.state import Steer
-    from steer.gates import Condition, Gate
     from steer.operations import Intervention
     from steer.vectors import SteeringVector
 
-MOST_ITEMS = 8
-Ref = Annotated[str, Field(max_length=300)]
-Dose = Annotated[float, Field(ge=-16, le=16, allow_inf_nan=False)]
-Level = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
-
-class Levels(Body):
-    """Energies between which a gate opens and shuts."""
-
-    on: Level
-    off: Level | None = None
-    tokens: int = Field(1, ge=1, le=1024)
-
-    def of(self, vector: SteeringVector) -> Gate:
-        """The gate of a vector's own energy. Raises: ConfigError if `off` is above `on`."""
-        return vector.energy_gate(self.on, self.off, self.tokens)
-
-
-class Item(Body):
+class Item(Use):
     """One thing that steers."""
 
     vector: Ref | None = None
     """NUMBER/NAME of the catalogue"""
     latent: Ref | None = None
     """SOURCE:N"""
-    dose: Dose | None = None
-    """none: the vector's own; of an ablation, its share"""
-    operation: Literal["add", "rotate", "ablate"] | None = None
-    scope: Annotated[str, Field(max_length=200)] | None = None
-    gate: Levels | None = None
 
 
 Refused = dict[str, str]
 """an error in its four parts"""
 Basket = Annotated[list[Item], Field(max_length=MOST_ITEMS)]
-
-
-class Entry(BaseModel):
-    """A vector, or a group, as the page shows it; doses are coefficients over the mean norm, of a group the lead's."""
-
-    ref: str
-    name: str
-    hook_points: list[str]
-    coefficient: float
-    dose: float
-    window: tuple[float, float] | None
-    operation: str
-    scope: str
-    gated: bool
-    headline: str
 
 
 class Problem(BaseModel):
@@ -136,16 +99,14 @@ class Shelf:
     def steers(self, basket: Sequence[Item]) -> list[Steer]:
         """What a basket does. Raises: as `find` does, and ConfigError for levels of a gate that contradict each other.
 
-        Names begin with the item's number, and so do those of its gates: the runtime takes two of one name for a
-        mistake, and one vector may be there twice. A gate is put onto the vector here, once, since a run asks for its
-        interventions again with each change of doses.
+        A gate is put onto the vector here, once: a run asks for its interventions again with each change of doses.
         """
         found: dict[str, list[SteeringVector]] = {}
         steers = []
         for number, item in enumerate(basket, 1):
             ref = item.vector or item.latent or ""
             vectors = found[ref] = found.get(ref) or self.find(item)
-            steers.append(_steer(number, item, vectors))
+            steers.append(steer_of(number, item, vectors))
         return steers
 
     def _latent(self, name: str, latent: int) -> SteeringVector:
@@ -181,51 +142,6 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def entry_of(ref: str, vectors: Sequence[SteeringVector]) -> Entry:
-    """A vector, or a group, for the page."""
-    from steer.groups import group_of
-    from steer.library import group_name
-
-    lead = group_of(vectors).lead
-    unit = 1.0 if lead.operation == "ablate" else lead.mean_norm
-    low, high = lead.window or (0.0, 0.0)
-    receipts = len(lead.receipts)
-    return Entry(
-        ref=ref, name=lead.name if len(vectors) == 1 else group_name(lead.name),
-        hook_points=[vector.hook_point for vector in vectors], coefficient=lead.coefficient,
-        dose=lead.coefficient / unit, window=None if lead.window is None else (low / unit, high / unit),
-        operation=lead.operation, scope=lead.scope, gated=any(vector.gate is not None for vector in vectors),
-        headline=f"{receipts} receipt{'' if receipts == 1 else 's'}" if receipts else "not measured",
-    )  # fmt: skip
-
-
-def _steer(number: int, item: Item, vectors: Sequence[SteeringVector]) -> Steer:
-    from steer.chat.state import Steer
-    from steer.library import group_name
-
-    known: dict[Gate, Gate] = {}
-
-    def used(vector: SteeringVector) -> SteeringVector:
-        gate = vector.gate if item.gate is None else item.gate.of(vector)
-        is_other = item.operation not in (None, vector.operation)
-        return replace(vector, gate=_numbered(gate, number, known), window=None if is_other else vector.window)
-
-    name = vectors[0].name if len(vectors) == 1 else group_name(vectors[0].name)
-    return Steer(f"{number} {name}", tuple(used(each) for each in vectors), item.dose, item.operation, item.scope)
-
-
-def _numbered(condition: Condition | None, number: int, known: dict[Gate, Gate]) -> Condition | None:
-    """The same with the number in front of the names of its gates."""
-    from steer.gates import Gate, joined, parts_of
-
-    if condition is None:
-        return None
-    if isinstance(condition, Gate):
-        return known.setdefault(condition, replace(condition, name=f"{number} {condition.name}"))
-    how, parts = parts_of(condition)
-    return joined(how, [each for part in parts if (each := _numbered(part, number, known)) is not None])
-
-
 def refusals(shelf: Shelf, basket: Sequence[Item], loaded: LoadedModel | None, *, force: bool) -> list[Refused | None]:
     """What is wrong with each item by itself, in the four parts of an error; none: nothing.
 
@@ -237,7 +153,7 @@ def refusals(shelf: Shelf, basket: Sequence[Item], loaded: LoadedModel | None, *
     found: list[Refused | None] = []
     for number, item in enumerate(basket, 1):
         try:
-            own = _steer(number, item, shelf.find(item)).interventions()
+            own = steer_of(number, item, shelf.find(item)).interventions()
             if loaded is not None:
                 Plan(loaded, (), [own], [1], (), force).contents((), [own], [1])
         except SaekitError as error:

@@ -16,22 +16,20 @@ from pydantic import Field
 
 from activations.errors import ConfigError, MismatchError
 from steer.browser.basket import (
-    MOST_ITEMS,
     Basket,
     Catalogue,
-    Entry,
     Item,
     Shelf,
     as_used,
-    entry_of,
     interventions,
     refusals,
 )
 from steer.browser.bench_runs import Asked, Doses, Run, Runs
-from steer.browser.guard import Annotator, Body, Viewer, detail_of
+from steer.browser.guard import Annotator, Viewer, detail_of
 from steer.browser.model import SharedModel
 from steer.browser.saes import Saes
 from steer.browser.sources import Opened
+from steer.items import MOST_ITEMS, Body, Entry, entry_of
 
 if TYPE_CHECKING:
     from steer.vectors import SteeringVector

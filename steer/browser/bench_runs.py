@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from activations.errors import ConfigError, SaekitError, UnknownNameError
-from steer.browser.basket import MOST_ITEMS, Basket, Dose, interventions, random_control
-from steer.browser.guard import Body, detail_of
+from steer.browser.basket import Basket, interventions, random_control
+from steer.browser.guard import detail_of
 from steer.browser.model import SharedModel
+from steer.items import MOST_ITEMS, Body, Dose
 
 if TYPE_CHECKING:
     from steer.chat.state import Steer

@@ -18,9 +18,10 @@ from pydantic import BaseModel, Field
 
 from activations.errors import ConfigError
 from sae.config import CompareConfig
-from steer.browser.guard import Body, Viewer
+from steer.browser.guard import Viewer
 from steer.browser.lists import Named, Offset, SourceName, named
 from steer.browser.sources import Opened, Source
+from steer.items import Body
 
 if TYPE_CHECKING:
     from sae.compare import Comparison

@@ -6,9 +6,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from steer.browser.guard import COOKIE, Body, Viewer, refusal
+from steer.browser.guard import COOKIE, Viewer, refusal
 from steer.browser.model import SharedModel
 from steer.browser.sources import Opened
+from steer.items import Body
 
 
 class About(BaseModel):

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, HTTPException, Request
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel
 from starlette import exceptions
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -41,20 +41,6 @@ SECURITY_HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
-
-
-class Body(BaseModel):
-    """What a request says, of exactly the types that its schema tells: no 0 for false, no field that is not read."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _whole(cls, given: Any) -> Any:
-        """Whole numbers however JSON spells them: 5.0 is 5 there."""
-        if not isinstance(given, dict):
-            return given
-        return {key: int(x) if isinstance(x, float) and x.is_integer() else x for key, x in given.items()}
 
 
 class Problem(BaseModel):

@@ -21,9 +21,10 @@ from sae.annotation.standing import Standings
 from sae.annotation.state import states
 from sae.annotation.store import AnnotationStore
 from sae.vocabulary import visible
-from steer.browser.guard import Annotator, Body, Viewer
+from steer.browser.guard import Annotator, Viewer
 from steer.browser.lists import Latent, SourceName
 from steer.browser.sources import Opened, Source
+from steer.items import Body
 
 Number = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 SessionNumber = Annotated[int, Query(ge=0, le=MAX_INTEGER)]

@@ -16,9 +16,10 @@ from pydantic import BaseModel, Field
 
 from activations.errors import ConfigError, ModelError, SaekitError
 from activations.quiet import first_line
-from steer.browser.guard import Body, Viewer
+from steer.browser.guard import Viewer
 from steer.browser.lists import SourceName
 from steer.browser.sources import Opened, Source
+from steer.items import Body
 
 if TYPE_CHECKING:
     from activations.sentences import SentenceModel

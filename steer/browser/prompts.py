@@ -16,11 +16,12 @@ from fastapi import APIRouter
 from jaxtyping import Float, Int
 from pydantic import AfterValidator, BaseModel, Field
 
-from steer.browser.guard import Body, Viewer
+from steer.browser.guard import Viewer
 from steer.browser.lists import Listing, Listings, Named, named, number
 from steer.browser.model import SharedModel
 from steer.browser.saes import Saes
 from steer.browser.sources import Source
+from steer.items import Body
 
 if TYPE_CHECKING:
     from torch import Tensor

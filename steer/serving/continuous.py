@@ -1,0 +1,145 @@
+"""An engine on the continuous batching of transformers: requests join and leave a batch that goes on.
+
+Flow: 1. a job becomes a request of the library's manager, which schedules passes and keeps a paged KV cache; 2. in each
+pass `steer.serving.packed` steers every request by its own; 3. `_Picking`, a logits processor of the library's own
+kind, draws the next token of each request by its own seed and hands it to its ticket.
+
+Prefixes are not shared between requests, since what is in the cache of a steered prompt is of no use to another. Passes
+run eagerly, as hooks ask for. Left out: models that the library cannot batch so (`steer.serving.one_by_one`).
+"""
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
+
+from activations.errors import EngineError, ModelError
+from activations.models import LoadedModel
+from steer.serving.engine import Job, Ticket, context_of, ends_of, ticket_of
+from steer.serving.packed import PackedSteering, Span
+
+PAGE = 64
+"""tokens of a page of the cache"""
+CLOSING_S = 30.0
+
+
+class Continuous:
+    """See the module docstring."""
+
+    def __init__(self, loaded: LoadedModel, *, max_running: int, batch_tokens: int, cache_tokens: int):
+        """Args: max_running: requests of a pass. batch_tokens: tokens of a pass. cache_tokens: those of all requests.
+
+        Raises: ModelError for a model that cannot be batched so.
+        """
+        self.loaded = loaded
+        self._tickets: dict[str, Ticket] = {}
+        self._cache_tokens = cache_tokens // PAGE * PAGE
+        self._steering = PackedSteering(loaded, self._spans)
+        self._open = ExitStack()
+        settings = ContinuousBatchingConfig(
+            page_size=PAGE, num_blocks=cache_tokens // PAGE, max_batch_tokens=max(batch_tokens, max_running),
+            max_requests_per_batch=max_running, allow_block_sharing=False, use_async_batching=False,
+            use_cuda_graph=False,
+        )  # fmt: skip
+        greedy = GenerationConfig(do_sample=False, eos_token_id=[*ends_of(loaded)] or -1, pad_token_id=0)
+        try:
+            manager = loaded.model.init_continuous_batching(greedy, settings)  # type: ignore[operator]
+        except (ValueError, AttributeError, NotImplementedError) as error:
+            raise ModelError(
+                loaded.spec,
+                expected="a model that transformers can batch continuously",
+                got=str(error).splitlines()[0][:200],
+                fix="Serve it with --set backend=one_by_one",
+            ) from error
+        picking = _Picking(self._tickets)
+        processors = manager.logit_processor
+        processors.logits_processor.append(picking)
+        processors.tensors_required += 1
+        processors._retrieve_processors_kwargs()
+        processors.do_processing = True
+        self._manager = manager
+
+    def start(self) -> None:
+        self._open.enter_context(self._steering.attached())
+        self._manager.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._manager.is_running() and self._manager.background_thread_status.fatal_error is None
+
+    @property
+    def most_tokens(self) -> int:
+        return min(context_of(self.loaded), self._cache_tokens)
+
+    def submit(self, job: Job) -> Ticket:
+        ticket = ticket_of(self.loaded, job, self.most_tokens)
+        self._tickets[job.id] = ticket
+        self._manager.register_result_handler(job.id, lambda output: self._ended(ticket, output))
+        ticket.on_cancel = lambda: self._cancel(job.id)
+        added = self._manager.add_request(job.ids, request_id=job.id, max_new_tokens=job.sampling.max_tokens)
+        if added is None:
+            self._forget(job.id)
+            raise EngineError("engine", expected="an engine that works", got="one that has stopped", fix="Restart it.")
+        return ticket
+
+    def close(self) -> None:
+        if self._manager.is_running():
+            self._manager.stop(block=True, timeout=CLOSING_S, hard_stop=True)
+        self._open.close()
+
+    def _cancel(self, id_: str) -> None:
+        if self._tickets.get(id_) is not None:
+            self._manager.cancel_request(id_)
+            self._forget(id_)
+
+    def _forget(self, id_: str) -> None:
+        self._tickets.pop(id_, None)
+        self._manager.output_router.result_handlers.pop(id_, None)
+
+    def _ended(self, ticket: Ticket, output: Any) -> None:
+        """In the event loop, of a request that has ended or failed."""
+        self._tickets.pop(ticket.job.id, None)
+        if output.error is not None:
+            got = str(output.error).splitlines()[0][:200]
+            ticket.failed(EngineError("engine", expected="an answer", got=got, fix="Try again."))
+
+    def _spans(self) -> list[Span]:
+        """Whose tokens are where in the pass that begins."""
+        spans, start = [], 0
+        for request in self._manager.batch_processor.inputs_and_outputs.requests_in_batch:
+            ticket = self._tickets.get(request.state.request_id)
+            stop = start + request.query_length
+            spans.append(Span(start, stop, None if ticket is None else ticket.steered))
+            start = stop
+        return spans
+
+
+class _Picking(ContinuousBatchingLogitsProcessor):
+    """Leaves one token of each request, the one that its own sampler draws."""
+
+    supported_kwargs: dict[str, type] = {}  # noqa: RUF012
+    ignored_kwargs: tuple[str, ...] = ()
+
+    def __init__(self, tickets: dict[str, Ticket]):
+        self._tickets = tickets
+        self._rows: list[Ticket | None] = []
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
+        self._rows = [self._tickets.get(request.state.request_id) for request in requests_with_new_token]
+        return torch.zeros(len(self._rows), dtype=torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        for row, ticket in enumerate(self._rows):
+            token = 0
+            if ticket is not None and not ticket.stop.is_set():
+                step = ticket.sampler.pick(scores[row])
+                ticket.wrote(step)
+                token = step.token
+            scores[row, token] = torch.inf
+        return scores

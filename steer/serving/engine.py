@@ -1,0 +1,174 @@
+"""What an engine does: it writes the answers that it is given, each steered by its own, and says what it did.
+
+    ticket = engine.submit(job)
+    async for step in ticket:                tokens, until the answer has ended
+        ...
+    ticket.cancel()                          at any time, also when it has ended
+
+An engine runs in a thread of its own and reaches whoever waits through the event loop that it was asked from. Left out:
+requests, limits and text (`steer.serving.app`); engines (`one_by_one`, `continuous`).
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from activations.errors import ConfigError, SaekitError
+from activations.models import LoadedModel
+from steer.plan import Interventions, Plan
+from steer.runtime import Steering
+from steer.serving.sampling import Sampler, Sampling, Step
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to be written."""
+
+    id: str
+    ids: list[int]
+    """the prompt"""
+    sampling: Sampling
+    interventions: Interventions = ()
+    budget: float | None = None
+
+
+@dataclass(eq=False)
+class Ticket:
+    """An answer that is being written."""
+
+    job: Job
+    loop: asyncio.AbstractEventLoop
+    ends: frozenset[int]
+    """tokens that end an answer"""
+    steered: Steering | None
+    """what steers it; none: nothing"""
+    on_cancel: Callable[[], None] = lambda: None
+    """told when no more tokens are needed"""
+    stop: threading.Event = field(default_factory=threading.Event)
+    n_written: int = 0
+    _steps: asyncio.Queue[Step | SaekitError | None] = field(default_factory=asyncio.Queue)
+
+    def __post_init__(self) -> None:
+        self.sampler = Sampler(self.job.sampling)
+
+    # --- of the engine -----------------------------------------------------------------------------------------------
+
+    def wrote(self, step: Step) -> bool:
+        """Hand a token over; whether it was the last one."""
+        self.n_written += 1
+        self._say(step)
+        is_last = step.token in self.ends or self.n_written >= self.job.sampling.max_tokens
+        if is_last:
+            self._say(None)
+        return is_last
+
+    def failed(self, error: SaekitError) -> None:
+        """Hand over why there will be no more."""
+        self._say(error)
+
+    def _say(self, what: Step | SaekitError | None) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self._steps.put_nowait, what)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            self.stop.set()
+
+    # --- of whoever waits --------------------------------------------------------------------------------------------
+
+    def __aiter__(self) -> "Ticket":
+        return self
+
+    async def __anext__(self) -> Step:
+        """The next token. Raises: EngineError and whatever is wrong with the steering."""
+        step = await self._steps.get()
+        if step is None:
+            raise StopAsyncIteration
+        if isinstance(step, SaekitError):
+            raise step
+        return step
+
+    def cancel(self) -> None:
+        """No more tokens are needed."""
+        self.stop.set()
+        self.on_cancel()
+
+    def fired(self) -> dict[str, list[int]]:
+        """By gate: on which tokens it was open, by their index in prompt and answer."""
+        found = self.steered.fired() if self.steered is not None else []
+        return found[0] if found else {}
+
+    def scales(self) -> dict[str, float]:
+        """By hook point: what is left of what was asked for, where the budget is less."""
+        found = self.steered.scales() if self.steered is not None else []
+        return {str(point): share for point, share in found[0].items()} if found else {}
+
+
+class Engine(Protocol):
+    """What answers requests."""
+
+    loaded: LoadedModel
+
+    def start(self) -> None:
+        """Begin to work."""
+        ...
+
+    def submit(self, job: Job) -> Ticket:
+        """Write an answer, behind those that were asked for before. To be called from an event loop.
+
+        Raises: ConfigError for a prompt that does not fit; as `steer.runtime.steering` does.
+        """
+        ...
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still works."""
+        ...
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompt and answer together."""
+        ...
+
+    def close(self) -> None:
+        """Stop, whatever is being written."""
+        ...
+
+
+def ticket_of(loaded: LoadedModel, job: Job, most_tokens: int) -> Ticket:
+    """A ticket for a job that can be done. Raises: as `Engine.submit` does."""
+    if len(job.ids) + job.sampling.max_tokens > most_tokens:
+        raise ConfigError(
+            "prompt",
+            expected=f"at most {most_tokens} tokens with the answer",
+            got=f"{len(job.ids)}, and up to {job.sampling.max_tokens} of the answer",
+            fix="Shorten the prompt, or ask for fewer tokens.",
+        )
+    return Ticket(job, asyncio.get_running_loop(), ends_of(loaded), steering_of(loaded, job))
+
+
+def steering_of(loaded: LoadedModel, job: Job) -> Steering | None:
+    """What steers one answer, on its device; none: nothing. Raises: as `steer.runtime.steering` does."""
+    import torch
+
+    if not job.interventions:
+        return None
+    with torch.inference_mode(False):
+        lengths = [len(job.ids)]
+        plan = Plan(loaded, job.interventions, None, lengths, (), False, job.budget)
+        steered = Steering(loaded, plan, 1).to(loaded.device)
+        steered.set(job.interventions, prompt_lengths=lengths)
+    return steered
+
+
+def ends_of(loaded: LoadedModel) -> frozenset[int]:
+    """Tokens that end an answer."""
+    found: Any = loaded.model.generation_config.eos_token_id
+    if found is None:
+        found = loaded.tokenizer.eos_token_id
+    return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+
+
+def context_of(loaded: LoadedModel) -> int:
+    """Tokens that the model can see at once."""
+    return int(getattr(loaded.model.config, "max_position_embeddings", None) or 1 << 20)

@@ -1,0 +1,77 @@
+"""An engine that writes one answer after the other: plain, for every model, and what the other is compared with.
+
+Left out: several answers at once (`steer.serving.continuous`).
+"""
+
+import queue
+import threading
+from contextlib import closing
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from activations.errors import EngineError, SaekitError
+from activations.generate import chosen
+from activations.models import LoadedModel
+from steer.runtime import steering
+from steer.serving.engine import Job, Ticket, context_of, ticket_of
+from steer.serving.sampling import Step
+
+
+class OneByOne:
+    """See the module docstring."""
+
+    def __init__(self, loaded: LoadedModel):
+        self.loaded = loaded
+        self._waiting: queue.Queue[Ticket | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="one-by-one", daemon=True)
+        self._is_closing = False
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def most_tokens(self) -> int:
+        return context_of(self.loaded)
+
+    def submit(self, job: Job) -> Ticket:
+        ticket = ticket_of(self.loaded, job, self.most_tokens)
+        self._waiting.put(ticket)
+        return ticket
+
+    def close(self) -> None:
+        self._is_closing = True
+        self._waiting.put(None)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        while (ticket := self._waiting.get()) is not None and not self._is_closing:
+            try:
+                self._write(ticket)
+            except SaekitError as error:
+                ticket.failed(error)
+            except Exception as error:  # whoever waits must hear of it, whatever it was
+                got, fix = f"{type(error).__name__}: {error}"[:200], "Try again."
+                ticket.failed(EngineError("engine", expected="an answer", got=got, fix=fix))
+
+    def _write(self, ticket: Ticket) -> None:
+        job = ticket.job
+        steps: list[Step] = []
+
+        def choose(scores: Float[Tensor, "row vocab"]) -> Int[Tensor, " row"]:
+            steps.append(ticket.sampler.pick(scores[0]))
+            return torch.tensor([steps[-1].token], device=scores.device)
+
+        with steering(self.loaded, job.interventions, prompt_lengths=[len(job.ids)], budget=job.budget) as steered:
+            ticket.steered = steered if job.interventions else None
+            made = chosen(self.loaded, [job.ids], choose, max_new_tokens=job.sampling.max_tokens, do_sample=False)
+            with closing(made) as tokens:  # type: ignore[type-var]
+                for _ in tokens:
+                    if ticket.stop.is_set() or self._is_closing or ticket.wrote(steps[-1]):
+                        return
