@@ -22,6 +22,7 @@ from steer.config import ChatConfig, DemoConfig
 from steer.library_cli import app as library_app
 from steer.options import AsJson, ConfigOption, ConfigPath, DryRun, Overrides
 from steer.packs.names import printable
+from steer.serving.config import ServeConfig
 from steer.show import show, status
 from steer.uncollected import uncollected
 from steer.vector_cli import app as vector_app
@@ -188,6 +189,17 @@ def chat(
     from steer.chat.terminal import converse
 
     converse(session)
+
+
+@app.command()
+def serve(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+    """Answer OpenAI-compatible requests, each steered as it asks."""
+    settings = ServeConfig.load(config, set_)
+    if dry_run:
+        return show({"config": settings.model_dump(mode="json")}, json_)
+    from steer.serving.serve import serve as run
+
+    run(settings, as_json=json_, on_status=status)
 
 
 @app.command()

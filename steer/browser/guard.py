@@ -11,7 +11,7 @@
 Left out: where accounts are kept (`steer.browser.people`, `steer.browser.team`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,7 +63,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     for status, says in {
         400: "it cannot be done", 401: "no token that is known", 403: "the role is not enough, or a header is missing",
         404: "nothing of that name", 405: "not a method of this path", 409: "it does not fit what is there",
-        413: "too long, or of no length", 421: "not a name of this browser",
+        413: "too long, or of no length", 421: "not a name of this server",
         422: "not of the form that is described", 429: "too often", 503: "the storage does not answer",
     }.items()
 }  # fmt: skip
@@ -115,8 +115,15 @@ class Pace:
 class Gatekeeper:
     """ASGI middleware: Host, size of the body, and headers of every answer."""
 
-    def __init__(self, app: ASGIApp, hosts: Iterable[str]):
-        self._app, self._hosts = app, frozenset(host.lower() for host in hosts)
+    def __init__(
+        self,
+        app: ASGIApp,
+        hosts: Iterable[str] | None,
+        answer: Callable[[exceptions.HTTPException], JSONResponse] | None = None,
+    ):
+        """Args: hosts: names that the Host header may have; none: any. answer: what a refusal looks like."""
+        self._app, self._answer = app, answer or answer_of
+        self._hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or refuse."""
@@ -129,12 +136,16 @@ class Gatekeeper:
                 MutableHeaders(scope=message).update(SECURITY_HEADERS)
             await send(message)
 
-        if host_of(headers.get("host", "")) not in self._hosts:
-            return await _refused(421, "a name of this browser", headers.get("host", ""))(scope, receive, guarded)
+        host = headers.get("host", "")
+        if self._hosts is not None and host_of(host) not in self._hosts:
+            return await self._refused(421, "a name of this server", host)(scope, receive, guarded)
         if scope["method"] not in SAFE and not _is_small(headers):
             expected = f"a body of at most {MAX_BODY} bytes, with its length"
-            return await _refused(413, expected, "another")(scope, receive, guarded)
+            return await self._refused(413, expected, "another")(scope, receive, guarded)
         await self._app(scope, receive, guarded)
+
+    def _refused(self, status: int, expected: str, got: str) -> JSONResponse:
+        return self._answer(refusal(status, "request", expected=expected, got=got, fix="Correct the request."))
 
 
 def host_of(header: str) -> str:
@@ -154,10 +165,6 @@ def _is_small(headers: Headers) -> bool:
 def answer_of(refused: exceptions.HTTPException) -> JSONResponse:
     """What is answered in place of what was asked for."""
     return JSONResponse({"detail": refused.detail}, refused.status_code, refused.headers)
-
-
-def _refused(status: int, expected: str, got: str) -> JSONResponse:
-    return answer_of(refusal(status, "request", expected=expected, got=got, fix="Correct the request."))
 
 
 def token_of(request: Request) -> str | None:

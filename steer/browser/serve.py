@@ -5,10 +5,8 @@ while the web browser starts, which waits for an answer meanwhile. The address c
 browser sends to nobody; the page trades it for a cookie.
 """
 
-import ipaddress
 import json
 import signal
-import socket
 import sys
 import webbrowser
 from collections.abc import Iterator
@@ -23,12 +21,11 @@ from steer.browser.people import opening_page, own_name, own_token, single, stat
 from steer.browser.roles import Account, AccountOf
 from steer.browser.sources import Opened, open_paths
 from steer.browser.team import Team, sqlite_url
+from steer.listening import LOOPBACK, address_of, is_loopback, listen
 from steer.uncollected import uncollected
 
 if TYPE_CHECKING:
     import uvicorn
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def browse(config: BrowseConfig, *, as_json: bool = False) -> None:
@@ -38,7 +35,7 @@ def browse(config: BrowseConfig, *, as_json: bool = False) -> None:
       as_json: say where on standard output, as one JSON object, for programs.
     Raises: as `open_paths` does; ConfigError for an address that is not to be had, or open to others without accounts.
     """
-    if not config.team and not _is_loopback(config.host):
+    if not config.team and not is_loopback(config.host):
         fix = "Leave host as it is and use a tunnel (ssh -L), or set team=true, which gives everybody a token."
         raise ConfigError("host", expected="a loopback address without team", got=config.host, fix=fix)
     opened = open_paths(config.paths)
@@ -46,15 +43,14 @@ def browse(config: BrowseConfig, *, as_json: bool = False) -> None:
     own = Account(config.author or own_name(), "admin")
     with ExitStack() as stack:
         stack.enter_context(closing(opened))
-        listener = stack.enter_context(closing(_listen(config.host, config.port)))
+        listener = stack.enter_context(closing(listen(config.host, config.port)))
         team = None
         if config.team:
             url = config.database or sqlite_url(state_folder() / "accounts.sqlite")
             team = stack.enter_context(closing(Team(url, own, token)))
         names = {*LOOPBACK, config.host, *config.hosts}
-        shown = f"[{config.host}]" if ":" in config.host else config.host
         account_of = team.account_of if team else single(own, token)
-        _say(f"http://{shown}:{listener.getsockname()[1]}/#token={token}", config, as_json)
+        _say(f"{address_of(config.host, listener)}/#token={token}", config, as_json)
         with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
             with _uninterrupted():
                 server = _server(config, opened, account_of, names, team)
@@ -92,7 +88,7 @@ def _say(address: str, config: BrowseConfig, as_json: bool) -> None:
         sys.stdout.flush()
     else:
         sys.stderr.write(f"saekit browser on {address}\nCtrl-C stops it.\n")
-    if not _is_loopback(config.host):
+    if not is_loopback(config.host):
         sys.stderr.write("Tokens and text cross the network as they are: put a proxy with TLS in front.\n")
     if config.open:
         webbrowser.open(opening_page(address))
@@ -102,19 +98,3 @@ def _model_of(opened: Opened) -> str | None:
     """The model that an index was made with, or else a library."""
     own = next((source.model for source in opened.sources.values() if source.model), None)
     return own or model_of_libraries(opened.libraries)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        fix = "Set port=0 for any free one, or stop what uses it."
-        raise ConfigError(f"{host}:{port}", expected="an address to listen on", got=error.strerror, fix=fix) from error

@@ -44,7 +44,8 @@ class ServeConfig(Config):
     host: str = Field(default="127.0.0.1", description="address to listen on; other than loopback needs keys")
     port: int = Field(default=8000, ge=0, le=65535, description="port; 0: any that is free")
     hosts: Annotated[tuple[str, ...], BeforeValidator(_several)] = Field(
-        default=(), description="names under which a proxy reaches the server, beside the address itself"
+        default=(),
+        description="names under which a proxy reaches the server, beside the address itself; with keys, any will do",
     )
     keys: Path | None = Field(
         default=None,

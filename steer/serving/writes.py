@@ -1,0 +1,123 @@
+"""The answers of one request while they are written, merged into one stream of pieces.
+
+    async for delta in Answers(engine, jobs, ...).deltas():        whichever answer goes on first
+    answers.choices                                               what each has come to
+
+Leaving the stream, or running out of time, cancels what is still being written. Left out: how it is told
+(`steer.serving.answers`).
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from activations.errors import SaekitError
+from steer.serving.engine import Engine, Job, Ticket
+from steer.serving.sampling import Step
+from steer.serving.writing import Writer
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What comes next of one answer."""
+
+    index: int
+    text: str
+    step: Step | None
+    """the token that it comes with; none behind the last"""
+    finish: Literal["stop", "length"] | None
+    """why nothing follows; none: something does"""
+
+
+@dataclass
+class Choice:
+    """One answer so far."""
+
+    ticket: Ticket
+    text: str = ""
+    steps: list[Step] = field(default_factory=list)
+    """its tokens, without the one that ended it"""
+    finish: Literal["stop", "length"] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Where gates were open, and at how much of what was asked for it was steered."""
+        end = len(self.ticket.job.ids) + self.ticket.n_written
+        fired = {name: [i for i in at if i < end] for name, at in self.ticket.fired().items()}
+        return {"fired": fired, "scaled": self.ticket.scales()}
+
+
+class Answers:
+    """See the module docstring."""
+
+    def __init__(self, engine: Engine, jobs: Sequence[Job], stops: Sequence[str], deadline: float):
+        """Ask for all of them. Args: deadline: of the event loop's clock. Raises: as `Engine.submit` does."""
+        self.choices: list[Choice] = []
+        self._engine, self._stops, self._deadline = engine, stops, deadline
+        try:
+            for job in jobs:
+                self.choices.append(Choice(engine.submit(job)))
+        except SaekitError:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """Stop writing."""
+        for choice in self.choices:
+            choice.ticket.cancel()
+
+    @property
+    def n_written(self) -> int:
+        """Tokens of all of them."""
+        return sum(choice.ticket.n_written for choice in self.choices)
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """What comes next, of whichever answer.
+
+        Raises: TimeoutError behind the deadline; EngineError.
+        """
+        queue: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._write(index, queue)) for index in range(len(self.choices))]
+        try:
+            left = len(tasks)
+            while left:
+                async with asyncio.timeout_at(self._deadline):
+                    delta = await queue.get()
+                if isinstance(delta, BaseException):
+                    raise delta
+                left -= delta.finish is not None
+                yield delta
+        finally:
+            self.cancel()
+            for task in tasks:
+                task.cancel()
+            for task in tasks:
+                with suppress(asyncio.CancelledError):
+                    await task
+
+    async def _write(self, index: int, queue: asyncio.Queue[Delta | BaseException]) -> None:
+        choice = self.choices[index]
+        ticket = choice.ticket
+        writer = Writer(self._engine.loaded.tokenizer, self._stops)
+
+        def say(text: str, step: Step | None, finish: Literal["stop", "length"] | None) -> None:
+            choice.text += text
+            choice.steps += [] if step is None else [step]
+            choice.finish = finish
+            queue.put_nowait(Delta(index, text, step, finish))
+
+        try:
+            finish: Literal["stop", "length"] = "length"
+            async for step in ticket:
+                if step.token in ticket.ends:
+                    finish = "stop"
+                    break
+                piece = writer.add(step.token)
+                say(piece.text, step, "stop" if piece.has_stopped else None)
+                if piece.has_stopped:
+                    return ticket.cancel()
+            piece = writer.end()
+            say(piece.text, None, "stop" if piece.has_stopped else finish)
+        except SaekitError as error:
+            queue.put_nowait(error)
