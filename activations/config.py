@@ -6,7 +6,8 @@ output it led to. Each room keeps its own configs; this module holds what they s
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -97,13 +98,19 @@ def _config_error(cls: type[Config], error: ValidationError, where: str) -> Conf
 
 
 def _section(cls: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
-    """The config class of a section, such as that of `sae` in a TrainConfig."""
+    """The class of a section, such as that of `sae` in a TrainConfig, or of one of several in a list or dict."""
+    found: Any = cls
     for part in path:
-        annotation = cls.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        cls = annotation
-    return cls
+        is_model = isinstance(found, type) and issubclass(found, BaseModel)
+        inner = found.model_fields[str(part)].annotation if is_model else _last_of(found)
+        found = _last_of(inner) if get_origin(inner) in (Annotated, Union, UnionType) else inner
+    return found
+
+
+def _last_of(annotation: Any) -> Any:
+    """What a list or dict holds, or what is annotated or optional."""
+    args = get_args(annotation)[:1] if get_origin(annotation) is Annotated else get_args(annotation)
+    return [each for each in args if each not in (type(None), Ellipsis)][-1]
 
 
 def _lower_first(text: str) -> str:

@@ -1,6 +1,6 @@
 """How much is taken in: answers that run or wait, in all and of one key; what is beyond is refused at once.
 
-A server that is closing takes in nothing. Left out: who runs first, which is the engine's.
+Left out: who runs first, which is the engine's.
 """
 
 from collections import Counter
@@ -18,7 +18,6 @@ class Admission:
     def __init__(self, most: int, most_per_key: int | None):
         self._most, self._most_per_key = most, most_per_key
         self._of: Counter[str] = Counter()
-        self.is_closing = False
 
     @property
     def n(self) -> int:
@@ -27,13 +26,11 @@ class Admission:
 
     @contextmanager
     def of(self, key: str, n: int) -> Iterator[None]:
-        """Room for `n` answers, as long as the context lasts. Raises: HTTPException 503, 429."""
-        if self.is_closing:
-            raise self._refused(503, "a server that goes on", "one that is closing")
+        """Room for `n` answers, as long as the context lasts. Raises: HTTPException 429."""
         if self.n + n > self._most:
-            raise self._refused(429, f"at most {self._most} answers at once", f"{self.n + n}")
+            raise self._refused(f"at most {self._most} answers at once", f"{self.n + n}")
         if self._most_per_key is not None and self._of[key] + n > self._most_per_key:
-            raise self._refused(429, f"at most {self._most_per_key} answers of one key", f"{self._of[key] + n}")
+            raise self._refused(f"at most {self._most_per_key} answers of one key", f"{self._of[key] + n}")
         self._of[key] += n
         try:
             yield
@@ -42,6 +39,6 @@ class Admission:
             if not self._of[key]:
                 del self._of[key]
 
-    def _refused(self, status: int, expected: str, got: str) -> HTTPException:
+    def _refused(self, expected: str, got: str) -> HTTPException:
         again = {"retry-after": "1"}
-        return refusal(status, "server", expected=expected, got=got, fix="Try again later.", headers=again)
+        return refusal(429, "server", expected=expected, got=got, fix="Try again later.", headers=again)

@@ -121,12 +121,12 @@ class Shape:
         if self.kind == "chat":
             return {"content": [self._told(step.token, step.logprob) | self._top(step) for step in steps]}
         tokenizer = self.loaded.tokenizer
-        texts = [text_of(tokenizer, step.token) for step in steps]
+        texts = [_spelled(tokenizer, step.token) for step in steps]
         offsets = []
         for text in texts:
             offsets.append(self._offsets.get(index, 0))
             self._offsets[index] = offsets[-1] + len(text)
-        top = [{text_of(tokenizer, token): logprob for token, logprob in step.top} for step in steps]
+        top = [{_spelled(tokenizer, token): logprob for token, logprob in reversed(step.top)} for step in steps]
         return {
             "tokens": texts, "token_logprobs": [step.logprob for step in steps], "top_logprobs": top,
             "text_offset": offsets,
@@ -138,3 +138,11 @@ class Shape:
 
     def _top(self, step: Step) -> dict[str, Any]:
         return {"top_logprobs": [self._told(token, logprob) for token, logprob in step.top]}
+
+
+def _spelled(tokenizer: Any, token: int) -> str:
+    """A token as the older format has it: bytes by their numbers, where they are only a part of a character."""
+    text, found = text_of(tokenizer, token), bytes_of(tokenizer, token)
+    if "\N{REPLACEMENT CHARACTER}" not in text or found is None:
+        return text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import ExitStack, asynccontextmanager
 from importlib.metadata import version
-from typing import Any, TextIO
+from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -51,13 +51,13 @@ def create_app(
     catalogue: Catalogue,
     keys: Keys,
     hosts: Iterable[str] | None,
-    log: TextIO | None = None,
+    log: Callable[[str], Any] | None = None,
 ) -> FastAPI:
     """The application; it starts the engine, and closes it.
 
     Args:
       hosts: names that the Host header may have; none: any.
-      log: where lines of log go; none: standard error.
+      log: told each line of log; none: standard error is.
     Raises: as `Desk` does.
     """
     desk, pace = Desk(config, engine, catalogue), Pace()
@@ -71,13 +71,11 @@ def create_app(
         async for _ in engine.submit(Job("first", [0], Sampling(max_tokens=1))):
             pass  # what the first pass alone takes long for nobody has to wait for
         yield
-        admission.is_closing = True
         await asyncio.to_thread(engine.close)
 
     app = FastAPI(
         title="saekit serve", version=version("saekit"), docs_url=None, redoc_url=None, lifespan=running,
     )  # fmt: skip
-    app.state.admission = admission
     app.add_middleware(Patience, seconds=BODY_S)
     app.add_middleware(Gatekeeper, hosts=hosts, answer=answer_of)
     app.add_middleware(Counted, watch=watch)
@@ -100,9 +98,8 @@ def create_app(
 
     @app.get("/health")
     def health() -> Response:
-        is_up = engine.is_alive and not admission.is_closing
-        told = {"status": "ok" if is_up else "down", "answers": admission.n, "model": engine.loaded.id}
-        return JSONResponse(told, 200 if is_up else 503)
+        told = {"status": "ok" if engine.is_alive else "down", "answers": admission.n, "model": engine.loaded.id}
+        return JSONResponse(told, 200 if engine.is_alive else 503)
 
     @app.get("/metrics")
     def metrics(key: str = Depends(whose)) -> Response:
@@ -142,8 +139,8 @@ def create_app(
 class _Asked:
     """One request, from its body to its answer."""
 
-    def __init__(self, desk: Desk, engine: Engine, admission: Admission, watch: Watch, timeout_s: float, seen: Seen):
-        self._desk, self._engine, self._admission, self._watch, self._seen = desk, engine, admission, watch, seen
+    def __init__(self, desk: Desk, engine: Engine, admission: Admission, timeout_s: float, seen: Seen):
+        self._desk, self._engine, self._admission, self._seen = desk, engine, admission, seen
         self._start = asyncio.get_running_loop().time()
         self._deadline = self._start + timeout_s
 

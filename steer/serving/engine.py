@@ -13,7 +13,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from activations.errors import ConfigError, SaekitError
 from activations.models import LoadedModel
@@ -104,6 +104,7 @@ class Ticket:
         return {str(point): share for point, share in found[0].items()} if found else {}
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What answers requests."""
 

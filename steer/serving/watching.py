@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TextIO
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -41,8 +41,8 @@ class Seen:
 class Watch:
     """Counts and logs."""
 
-    def __init__(self, n_running: Callable[[], int], log: TextIO | None = None):
-        """Args: log: where lines go; none: standard error."""
+    def __init__(self, n_running: Callable[[], int], log: Callable[[str], Any] | None = None):
+        """Args: log: told each line; none: standard error is."""
         self._log = log
         self.registry = registry = CollectorRegistry()
         self._requests = Counter("saekit_requests", "Requests", ["route", "status"], registry=registry)
@@ -69,7 +69,7 @@ class Watch:
             return
         told = {key: round(each, 4) if isinstance(each, float) else each for key, each in asdict(seen).items()}
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **told}
-        (self._log or sys.stderr).write(json.dumps(line) + "\n")
+        (self._log or sys.stderr.write)(json.dumps(line) + "\n")
 
     def text(self) -> bytes:
         """All numbers, as Prometheus reads them."""

@@ -25,8 +25,8 @@ from steer.browser.app import create_app
 from steer.browser.guard import Account
 from steer.browser.model import SharedModel
 from steer.browser.people import single
-from steer.browser.serve import LOOPBACK, _listen
 from steer.browser.sources import Opened, open_paths
+from steer.listening import LOOPBACK, listen
 
 TOKEN = "t" * 32
 N_LATENTS = 300
@@ -130,7 +130,7 @@ Serve = Callable[[Any], contextlib.AbstractContextManager[str]]
 @contextlib.contextmanager
 def serving(app: Any) -> Iterator[str]:
     """Answer on a free port; gives the address without a path."""
-    with contextlib.closing(_listen("127.0.0.1", 0)) as listener:
+    with contextlib.closing(listen("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -18,10 +18,10 @@ from steer.browser.export import export_site
 from steer.browser.guard import Account
 from steer.browser.meaning import Meaning
 from steer.browser.model import SharedModel
-from steer.browser.serve import LOOPBACK
 from steer.browser.sources import open_paths
 from steer.browser.team import Team, sqlite_url
 from steer.library import save_library
+from steer.listening import LOOPBACK
 from steer.vectors import SteeringVector
 
 from .conftest import SCREENSHOTS, TOKEN, serving, write_run

@@ -19,12 +19,12 @@ from steer.browser.app import create_app
 from steer.browser.guard import Account
 from steer.browser.model import SharedModel
 from steer.browser.people import single
-from steer.browser.serve import LOOPBACK
 from steer.browser.sources import Opened
 from steer.composition import cosines
 from steer.gates import Gate
 from steer.generate import generate, streaming
 from steer.library import load_library, save_library
+from steer.listening import LOOPBACK
 from steer.operations import Intervention
 from steer.vectors import SteeringVector
 from tests.steer.browser.conftest import TOKEN, serving

@@ -16,10 +16,10 @@ from steer.browser.app import create_app
 from steer.browser.guard import Account
 from steer.browser.model import SharedModel
 from steer.browser.people import single
-from steer.browser.serve import LOOPBACK
 from steer.browser.sources import Opened, open_paths
 from steer.generate import generate
 from steer.library import find_vectors, load_library, save_library
+from steer.listening import LOOPBACK
 from steer.operations import Intervention
 from steer.vectors import SteeringVector
 from tests.steer.browser.conftest import SCREENSHOTS, TOKEN, serving, write_run

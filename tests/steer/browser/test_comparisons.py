@@ -19,8 +19,8 @@ from steer.browser.app import create_app
 from steer.browser.guard import Account
 from steer.browser.model import SharedModel
 from steer.browser.people import single
-from steer.browser.serve import LOOPBACK
 from steer.browser.sources import open_paths
+from steer.listening import LOOPBACK
 
 from .conftest import TOKEN, VOCABULARY, latent_row, serving
 

@@ -10,8 +10,8 @@ from starlette.routing import Mount
 from steer.browser.app import create_app
 from steer.browser.guard import MAX_BODY, SAFE, Account, Pace, host_of
 from steer.browser.model import SharedModel
-from steer.browser.serve import LOOPBACK
 from steer.browser.sources import Opened
+from steer.listening import LOOPBACK
 
 from .conftest import TOKEN, serving
 

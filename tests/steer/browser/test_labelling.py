@@ -18,8 +18,8 @@ from sae.index_db import FeatureIndex
 from steer.browser.app import create_app
 from steer.browser.guard import Account
 from steer.browser.model import SharedModel
-from steer.browser.serve import LOOPBACK
 from steer.browser.sources import Opened
+from steer.listening import LOOPBACK
 
 from .conftest import HOSTILE, TOKEN, serving
 from .test_serve import address_of, started

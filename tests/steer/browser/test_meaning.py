@@ -18,8 +18,8 @@ from steer.browser.guard import Account
 from steer.browser.meaning import Meaning
 from steer.browser.model import SharedModel
 from steer.browser.people import single
-from steer.browser.serve import LOOPBACK
 from steer.browser.sources import Opened
+from steer.listening import LOOPBACK
 
 from .conftest import TOKEN, serving
 

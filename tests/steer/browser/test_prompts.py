@@ -24,8 +24,8 @@ from steer.browser.model import SharedModel
 from steer.browser.people import single
 from steer.browser.prompts import ROWS, Prompt, encode, run_prompt
 from steer.browser.saes import Saes
-from steer.browser.serve import LOOPBACK
 from steer.browser.sources import Opened, open_paths
+from steer.listening import LOOPBACK
 from steer.making.find import read_text
 
 from .conftest import D_SAE, DENSITY, TOKEN, serving, write_run

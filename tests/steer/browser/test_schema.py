@@ -19,10 +19,10 @@ from steer.browser.app import create_app
 from steer.browser.guard import Account, Pace
 from steer.browser.meaning import Meaning
 from steer.browser.model import SharedModel
-from steer.browser.serve import LOOPBACK
 from steer.browser.sources import Opened, open_paths
 from steer.browser.team import Team, sqlite_url
 from steer.library import save_library
+from steer.listening import LOOPBACK
 from steer.vectors import SteeringVector
 
 from .conftest import N_LATENTS, TOKEN, serving

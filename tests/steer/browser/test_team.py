@@ -14,9 +14,9 @@ from activations.errors import ConfigError, StorageError, UnknownNameError
 from steer.browser.app import create_app
 from steer.browser.guard import Account, Pace
 from steer.browser.model import SharedModel
-from steer.browser.serve import LOOPBACK
 from steer.browser.sources import Opened
 from steer.browser.team import Team, sqlite_url
+from steer.listening import LOOPBACK
 
 from .conftest import TOKEN, serving
 

@@ -1,0 +1,231 @@
+"""Both engines write what the model writes by itself: alone or beside others, steered each by its own."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from activations.errors import ConfigError, EngineError, MismatchError
+from activations.models import LoadedModel
+from steer.library import find_vectors, load_library
+from steer.operations import Ablate, Clamp, Intervention, Rotate
+from steer.runtime import steering
+from steer.scopes import Scope
+from steer.serving.catalogue import Catalogue
+from steer.serving.continuous import Continuous
+from steer.serving.engine import Engine, Job
+from steer.serving.items import Asked
+from steer.serving.one_by_one import OneByOne
+from steer.serving.sampling import Sampling, Step
+from tests.steer.serving.conftest import written
+
+TEXTS = ["The river", "The river ran past the mill and on to the sea, " * 6, "a", "def add(a, b):\n"]
+N = 12
+Make = Callable[..., Engine]
+
+
+def continuous(loaded: LoadedModel, **settings: int) -> Engine:
+    return Continuous(loaded, **{"max_running": 16, "batch_tokens": 32, "cache_tokens": 4096} | settings)
+
+
+ENGINES: dict[str, Any] = {"one_by_one": OneByOne, "continuous": continuous}
+
+
+@pytest.fixture(params=ENGINES)
+def make(request: pytest.FixtureRequest) -> Any:
+    return ENGINES[request.param]
+
+
+def steers(loaded: LoadedModel, library: Path) -> dict[str, list[Intervention]]:
+    """All kinds of steering that a request may ask for."""
+    vectors = load_library(library)
+    up, gated = vectors["up"], vectors["gated"]
+    direction = torch.from_numpy(up.direction)
+    point = Intervention.of(up).hook_point
+    catalogue = Catalogue.open([str(library)], loaded)
+    return {
+        "none": [],
+        "add": [Intervention.of(up)],
+        "away": [Intervention.of(up, -3.0)],
+        "zero": [Intervention.of(up, 0.0)],
+        "rotate": [Intervention(Rotate(direction, 3.0), point)],
+        "ablate": [Intervention(Ablate(direction), point)],
+        "clamp": [Intervention(Clamp(direction, 2.0, 2.0), point)],
+        "gated": [Intervention.of(gated)],
+        "prompt": [Intervention.of(up, 5.0, scope=Scope.parse("prompt"))],
+        "generated": [Intervention.of(up, 5.0, scope=Scope.parse("generated"))],
+        "window": [Intervention.of(up, 5.0, scope=Scope.parse("after:3 before:9"))],
+        "assistant": [Intervention.of(up, 5.0, scope=Scope.parse("assistant"))],
+        "group": [Intervention.of(vector) for vector in find_vectors(library, "tone")],
+        "kit": [Intervention.of(vector) for vector in find_vectors(library, "both")],
+        "latents": catalogue.prepare(
+            [Asked.model_validate({"steer": [{"latent": 3, "clamp": 4.0}, {"latent": 5, "scale": 0.0}]})]
+        ).interventions,
+    }
+
+
+def jobs_of(loaded: LoadedModel, library: Path, **sampling: Any) -> list[Job]:
+    every = steers(loaded, library)
+    how = Sampling(**{"max_tokens": N, "temperature": 0.0, "n_top": 3} | sampling)
+    return [
+        Job(f"{name}-{i}", loaded.tokenizer(text)["input_ids"], replace(how, seed=i), interventions)
+        for name, interventions in every.items()
+        for i, text in enumerate(TEXTS)
+    ]
+
+
+def expected(loaded: LoadedModel, job: Job) -> list[Step]:
+    """What a plain loop over the whole text, without a cache, makes of it."""
+    ids, steps = list(job.ids), list[Step]()
+    with steering(loaded, job.interventions, prompt_lengths=[len(job.ids)], budget=job.budget):
+        while len(steps) < job.sampling.max_tokens:
+            with torch.no_grad():
+                logits = loaded.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float()
+            logprobs = logits.log_softmax(-1)
+            token = int(logits.argmax())
+            top = logprobs.topk(3)
+            steps.append(
+                Step(token, float(logprobs[token]), list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+            )
+            ids.append(token)
+            if token == loaded.tokenizer.eos_token_id:
+                break
+    return steps
+
+
+def assert_alike(found: list[Step], wanted: list[Step]) -> None:
+    assert [step.token for step in found] == [step.token for step in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=2e-4)
+        assert [p for _, p in one.top] == pytest.approx([p for _, p in other.top], abs=2e-4)
+
+
+def test_every_answer_is_the_one_of_a_plain_loop_whatever_is_beside_it(
+    make: Make, served: LoadedModel, tiny: LoadedModel, library: Path
+) -> None:
+    jobs = jobs_of(served, library)
+    found = written(make(served), jobs)
+    wanted = [expected(tiny, job) for job in jobs]
+    for job, one, other in zip(jobs, found, wanted, strict=True):
+        assert one, job.id
+        assert_alike(one, other)
+    texts = {job.id: [step.token for step in one] for job, one in zip(jobs, found, strict=True)}
+    for name in ("add", "away", "rotate", "ablate", "clamp", "gated", "generated", "kit", "latents"):
+        assert any(texts[f"{name}-{i}"] != texts[f"none-{i}"] for i in range(len(TEXTS))), name
+    assert all(texts[f"zero-{i}"] == texts[f"none-{i}"] for i in range(len(TEXTS)))
+
+
+def test_drawn_answers_are_their_own_seeds_whatever_is_beside_them(served: LoadedModel, library: Path) -> None:
+    jobs = jobs_of(served, library, temperature=0.8, top_p=0.9)
+    together = written(continuous(served), jobs)
+    alone = written(OneByOne(served), jobs)
+    assert [[s.token for s in steps] for steps in together] == [[s.token for s in steps] for steps in alone]
+
+
+def test_a_prompt_that_arrives_in_chunks_is_steered_as_one_that_does_not(served: LoadedModel, library: Path) -> None:
+    jobs = jobs_of(served, library)
+    small = written(continuous(served, max_running=4, batch_tokens=8), jobs)
+    large = written(continuous(served, batch_tokens=512), jobs)
+    assert [[s.token for s in steps] for steps in small] == [[s.token for s in steps] for steps in large]
+
+
+def test_answers_that_must_give_way_to_others_come_out_the_same(served: LoadedModel, library: Path) -> None:
+    jobs = jobs_of(served, library, max_tokens=40)
+    tight = written(continuous(served, cache_tokens=512), jobs)
+    roomy = written(continuous(served, cache_tokens=16384), jobs)
+    assert [[s.token for s in steps] for steps in tight] == [[s.token for s in steps] for steps in roomy]
+
+
+def test_where_gates_were_open_and_what_a_budget_left_is_told(make: Make, served: LoadedModel, library: Path) -> None:
+    gated = steers(served, library)["gated"]
+    ids = served.tokenizer(TEXTS[1])["input_ids"]
+    jobs = [Job("g", ids, Sampling(N, temperature=0.0), gated), Job("b", ids, Sampling(N, temperature=0.0), gated, 0.5)]
+
+    async def both(engine: Engine) -> list[Any]:
+        engine.start()
+        found = []
+        for job in jobs:
+            ticket = engine.submit(job)
+            n = len([step async for step in ticket])
+            found.append((n, ticket.fired(), ticket.scales()))
+        await asyncio.to_thread(engine.close)
+        return found
+
+    (n, fired, scales), (_, _, scaled) = asyncio.run(both(make(served)))
+    with steering(served, gated) as steered, torch.no_grad():
+        served.model(input_ids=torch.tensor([ids]), use_cache=False)
+        (whole,) = steered.fired()
+    assert [i for i in fired["own"] if i < len(ids)] == whole["own"] != []
+    assert max(fired["own"]) < len(ids) + n
+    assert scales == {}
+    assert scaled == {"resid_post.2": pytest.approx(0.5 / 0.75)}
+
+
+def test_a_cancelled_answer_stops_and_the_others_go_on(make: Make, served: LoadedModel) -> None:
+    ids = served.tokenizer(TEXTS[0])["input_ids"]
+    never = {served.tokenizer.eos_token_id: -100.0}
+    long, short = (
+        Job(name, ids, Sampling(n, temperature=0.0, bias=never)) for name, n in (("long", 300), ("short", 5))
+    )
+
+    async def run(engine: Engine) -> tuple[int, list[Step]]:
+        engine.start()
+        ticket = engine.submit(long)
+        await anext(ticket)
+        ticket.cancel()
+        found = [step async for step in engine.submit(short)]
+        n = ticket.n_written
+        await asyncio.to_thread(engine.close)
+        return n, found
+
+    n, found = asyncio.run(run(make(served)))
+    assert n < 300
+    assert len(found) == 5
+
+
+def test_what_cannot_be_done_is_refused_before_it_is_begun(make: Make, served: LoadedModel, library: Path) -> None:
+    ids, up = served.tokenizer("The river")["input_ids"], load_library(library)["up"]
+    other = replace(up, model=up.model.model_copy(update={"fingerprint": "0" * 64}))
+
+    async def refused(job: Job, error: type[Exception], match: str) -> None:
+        with pytest.raises(error, match=match):
+            engine.submit(job)
+
+    engine = make(served)
+    engine.start()
+    try:
+        for job, error, match in [
+            (Job("a", ids * 400, Sampling(4)), ConfigError, "at most 512 tokens"),
+            (Job("b", ids, Sampling(4), [Intervention.of(up, 100.0)]), ConfigError, "dose of at most 2"),
+            (Job("c", ids, Sampling(4), [Intervention.of(other)]), MismatchError, "other weights"),
+        ]:
+            asyncio.run(refused(job, error, match))
+    finally:
+        engine.close()
+
+
+def test_an_engine_that_fails_says_so_and_that_it_is_no_longer_alive(served: LoadedModel) -> None:
+    engine = continuous(served)
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    async def run() -> None:
+        engine.start()
+        assert engine.is_alive
+        handle = served.model.base_model.register_forward_pre_hook(broken)
+        try:
+            with pytest.raises(EngineError, match="out of memory"):
+                async for _ in engine.submit(Job("x", [5, 6], Sampling(3))):
+                    pass
+        finally:
+            handle.remove()
+        await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert not engine.is_alive
+    engine.close()
