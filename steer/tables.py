@@ -74,8 +74,17 @@ class Lane(nn.Module):
     need: Bool[Tensor, "row k clause flag"]
     veto: Bool[Tensor, "row k clause flag"]
 
-    def __init__(self, key: LaneKey, n_slots: int, n_rows: int, n_clauses: int, n_flags: int, d_model: int):
-        """Make the table, empty."""
+    def __init__(
+        self,
+        key: LaneKey,
+        n_slots: int,
+        n_rows: int,
+        n_clauses: int,
+        n_flags: int,
+        d_model: int,
+        encoder: nn.Module | None = None,
+    ):
+        """Make the table, empty. Args: encoder: that of another lane of its key; none: it makes its own."""
         super().__init__()
         self.key, self.n_slots, self.is_empty = key, n_slots, True
         shape, conditions = (n_rows, n_slots), (n_rows, n_slots, n_clauses, n_flags)
@@ -87,7 +96,7 @@ class Lane(nn.Module):
         for name in ("constant", "bias", "threshold", "gain", "floor", "ceiling", "strength"):
             self._buffer(name, torch.zeros(shape))
         self._buffer("reads", torch.zeros(*shape, d_model) if key.reads is not None else torch.zeros(0))
-        self.encoder = _encoder(key.topk) if key.topk is not None else None
+        self.encoder = encoder if encoder is not None or key.topk is None else _encoder(key.topk)
 
     def _buffer(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor, persistent=False)
