@@ -7,7 +7,7 @@
 
 In one process, in turns, `--repeats` times each (medians are told, with the smallest and largest):
 
-    stock        `generate_batch` of transformers: the same manager, without a hook and without our sampler
+    stock        the continuous batching of transformers by itself: no hook, and its own choice of tokens
     idle         our engine, nothing steered
     one_vector   every answer steered with one vector
     mixed        answers steered with another vector each, ablated, clamped and gated, and a quarter not at all
@@ -24,7 +24,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from _decoding import SHAPES, load
@@ -56,9 +55,9 @@ def main() -> None:
     turns = asyncio.run(take_turns(loaded, jobs, args))
     alone = time_engine(OneByOne(loaded), jobs["idle"][: max(2, args.answers // 8)])
     line = {
-        "device": device_name(loaded.device.type), "model": loaded.id, "dtype": str(loaded.dtype).removeprefix("torch."),
-        "answers": args.answers,
-        "tokens": args.tokens, "repeats": args.repeats,
+        "device": device_name(loaded.device.type), "model": loaded.id,
+        "dtype": str(loaded.dtype).removeprefix("torch."), "answers": args.answers, "tokens": args.tokens,
+        "repeats": args.repeats,
         "tok_s": {name: spread([turn[name] for turn in turns]) for name in turns[0]}
         | {"one_by_one": round(asyncio.run(alone), 1)},
         "to_stock": {
@@ -119,11 +118,16 @@ def stock(loaded: LoadedModel, jobs: Sequence[Job], settings: dict[str, int]) ->
     )  # fmt: skip
     n = jobs[0].sampling.max_tokens
     how = GenerationConfig(max_new_tokens=n, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    manager = loaded.model.init_continuous_batching(how, config)  # type: ignore[operator]
+    manager.start()
     start = time.perf_counter()
-    model: Any = loaded.model
-    found = model.generate_batch([job.ids for job in jobs], how, config, progress_bar=False)
-    assert all(len(each.generated_tokens) == n for each in found.values())
-    return n * len(jobs) / (time.perf_counter() - start)
+    for job in jobs:
+        manager.add_request(job.ids)
+    found = [manager.get_result() for _ in jobs]
+    took = time.perf_counter() - start
+    manager.stop()
+    assert all(len(each.generated_tokens) == n for each in found)
+    return n * len(jobs) / took
 
 
 async def time_engine(engine: Engine, jobs: Sequence[Job]) -> float:

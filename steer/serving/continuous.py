@@ -20,6 +20,7 @@ from activations.errors import EngineError, ModelError
 from activations.models import LoadedModel
 from steer.serving.engine import Job, Ticket, context_of, ends_of, ticket_of
 from steer.serving.packed import PackedSteering, Span
+from steer.serving.sampling import pick
 
 PAGE = 64
 """tokens of a page of the cache"""
@@ -135,11 +136,12 @@ class _Picking(ContinuousBatchingLogitsProcessor):
         return torch.zeros(len(self._rows), dtype=torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        for row, ticket in enumerate(self._rows):
-            token = 0
-            if ticket is not None and not ticket.stop.is_set():
-                step = ticket.sampler.pick(scores[row])
-                ticket.wrote(step)
-                token = step.token
-            scores[row, token] = torch.inf
-        return scores
+        rows = [
+            (row, ticket) for row, ticket in enumerate(self._rows) if ticket is not None and not ticket.stop.is_set()
+        ]
+        steps = pick([ticket.sampler for _, ticket in rows], scores[[row for row, _ in rows]]) if rows else []
+        chosen = torch.zeros(len(scores), dtype=torch.long)
+        for (row, ticket), step in zip(rows, steps, strict=True):
+            ticket.wrote(step)
+            chosen[row] = step.token
+        return scores.scatter(1, chosen[:, None].to(scores.device), torch.inf)

@@ -16,7 +16,7 @@ from activations.generate import chosen
 from activations.models import LoadedModel
 from steer.runtime import steering
 from steer.serving.engine import Job, Ticket, context_of, ticket_of
-from steer.serving.sampling import Step
+from steer.serving.sampling import Step, pick
 
 
 class OneByOne:
@@ -65,7 +65,7 @@ class OneByOne:
         steps: list[Step] = []
 
         def choose(scores: Float[Tensor, "row vocab"]) -> Int[Tensor, " row"]:
-            steps.append(ticket.sampler.pick(scores[0]))
+            steps.extend(pick([ticket.sampler], scores))
             return torch.tensor([steps[-1].token], device=scores.device)
 
         with steering(self.loaded, job.interventions, prompt_lengths=[len(job.ids)], budget=job.budget) as steered:

@@ -10,13 +10,13 @@ the model's own, before any of this, as they are steered.
 Left out: stopping (`steer.serving.writing`).
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -51,41 +51,42 @@ class Sampler:
     """Draws the tokens of one answer."""
 
     def __init__(self, sampling: Sampling):
-        self._sampling = sampling
+        self.sampling = sampling
         self._draws = torch.Generator().manual_seed(sampling.seed)  # of the CPU: alike on every device
         self._counts: Counter[int] = Counter()
 
-    def pick(self, logits: Float[Tensor, " vocab"]) -> Step:
-        """The next token; `logits` is float32 and is left as it is."""
-        sampling = self._sampling
-        scores = self._scores(logits)
-        token = int(scores.argmax()) if sampling.temperature == 0 else self._drawn(scores)
-        self._counts[token] += 1
-        if sampling.n_top is None:
-            return Step(token, None, [])
-        logprobs = logits.log_softmax(-1)
-        top = logprobs.topk(sampling.n_top)
-        return Step(token, float(logprobs[token]), list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+    @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token of the logits as they are is the next one."""
+        return self.sampling.temperature == 0 and not self._changes()
 
-    def _scores(self, logits: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
-        changes = defaultdict[int, float](float)
+    def choose(self, logits: Float[Tensor, " vocab"]) -> Int[Tensor, ""]:
+        """The next token, on the device; `logits` is float32 and is left as it is."""
+        changes = self._changes()
+        if changes:
+            at, values = torch.tensor(list(changes)), torch.tensor(list(changes.values()))
+            logits = logits.index_add(0, at.to(logits.device), values.to(logits.device))
+        return logits.argmax() if self.sampling.temperature == 0 else self._drawn(logits)
+
+    def said(self, token: int) -> None:
+        """Of a token that the answer goes on with."""
+        if self.sampling.frequency_penalty or self.sampling.presence_penalty:
+            self._counts[token] += 1
+
+    def _changes(self) -> dict[int, float]:
+        """What is added to logits."""
+        sampling, found = self.sampling, dict(self.sampling.bias)
         for token, count in self._counts.items():
-            changes[token] -= self._sampling.frequency_penalty * count + self._sampling.presence_penalty
-        for token, bias in self._sampling.bias.items():
-            changes[token] += bias
-        changed = {token: change for token, change in changes.items() if change}
-        if not changed:
-            return logits
-        at = torch.tensor(list(changed), device=logits.device)
-        return logits.index_add(0, at, torch.tensor(list(changed.values()), device=logits.device))
+            less = sampling.frequency_penalty * count + sampling.presence_penalty
+            found[token] = found.get(token, 0.0) - less
+        return found
 
-    def _drawn(self, scores: Float[Tensor, " vocab"]) -> int:
-        sampling = self._sampling
+    def _drawn(self, scores: Float[Tensor, " vocab"]) -> Int[Tensor, ""]:
+        sampling = self.sampling
         p = (scores / sampling.temperature).softmax(-1)
         if sampling.top_k is not None or sampling.top_p < 1:
             ordered, at = p.sort(descending=True, stable=True)
-            before = ordered.cumsum(-1) - ordered
-            out = before >= sampling.top_p
+            out = ordered.cumsum(-1) - ordered >= sampling.top_p
             if sampling.top_k is not None:
                 out[sampling.top_k :] = True
             out[0] = False
@@ -93,4 +94,33 @@ class Sampler:
         total = p.double().cumsum(-1)
         drawn = torch.rand((), generator=self._draws, dtype=torch.float64).item() * total[-1]
         # A draw that rounds to the whole may lie behind the last token that has a chance.
-        return min(int(torch.searchsorted(total, drawn, right=True)), int(p.nonzero()[-1]))
+        last = torch.where(p > 0, torch.arange(len(p), device=p.device), 0).amax()
+        return torch.minimum(torch.searchsorted(total, drawn, right=True), last)
+
+
+def pick(samplers: Sequence[Sampler], logits: Float[Tensor, "row vocab"]) -> list[Step]:
+    """The next token of each answer, by its own sampler; one wait for the device, whatever the number of rows.
+
+    Args:
+      logits: float32; left as they are.
+    """
+    likeliest = logits.argmax(-1)
+    chosen = [likeliest[row] if each.is_plain else each.choose(logits[row]) for row, each in enumerate(samplers)]
+    tokens = torch.stack(chosen).tolist()
+    for each, token in zip(samplers, tokens, strict=True):
+        each.said(token)
+    told = {row: each.sampling.n_top for row, each in enumerate(samplers) if each.sampling.n_top is not None}
+    if not told:
+        return [Step(token, None, []) for token in tokens]
+    logprobs = logits[list(told)].log_softmax(-1)
+    of_chosen = logprobs.gather(-1, torch.stack([chosen[row] for row in told])[:, None])[:, 0].tolist()
+    top = logprobs.topk(max(1, *told.values()))
+    values = dict(zip(told, zip(of_chosen, top.indices.tolist(), top.values.tolist(), strict=True), strict=True))
+    return [_step(token, values.get(row), told.get(row)) for row, token in enumerate(tokens)]
+
+
+def _step(token: int, found: tuple[float, list[int], list[float]] | None, n_top: int | None) -> Step:
+    if found is None:
+        return Step(token, None, [])
+    logprob, indices, values = found
+    return Step(token, logprob, list(zip(indices, values, strict=True))[:n_top])

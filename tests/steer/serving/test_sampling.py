@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from steer.serving.sampling import Sampler, Sampling
+from steer.serving.sampling import Sampler, Sampling, pick
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0])
 
 
 def draws(sampling: Sampling, n: int, logits: Tensor = LOGITS) -> list[int]:
     sampler = Sampler(sampling)
-    return [sampler.pick(logits).token for _ in range(n)]
+    return [pick([sampler], logits[None])[0].token for _ in range(n)]
 
 
 def test_temperature_zero_takes_the_likeliest_and_the_lower_id_of_two() -> None:
@@ -53,12 +53,12 @@ def test_penalties_lower_what_was_said_and_bias_adds() -> None:
 
 
 def test_log_probabilities_are_the_models_own_whatever_is_done_to_the_scores() -> None:
-    step = Sampler(Sampling(1, temperature=0.0, bias={3: 10.0}, n_top=2)).pick(LOGITS)
+    (step,) = pick([Sampler(Sampling(1, temperature=0.0, bias={3: 10.0}, n_top=2))], LOGITS[None])
     own = LOGITS.log_softmax(-1)
     assert step.token == 3
     assert step.logprob == pytest.approx(float(own[3]))
     assert step.top == [(1, pytest.approx(float(own[1]))), (2, pytest.approx(float(own[2])))]
-    assert Sampler(Sampling(1)).pick(LOGITS).logprob is None
+    assert pick([Sampler(Sampling(1))], LOGITS[None])[0].logprob is None
 
 
 def test_the_logits_are_left_as_they_are() -> None:
@@ -70,3 +70,22 @@ def test_the_logits_are_left_as_they_are() -> None:
 def test_nothing_without_a_chance_is_ever_drawn() -> None:
     logits = torch.tensor([0.0, -torch.inf, 0.0, -torch.inf])
     assert set(draws(Sampling(1), 300, logits)) == {0, 2}
+
+
+def test_rows_that_are_picked_at_once_are_those_of_each_alone() -> None:
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0))
+    kinds = [
+        Sampling(9, temperature=0.0), Sampling(9, seed=1, n_top=0), Sampling(9, top_p=0.8, seed=2, n_top=5),
+        Sampling(9, temperature=0.0, presence_penalty=2.0), Sampling(9, top_k=3, seed=3),
+        Sampling(9, temperature=0.0, n_top=20), Sampling(9, bias={4: 9.0}, seed=4),
+    ]  # fmt: skip
+    together, alone = [Sampler(kind) for kind in kinds], [Sampler(kind) for kind in kinds]
+    for _ in range(4):
+        found = pick(together, logits)
+        wanted = [pick([each], row[None])[0] for each, row in zip(alone, logits, strict=True)]
+        assert [step.token for step in found] == [step.token for step in wanted]
+        for one, other, kind in zip(found, wanted, kinds, strict=True):
+            assert (one.logprob is None) == (kind.n_top is None)
+            assert len(one.top) == (kind.n_top or 0)
+            assert one.logprob == (None if other.logprob is None else pytest.approx(other.logprob, abs=1e-6))
+            assert [token for token, _ in one.top] == [token for token, _ in other.top]
