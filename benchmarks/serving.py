@@ -5,7 +5,7 @@
     python benchmarks/serving.py --model llama-1b       random weights of that shape, in bfloat16 on a GPU
     python benchmarks/serving.py --record               also appends the line to results/<device>.csv
 
-In one process, in turns, `--repeats` times each (medians are told, with the smallest and largest):
+In one process that keeps both loops, in turns, `--repeats` times each; told are the median, smallest and largest:
 
     stock        the continuous batching of transformers by itself: no hook, and its own choice of tokens
     idle         our engine, nothing steered
@@ -24,9 +24,10 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from _decoding import SHAPES, load
+from _decoding import SHAPES, load, twin
 from _results import device_name, record
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -97,37 +98,46 @@ async def take_turns(
 ) -> list[dict[str, float]]:
     """Tokens a second of each variant, turn by turn; the first turn warms up and is left out."""
     settings = {"max_running": args.answers, "batch_tokens": 512, "cache_tokens": 512 * args.answers}
+    engine, stock = Continuous(loaded, **settings), Stock(twin(loaded.model), settings)
+    engine.start()
     turns = []
     for turn in range(args.repeats + 1):
-        found = {"stock": stock(loaded, jobs["idle"], settings)}
-        engine = Continuous(loaded, **settings)
-        engine.start()
+        found = {"stock": stock.timed(jobs["idle"])}
         for name, every in jobs.items():
             found[name] = await timed(engine, [replace(job, id=f"{job.id}-{turn}") for job in every])
-        await asyncio.to_thread(engine.close)
         turns.append(found)
+    stock.close()
+    await asyncio.to_thread(engine.close)
     return turns[1:]
 
 
-def stock(loaded: LoadedModel, jobs: Sequence[Job], settings: dict[str, int]) -> float:
-    """Of the library's own loop, with the same settings."""
-    config = ContinuousBatchingConfig(
-        page_size=PAGE, num_blocks=settings["cache_tokens"] // PAGE, max_batch_tokens=settings["batch_tokens"],
-        max_requests_per_batch=settings["max_running"], allow_block_sharing=False, use_async_batching=False,
-        use_cuda_graph=False,
-    )  # fmt: skip
-    n = jobs[0].sampling.max_tokens
-    how = GenerationConfig(max_new_tokens=n, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    manager = loaded.model.init_continuous_batching(how, config)  # type: ignore[operator]
-    manager.start()
-    start = time.perf_counter()
-    for job in jobs:
-        manager.add_request(job.ids)
-    found = [manager.get_result() for _ in jobs]
-    took = time.perf_counter() - start
-    manager.stop()
-    assert all(len(each.generated_tokens) == n for each in found)
-    return n * len(jobs) / took
+class Stock:
+    """The library's own loop, with the same settings, on a module with the same weights."""
+
+    def __init__(self, model: Any, settings: dict[str, int]):
+        config = ContinuousBatchingConfig(
+            page_size=PAGE, num_blocks=settings["cache_tokens"] // PAGE, max_batch_tokens=settings["batch_tokens"],
+            max_requests_per_batch=settings["max_running"], allow_block_sharing=False, use_async_batching=False,
+            use_cuda_graph=False,
+        )  # fmt: skip
+        how = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+        self._manager = model.init_continuous_batching(how, config)
+        self._manager.start()
+
+    def timed(self, jobs: Sequence[Job]) -> float:
+        """Tokens a second of jobs that are asked for at once."""
+        n = jobs[0].sampling.max_tokens
+        start = time.perf_counter()
+        for job in jobs:
+            self._manager.add_request(job.ids, max_new_tokens=n)
+        found = [self._manager.get_result() for _ in jobs]
+        took = time.perf_counter() - start
+        assert all(len(each.generated_tokens) == n for each in found)
+        return n * len(jobs) / took
+
+    def close(self) -> None:
+        """Stop it."""
+        self._manager.stop()
 
 
 async def time_engine(engine: Engine, jobs: Sequence[Job]) -> float:

@@ -18,7 +18,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 
 from activations.errors import EngineError, ModelError
 from activations.models import LoadedModel
-from steer.serving.engine import Job, Ticket, context_of, ends_of, ticket_of
+from steer.serving.engine import Job, Ticket, context_of, ends_of, hand_over, ticket_of
 from steer.serving.packed import PackedSteering, Span
 from steer.serving.sampling import pick
 
@@ -140,8 +140,8 @@ class _Picking(ContinuousBatchingLogitsProcessor):
             (row, ticket) for row, ticket in enumerate(self._rows) if ticket is not None and not ticket.stop.is_set()
         ]
         steps = pick([ticket.sampler for _, ticket in rows], scores[[row for row, _ in rows]]) if rows else []
+        hand_over([(ticket, step) for (_, ticket), step in zip(rows, steps, strict=True)])
         chosen = torch.zeros(len(scores), dtype=torch.long)
-        for (row, ticket), step in zip(rows, steps, strict=True):
-            ticket.wrote(step)
+        for (row, _), step in zip(rows, steps, strict=True):
             chosen[row] = step.token
         return scores.scatter(1, chosen[:, None].to(scores.device), torch.inf)

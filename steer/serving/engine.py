@@ -11,7 +11,7 @@ requests, limits and text (`steer.serving.app`); engines (`one_by_one`, `continu
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -55,24 +55,18 @@ class Ticket:
 
     # --- of the engine -----------------------------------------------------------------------------------------------
 
-    def wrote(self, step: Step) -> bool:
-        """Hand a token over; whether it was the last one."""
-        self.n_written += 1
-        self._say(step)
-        is_last = step.token in self.ends or self.n_written >= self.job.sampling.max_tokens
-        if is_last:
-            self._say(None)
-        return is_last
-
     def failed(self, error: SaekitError) -> None:
         """Hand over why there will be no more."""
-        self._say(error)
+        _tell(self.loop, [(self, [error])])
 
-    def _say(self, what: Step | SaekitError | None) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self._steps.put_nowait, what)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            self.stop.set()
+    def heard(self, what: Sequence[Step | SaekitError | None]) -> None:
+        """In the event loop: what comes next."""
+        for each in what:
+            self._steps.put_nowait(each)
+
+    def is_last(self, step: Step) -> bool:
+        """Whether the answer ends with this token, the newest."""
+        return step.token in self.ends or self.n_written >= self.job.sampling.max_tokens
 
     # --- of whoever waits --------------------------------------------------------------------------------------------
 
@@ -102,6 +96,31 @@ class Ticket:
         """By hook point: what is left of what was asked for, where the budget is less."""
         found = self.steered.scales() if self.steered is not None else []
         return {str(point): share for point, share in found[0].items()} if found else {}
+
+
+_News = tuple[Ticket, Sequence[Step | SaekitError | None]]
+
+
+def hand_over(steps: Sequence[tuple[Ticket, Step]]) -> None:
+    """Hand the tokens of a forward pass over to those who wait, waking each event loop once."""
+    news: dict[asyncio.AbstractEventLoop, list[_News]] = {}
+    for ticket, step in steps:
+        ticket.n_written += 1
+        news.setdefault(ticket.loop, []).append((ticket, [step, None] if ticket.is_last(step) else [step]))
+    for loop, told in news.items():
+        _tell(loop, told)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, news: Sequence[_News]) -> None:
+    def tell() -> None:
+        for ticket, what in news:
+            ticket.heard(what)
+
+    try:
+        loop.call_soon_threadsafe(tell)
+    except RuntimeError:  # the loop is closed: nobody waits any more
+        for ticket, _ in news:
+            ticket.stop.set()
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from activations.errors import EngineError, SaekitError
 from activations.generate import chosen
 from activations.models import LoadedModel
 from steer.runtime import steering
-from steer.serving.engine import Job, Ticket, context_of, ticket_of
+from steer.serving.engine import Job, Ticket, context_of, hand_over, ticket_of
 from steer.serving.sampling import Step, pick
 
 
@@ -73,5 +73,8 @@ class OneByOne:
             made = chosen(self.loaded, [job.ids], choose, max_new_tokens=job.sampling.max_tokens, do_sample=False)
             with closing(made) as tokens:  # type: ignore[type-var]
                 for _ in tokens:
-                    if ticket.stop.is_set() or self._is_closing or ticket.wrote(steps[-1]):
+                    if ticket.stop.is_set() or self._is_closing:
+                        return
+                    hand_over([(ticket, steps[-1])])
+                    if ticket.is_last(steps[-1]):
                         return

@@ -55,33 +55,8 @@ class Sampler:
         self._draws = torch.Generator().manual_seed(sampling.seed)  # of the CPU: alike on every device
         self._counts: Counter[int] = Counter()
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the likeliest token of the logits as they are is the next one."""
-        return self.sampling.temperature == 0 and not self._changes()
-
-    def choose(self, logits: Float[Tensor, " vocab"]) -> Int[Tensor, ""]:
-        """The next token, on the device; `logits` is float32 and is left as it is."""
-        changes = self._changes()
-        if changes:
-            at, values = torch.tensor(list(changes)), torch.tensor(list(changes.values()))
-            logits = logits.index_add(0, at.to(logits.device), values.to(logits.device))
-        return logits.argmax() if self.sampling.temperature == 0 else self._drawn(logits)
-
-    def said(self, token: int) -> None:
-        """Of a token that the answer goes on with."""
-        if self.sampling.frequency_penalty or self.sampling.presence_penalty:
-            self._counts[token] += 1
-
-    def _changes(self) -> dict[int, float]:
-        """What is added to logits."""
-        sampling, found = self.sampling, dict(self.sampling.bias)
-        for token, count in self._counts.items():
-            less = sampling.frequency_penalty * count + sampling.presence_penalty
-            found[token] = found.get(token, 0.0) - less
-        return found
-
-    def _drawn(self, scores: Float[Tensor, " vocab"]) -> Int[Tensor, ""]:
+    def choose(self, scores: Float[Tensor, " vocab"]) -> Int[Tensor, ""]:
+        """A token drawn from scores, on their device."""
         sampling = self.sampling
         p = (scores / sampling.temperature).softmax(-1)
         if sampling.top_k is not None or sampling.top_p < 1:
@@ -97,6 +72,23 @@ class Sampler:
         last = torch.where(p > 0, torch.arange(len(p), device=p.device), 0).amax()
         return torch.minimum(torch.searchsorted(total, drawn, right=True), last)
 
+    def said(self, token: int) -> None:
+        """Of a token that the answer goes on with."""
+        if self.sampling.frequency_penalty or self.sampling.presence_penalty:
+            self._counts[token] += 1
+
+    @property
+    def changes(self) -> Mapping[int, float]:
+        """Token -> what is added to its logit."""
+        sampling = self.sampling
+        if not self._counts:
+            return sampling.bias
+        found = dict(sampling.bias)
+        for token, count in self._counts.items():
+            less = sampling.frequency_penalty * count + sampling.presence_penalty
+            found[token] = found.get(token, 0.0) - less
+        return found
+
 
 def pick(samplers: Sequence[Sampler], logits: Float[Tensor, "row vocab"]) -> list[Step]:
     """The next token of each answer, by its own sampler; one wait for the device, whatever the number of rows.
@@ -104,19 +96,32 @@ def pick(samplers: Sequence[Sampler], logits: Float[Tensor, "row vocab"]) -> lis
     Args:
       logits: float32; left as they are.
     """
-    likeliest = logits.argmax(-1)
-    chosen = [likeliest[row] if each.is_plain else each.choose(logits[row]) for row, each in enumerate(samplers)]
-    tokens = torch.stack(chosen).tolist()
+    scores = _changed(samplers, logits)
+    chosen = scores.argmax(-1)
+    for row, each in enumerate(samplers):
+        if each.sampling.temperature > 0:
+            chosen[row] = each.choose(scores[row])
+    tokens = chosen.tolist()
     for each, token in zip(samplers, tokens, strict=True):
         each.said(token)
     told = {row: each.sampling.n_top for row, each in enumerate(samplers) if each.sampling.n_top is not None}
     if not told:
         return [Step(token, None, []) for token in tokens]
     logprobs = logits[list(told)].log_softmax(-1)
-    of_chosen = logprobs.gather(-1, torch.stack([chosen[row] for row in told])[:, None])[:, 0].tolist()
+    of_chosen = logprobs.gather(-1, chosen[list(told), None])[:, 0].tolist()
     top = logprobs.topk(max(1, *told.values()))
     values = dict(zip(told, zip(of_chosen, top.indices.tolist(), top.values.tolist(), strict=True), strict=True))
     return [_step(token, values.get(row), told.get(row)) for row, token in enumerate(tokens)]
+
+
+def _changed(samplers: Sequence[Sampler], logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
+    """Logits with biases and penalties."""
+    changes = [(row, token, by) for row, each in enumerate(samplers) for token, by in each.changes.items()]
+    if not changes:
+        return logits
+    rows, tokens, values = zip(*changes, strict=True)
+    at = torch.tensor([rows, tokens]).to(logits.device)
+    return logits.index_put((at[0], at[1]), torch.tensor(values).to(logits.device), accumulate=True)
 
 
 def _step(token: int, found: tuple[float, list[int], list[float]] | None, n_top: int | None) -> Step:
