@@ -45,6 +45,7 @@ from steer.packs.config import (
     VerifyConfig,
 )
 from steer.receipts.config import CalibrateConfig, CompareAxisConfig, InterferenceConfig, KitConfig, ScoreConfig
+from steer.serving.config import ServeConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -82,6 +83,7 @@ CLASSES: dict[str, type[Config]] = {
     "library list": ListConfig,
     "browse": BrowseConfig,
     "chat": ChatConfig,
+    "serve": ServeConfig,
     "demo": DemoConfig,
 }
 """verb -> what it reads"""
@@ -135,6 +137,7 @@ EXAMPLES: dict[str, str] = {
     "library_list.yaml": "library list",
     "browse.yaml": "browse",
     "chat.yaml": "chat",
+    "serve.yaml": "serve",
     "demo.yaml": "demo",
     "gpu_harvest.yaml": "harvest",
     "gpu_train.yaml": "train",

@@ -1,7 +1,7 @@
 """The OpenAI-compatible server as one web application.
 
 Flow of a request: 1. `Gatekeeper` looks at its Host and size, `Patience` at how long its body takes; 2. its key says
-whose it is; 3. `steer.serving.desk` makes jobs of it; 4. `Admission` lets it in, or refuses at once; 5. the engine
+whose it is; 3. `Admission` lets it in, or refuses at once; 4. `steer.serving.desk` makes jobs of it; 5. the engine
 writes, until the answer ends, its time is over, or whoever asked is gone; 6. numbers and a line of log.
 
 Every refusal is {"error": {message, type, param, code, detail}}, where detail has where, expected, got and fix. Left
@@ -147,8 +147,8 @@ class _Asked:
     async def answer(self, request: Request, body: ChatRequest | CompletionRequest) -> Response:
         """The answer, whole or as a stream. Raises: SaekitError, HTTPException."""
         with ExitStack() as stack:
+            stack.enter_context(self._admission.of(self._seen.key, self._desk.n_answers(body)))
             order = await asyncio.to_thread(self._desk.order, self._seen.id, body)
-            stack.enter_context(self._admission.of(self._seen.key, len(order.jobs)))
             answers = Answers(self._engine, order.jobs, order.stops, self._deadline)
             stack.callback(self._count, order.shape, answers)
             stack.callback(answers.cancel)
@@ -247,6 +247,9 @@ class Counted:
 
         try:
             await self._app(scope, receive, told)
+        except Exception:
+            seen.status = 500
+            raise
         finally:
             seen.total_s = asyncio.get_running_loop().time() - start
             self._watch.end(seen)

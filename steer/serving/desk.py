@@ -53,6 +53,14 @@ class Desk:
         """Names, each with what it is steered with."""
         return {self.name: Asked(), **self._config.presets}
 
+    def n_answers(self, body: ChatRequest | CompletionRequest) -> int:
+        """Answers that a request asks for. Raises: ConfigError for too many."""
+        n = body.n_choices * (len(body.prompts) if isinstance(body, CompletionRequest) else 1)
+        if n > self._config.max_choices:
+            expected = f"at most {self._config.max_choices} answers of a request"
+            raise ConfigError("n", expected=expected, got=n, fix="Ask for fewer at once.")
+        return n
+
     def order(self, id_: str, body: ChatRequest | CompletionRequest) -> Order:
         """The jobs of a request; takes time, so not for the event loop.
 
@@ -61,10 +69,6 @@ class Desk:
         if body.model not in self.models:
             expected = f"one of {', '.join(self.models)}"
             raise UnknownModelError("model", expected=expected, got=f"'{body.model[:100]}'", fix="See GET /v1/models.")
-        n_answers = body.n_choices * (len(body.prompts) if isinstance(body, CompletionRequest) else 1)
-        if n_answers > self._config.max_choices:
-            expected = f"at most {self._config.max_choices} answers of a request"
-            raise ConfigError("n", expected=expected, got=n_answers, fix="Ask for fewer at once.")
         asked = [self.models[body.model], *([body.steering] if body.steering is not None else [])]
         prepared = self._catalogue.prepare(asked, self._config.budget)
         rows = self._rows(body)
