@@ -76,7 +76,7 @@ class Rows:
         self.batch = Batch(sizes)
         self.sites = {point: Site(point, self.batch) for point in points}
         self._rows: dict[str, Held] = {}
-        self._room = {key: Room() for site in self.sites.values() for key in site.used}
+        self._room = {lane.key: Room() for site in self.sites.values() for lane in site.all}
         self._gate_room, self._next = Room(), 1
         self._finished: OrderedDict[str, Fired] = OrderedDict()
 
@@ -148,6 +148,7 @@ class Rows:
         if prepared.gates:
             (row.gate_row,) = self._gate_room.take(1)
             self.batch.ages[row.gate_row], self.batch.log[row.gate_row] = 0, False
+            self.batch.is_gated = True
             self._set_gates(row.gate_row, prepared.gates)
         return row
 
@@ -156,7 +157,7 @@ class Rows:
         places = room.take(len(slots))
         owned = [_owned(slot, number) for slot in slots]
         site.lane(key).put(places, owned)
-        site.used[key] = room.end
+        site.use(key, room.end)
         return places
 
     def _set_gates(self, row: int, gates: Sequence[Gate]) -> None:
@@ -171,10 +172,11 @@ class Rows:
             site, room = self.sites[key.acts], self._room[key]
             site.lane(key).put(places, [])
             room.give(places)
-            site.used[key] = room.end
+            site.use(key, room.end)
         if row.gate_row is None:
             return
         self._gate_room.give([row.gate_row])
+        self.batch.is_gated = self._gate_room.end > 0
         for site in self.sites.values():
             site.here[row.gate_row] = False
             taken = site.here[:-1].any(1).nonzero()

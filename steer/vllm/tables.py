@@ -64,7 +64,7 @@ class Batch(nn.Module):
         """Make room; no token is steered."""
         super().__init__()
         n, rows = sizes.n_tokens, sizes.n_requests
-        self.sizes, self.is_idle = sizes, True
+        self.sizes, self.is_idle, self.is_gated = sizes, True, False
         self.register_buffer("index", torch.full((1, n), -1), persistent=False)
         self.register_buffer("position", torch.full((1, n), -1), persistent=False)
         self.register_buffer("row", torch.full((n,), rows), persistent=False)  # the row behind all: of no request
@@ -120,8 +120,8 @@ class Site(nn.Module):
         n_slots = sizes.n_requests * sizes.n_slots
         lanes = [Lane(key, n_slots, 1, MAX_CLAUSES, MAX_GATES, sizes.d_model) for key in keys]
         self.lanes = nn.ModuleList(lanes)
-        self.used = dict.fromkeys(keys, 0)
-        """by lane: the slots of its beginning, behind which none is in use"""
+        self.used: dict[LaneKey, Lane] = {}
+        """of each lane that is in use, the slots of its beginning, behind which none is"""
         self.gated_rows = 0
         """the same of rows of gates"""
         n_gates = sizes.n_requests * MAX_GATES
@@ -139,7 +139,13 @@ class Site(nn.Module):
 
     def lane(self, key: LaneKey) -> Lane:
         """One of its lanes."""
-        return next(lane for lane in self._all() if lane.key == key)
+        return next(lane for lane in self.all if lane.key == key)
+
+    def use(self, key: LaneKey, n_slots: int) -> None:
+        """So many slots of a lane may be in use from now on, its first ones."""
+        self.used.pop(key, None)
+        if n_slots:
+            self.used[key] = self.lane(key).first(n_slots)
 
     def set_gates(self, row: int, table: GateTable, columns: Sequence[int]) -> None:
         """The gates of a row that are read here, each in its column; none: forget them."""
@@ -154,23 +160,25 @@ class Site(nn.Module):
         """Steer the residual stream, which is `hidden`, or the sum of both; what changes is written into `hidden`."""
         batch, n = self._batch[0], len(hidden)
         is_whole = n <= batch.sizes.n_captured
-        if not is_whole and (batch.is_idle or not (any(self.used.values()) or self.gated_rows)):
+        if not is_whole and (batch.is_idle or not (self.used or self.gated_rows)):
             return
         value = hidden[None] if residual is None else hidden[None].float() + residual[None].float()
         x, index = value.float(), batch.index[:, :n]
         n_rows = batch.sizes.n_requests if is_whole else self.gated_rows
         if n_rows:
             self._move_gates(x, n, n_rows)
-        lanes = self._all() if is_whole else [lane.first(self.used[lane.key]) for lane in self._all()]
-        lanes = [lane for lane in lanes if lane.n_slots]
+        lanes = self.all if is_whole else [*self.used.values()]
         if not lanes:
             return
         readings = [None if lane.key.reads is None else lane.read(x) for lane in lanes]
-        moved = applied(value, lanes, readings, index, batch.flags[:, :n])
+        flags = batch.flags[:, :n] if is_whole or batch.is_gated else batch.flags[:, :n, :0]
+        moved = applied(value, lanes, readings, index, flags)
         # Not `moved - residual`: what nothing acts on keeps its bits, and so do the parts of what does.
         hidden.copy_(torch.where(moved != value, hidden[None] + (moved - value), hidden[None])[0])
 
-    def _all(self) -> list[Lane]:
+    @property
+    def all(self) -> list[Lane]:
+        """Its lanes, whole."""
         return [lane for lane in self.lanes if isinstance(lane, Lane)]
 
     def _move_gates(self, x: Float[Tensor, "1 pos d_model"], n: int, n_rows: int) -> None:

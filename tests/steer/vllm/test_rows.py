@@ -129,7 +129,8 @@ def test_room_that_is_given_back_steers_nobody_and_is_taken_again(
     whole = {i: (0, len(expected[i]["moved"])) for i in (1, 2)}
     first = run(rows, expected, whole, 1.0)
     rows.release([f"r{i}-12345678" for i in whole], finished=True)
-    assert not any(used for site in rows.sites.values() for used in (*site.used.values(), site.gated_rows))
+    assert not any(site.used or site.gated_rows for site in rows.sites.values())
+    assert not rows.batch.is_gated
     for got, i in zip(run(rows, expected, whole, 1.0), whole, strict=True):
         assert torch.equal(got, expected[i][POINT])
     assert rows.fired("r2") == expected[2]["fired"][0]
