@@ -2,8 +2,8 @@
 
 Without SAEKIT_VLLM_LIBRARIES it does nothing at all. With it:
 
-1. where the engine's config is made, libraries are opened and checked against the weights, and their hook points go into
-   the config, and so into the key of vLLM's compile cache and to all other processes;
+1. where the engine's config is made, libraries are opened and checked against the weights, and their hook points go
+   into the config, and so into the key of vLLM's compile cache and to all other processes;
 2. in front of the engine, a request that steers is checked, and refused with one message, or gets the key of what it
    does (`_admitted`);
 3. in the scheduler, the hash of a block of the prefix cache has that key from the first block on that is steered, and
@@ -20,6 +20,7 @@ import logging
 import os
 from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from steer.vllm.request import NAME, read_request
 LIBRARIES = "SAEKIT_VLLM_LIBRARIES"
 """environment variable: a JSON list of folders, or of names of installed libraries"""
 SLOTS = "SAEKIT_VLLM_SLOTS"
-"""environment variable: operations of one kind that a request may have at one hook point"""
+"""environment variable: operations of one kind that a request may have at one hook point, 1 to 64"""
 DEFAULT_SLOTS = 4
 
 log = logging.getLogger("vllm.saekit")
@@ -44,19 +45,14 @@ def register() -> None:
     if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
         fix = "Leave VLLM_USE_V2_MODEL_RUNNER out."
         raise ConfigError("vLLM", expected="its first model runner, under steering", got="the second", fix=fix)
-    import vllm.v1.core.block_pool as block_pool
-    import vllm.v1.core.kv_cache_utils as hashing
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.worker.worker_base import WorkerWrapperBase
-
-    _wrap(EngineArgs, "create_engine_config", _configured)
-    _wrap(InputProcessor, "__init__", _with_catalogue)
-    _wrap(InputProcessor, "process_inputs", _admitted)
-    _wrap(WorkerWrapperBase, "init_device", _in_worker)
-    keyed = _keyed(hashing.generate_block_hash_extra_keys)
-    for module in (hashing, block_pool):
-        module.generate_block_hash_extra_keys = keyed
+    processor = import_module("vllm.v1.engine.input_processor").InputProcessor
+    _wrap(import_module("vllm.engine.arg_utils").EngineArgs, "create_engine_config", _configured)
+    _wrap(processor, "__init__", _with_catalogue)
+    _wrap(processor, "process_inputs", _admitted)
+    _wrap(import_module("vllm.v1.worker.worker_base").WorkerWrapperBase, "init_device", _in_worker)
+    # Both before either is wrapped: the second takes the function from the first when it is imported.
+    for module in [import_module(f"vllm.v1.core.{name}") for name in ("kv_cache_utils", "block_pool")]:
+        _wrap(module, "generate_block_hash_extra_keys", _keyed)
 
 
 def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
@@ -75,8 +71,7 @@ def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 def _configured(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     config = original(*args, **kwargs)
     _check(config)
-    settings = {"libraries": _libraries(), "slots": int(os.environ.get(SLOTS, DEFAULT_SLOTS))}
-    settings["fingerprint"] = _fingerprint(config)
+    settings = {"libraries": _libraries(), "slots": _slots(), "fingerprint": _fingerprint(config)}
     catalogue = _catalogue(config, settings)
     settings |= {"hashes": catalogue.hashes, "points": [str(point) for point in catalogue.points]}
     config.additional_config[NAME] = settings
@@ -95,6 +90,13 @@ def _libraries() -> list[str]:
         pass
     fix = f"""Write for example {LIBRARIES}='["smollm2-135m"]'."""
     raise ConfigError(LIBRARIES, expected="a JSON list of folders", got=os.environ[LIBRARIES], fix=fix)
+
+
+def _slots() -> int:
+    given = os.environ.get(SLOTS, str(DEFAULT_SLOTS))
+    if not (given.isascii() and given.isdigit() and 0 < int(given) <= 64):
+        raise ConfigError(SLOTS, expected="a number from 1 to 64", got=given, fix="Leave it out for 4.")
+    return int(given)
 
 
 def _check(config: Any) -> None:
@@ -157,8 +159,6 @@ def _with_catalogue(original: Callable[..., Any], processor: Any, vllm_config: A
 
 
 def _admitted(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
-    from vllm.exceptions import VLLMValidationError
-
     request = original(processor, *args, **kwargs)
     params = request.sampling_params
     given = (getattr(params, "extra_args", None) or {}).get(NAME)
@@ -167,7 +167,7 @@ def _admitted(original: Callable[..., Any], processor: Any, *args: Any, **kwargs
     try:
         steering = _steering(processor, request, given)
     except SaekitError as error:
-        raise VLLMValidationError(str(error)) from error
+        raise import_module("vllm.exceptions").VLLMValidationError(str(error)) from error
     params.extra_args = {**params.extra_args, NAME: steering}
     if steering["is_gated"]:
         params.skip_reading_prefix_cache = True
@@ -196,14 +196,10 @@ def _steering(processor: Any, request: Any, given: Any) -> dict[str, Any]:
 # --- in the scheduler -----------------------------------------------------------------------------------------------
 
 
-def _keyed(original: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(original)
-    def keyed(request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> Any:
-        keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
-        own = block_key(request, end_token_idx)
-        return (keys if own is None else (*(keys or ()), (NAME, own))), next_mm_idx
-
-    return keyed
+def _keyed(original: Callable[..., Any], request: Any, start_token_idx: int, end_token_idx: int, *rest: Any) -> Any:
+    keys, next_mm_idx = original(request, start_token_idx, end_token_idx, *rest)
+    own = block_key(request, end_token_idx)
+    return (keys if own is None else (*(keys or ()), (NAME, own))), next_mm_idx
 
 
 def block_key(request: Any, end: int) -> str | None:

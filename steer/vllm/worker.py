@@ -9,7 +9,7 @@ out: checks of requests (`steer.vllm.plugin`).
 """
 
 import logging
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ def _wrap_runner(runner: Any, rows: Rows, prepared: Any) -> None:
             state = runner.requests[request]
             steering = (getattr(state.sampling_params, "extra_args", None) or {}).get(NAME)
             if steering is not None:
-                rows.keep(request, lambda: prepared(steering["request"], state.num_prompt_tokens))  # noqa: B023
+                rows.keep(request, partial(prepared, steering["request"], state.num_prompt_tokens))
         return result
 
     @wraps(prepare_inputs)

@@ -2,9 +2,10 @@
 
     check_vllm.py JOB.json
 
-A job has a `model`, the `libraries` to steer with, or null for vLLM without the plugin, and `engines`, which are started
-one after the other: each has `options` of vLLM, and `batches` of requests {"ids", "steer", "tokens"}. One JSON line a
-batch: `answers`, or why the batch was `refused`; behind those of an engine how often it `preempted` a request.
+A job has a `model`, the `libraries` to steer with, or null for vLLM without the plugin, and `engines`, which are
+started one after the other: each has `options` of vLLM, and `batches` of requests {"ids", "steer", "tokens"}. One JSON
+line a batch: `answers`, or why the batch was `refused`; behind those of an engine how often it `preempted` a request.
+With `processes`, the engine and its workers have processes of their own, as they do by default.
 """
 
 import json
@@ -16,7 +17,7 @@ from typing import Any
 
 def main(job: dict[str, Any]) -> None:
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-    os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CONFIGURE_LOGGING": "0", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CONFIGURE_LOGGING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     if job["libraries"] is not None:
         os.environ["SAEKIT_VLLM_LIBRARIES"] = json.dumps(job["libraries"])
     if not job.get("processes"):

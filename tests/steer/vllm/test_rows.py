@@ -62,7 +62,9 @@ def keep(rows: Rows, catalogue: Catalogue, expected: Sequence[dict[str, Any]], w
             rows.keep(f"r{i}-12345678", lambda: catalogue.prepare(request(ITEMS[i]), expected[i]["n_prompt"]))  # noqa: B023
 
 
-def run(rows: Rows, expected: Sequence[dict[str, Any]], spans: dict[int, tuple[int, int]], share: float) -> list[Tensor]:
+def run(
+    rows: Rows, expected: Sequence[dict[str, Any]], spans: dict[int, tuple[int, int]], share: float
+) -> list[Tensor]:
     """One pass over some tokens of each sequence, whose stream is `share` in the one and the rest in the other part."""
     counts = [high - low for low, high in spans.values()]
     positions = torch.tensor([*chain(*(range(low, high) for low, high in spans.values()))])
