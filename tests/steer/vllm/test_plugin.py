@@ -50,7 +50,11 @@ def config(**changes: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"pipeline_parallel_size": 2}, "pipeline"), ({"enable_sp": True}, "sequence"), ({"additional_config": 1}, "dict")],
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline"),
+        ({"enable_sp": True}, "sequence"),
+        ({"additional_config": 1}, "no dict"),
+    ],
 )
 def test_an_engine_that_it_would_steer_wrongly_does_not_start(changes: dict[str, Any], said: str) -> None:
     plugin._check(config())
@@ -73,7 +77,14 @@ def artefact(tiny: LoadedModel, **changes: Any) -> SaeArtefact:
     ("changes", "said"),
     [
         ({"architecture": "topk", "k": 4}, "a TopK SAE"),
-        ({"transcodes": True, "metadata": {"hook_point": "resid_pre.1->resid_post.1"}}, "one that reads resid_pre.1"),
+        (
+            {
+                "transcodes": True,
+                "apply_b_dec_to_input": False,
+                "metadata": {"hook_point": "resid_pre.1->resid_post.1"},
+            },
+            "one that reads resid_pre.1",
+        ),
         ({"metadata": {"hook_point": "resid_mid.1"}}, "resid_post, under vLLM"),
     ],
 )
