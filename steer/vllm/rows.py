@@ -147,7 +147,6 @@ class Rows:
             row.slots[key] = self._put(key, row.number, rows[0])
         if prepared.gates:
             (row.gate_row,) = self._gate_room.take(1)
-            self.batch.ages[row.gate_row], self.batch.log[row.gate_row] = 0, False
             self.batch.is_gated = True
             self._set_gates(row.gate_row, prepared.gates)
         return row
@@ -169,10 +168,8 @@ class Rows:
 
     def _forget(self, row: Held) -> None:
         for key, places in row.slots.items():
-            site, room = self.sites[key.acts], self._room[key]
-            site.lane(key).put(places, [])
-            room.give(places)
-            site.use(key, room.end)
+            self._room[key].give(places)  # where they acted on nobody else, and where the next one overwrites them
+            self.sites[key.acts].use(key, self._room[key].end)
         if row.gate_row is None:
             return
         self._gate_room.give([row.gate_row])
