@@ -65,4 +65,4 @@ constraints: $(VENV)/.installed-dev
 	@mv constraints.new constraints.txt
 
 clean:
-	rm -rf $(VENV) .venv-saelens .venv-sparsify .venv-dictionary-learning .venv-llama-cpp .venv-steering .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .venv-saelens .venv-sparsify .venv-dictionary-learning .venv-llama-cpp .venv-steering .venv-vllm .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -221,18 +221,31 @@ def run_gates(
       ages: the same before the first token of this pass.
       max_age: at least the largest `min_tokens`.
     """
+    moved = moves(table, values, index, max_age)
+    start = ages[:, None, :, None].expand(-1, moved.shape[1], -1, -1)
+    return composed(moved).gather(-1, start)[..., 0]
+
+
+def moves(
+    table: GateTable, values: Float[Tensor, "batch pos gate"], index: Int[Tensor, "batch pos"], max_age: int
+) -> Int[Tensor, "batch pos gate state"]:
+    """What each token makes of each state; as `run_gates` has it, or with a table that has rows of gates by token."""
     state = torch.arange(max_age + 1, device=values.device)
     value, first = values[..., None], (index == 0)[..., None, None]
-    opens, may_shut = value > table.on[:, None], (value <= table.off[:, None]) & (state >= table.min_tokens[:, None])
+    opens = value > table.on[..., None]
+    may_shut = (value <= table.off[..., None]) & (state >= table.min_tokens[..., None])
     moved = torch.where(state == 0, opens.long(), torch.where(may_shut, 0, (state + 1).clamp(max=max_age)))
-    moved = torch.where(first, 0, torch.where((index < 0)[..., None, None], state, moved))
-    shift, length = 1, values.shape[1]
+    return torch.where(first, 0, torch.where((index < 0)[..., None, None], state, moved))
+
+
+def composed(moved: Int[Tensor, "batch pos gate state"]) -> Int[Tensor, "batch pos gate state"]:
+    """What all tokens up to each one, together, make of each state."""
+    shift, length = 1, moved.shape[1]
     while shift < length:  # moved[t] becomes the map over tokens t - 2 * shift + 1 to t
-        composed = moved[:, shift:].gather(-1, moved[:, :-shift])
-        moved = torch.cat([moved[:, :shift], composed], dim=1)
+        later = moved[:, shift:].gather(-1, moved[:, :-shift])
+        moved = torch.cat([moved[:, :shift], later], dim=1)
         shift *= 2
-    start = ages[:, None, :, None].expand(-1, length, -1, -1)
-    return moved.gather(-1, start)[..., 0]
+    return moved
 
 
 # --- calibration -----------------------------------------------------------------------------------------------------

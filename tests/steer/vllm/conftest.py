@@ -1,0 +1,54 @@
+"""A library for the tiny model, and an engine's view of both."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from activations.models import LoadedModel
+from steer.gates import Gate, probe
+from steer.library import Library
+from steer.pack import About
+from steer.vectors import SteeringVector
+from steer.vllm.catalogue import Catalogue
+
+NORM = 4.0
+
+
+@pytest.fixture(scope="session")
+def made(tiny: LoadedModel) -> Callable[..., SteeringVector]:
+    """A random vector of the tiny model: name, layer, and whatever else a vector has."""
+
+    def make(name: str, layer: int = 1, **changes: object) -> SteeringVector:
+        drawn = np.random.default_rng(len(name) + layer).standard_normal(tiny.d_model).astype(np.float32)
+        fields = {"coefficient": 2.0, **changes}
+        direction = drawn / np.linalg.norm(drawn)
+        return SteeringVector(
+            name, direction, f"resid_post.{layer}", tiny.ref, NORM, {"kind": "combination"}, **fields  # type: ignore
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def library(made: Callable[..., SteeringVector], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Vectors of every operation and scope that there is under vLLM, and one of a scope that there is not."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("libraries") / "small"
+    probing = made("read", 0)
+    gate = Gate(probe(torch.from_numpy(probing.direction), 0.1, "resid_post.0"), 0.2, -0.2, 2, "probing")
+    vectors = [
+        made("plus"), made("out", operation="ablate", coefficient=1.0), made("turn", operation="rotate"),
+        made("early", scope="prompt"), made("late", scope="generated"), made("some", scope="after:3 before:7"),
+        made("gated", gate=gate), made("pair@resid_post.1"), made("pair@resid_post.2", 2),
+        made("chat", scope="assistant"),
+    ]  # fmt: skip
+    Library(vectors={each.name: each for each in vectors}, about=About(name="small")).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def catalogue(tiny: LoadedModel, library: Path) -> Catalogue:
+    return Catalogue(tiny, [str(library)], 4)

@@ -1,0 +1,153 @@
+"""What a request comes to, and what is refused before any engine sees it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from activations.errors import ConfigError, MismatchError, MissingArtefactError, SaekitError, UnknownNameError
+from activations.models import LoadedModel
+from steer.library import Library
+from steer.pack import About
+from steer.vllm.catalogue import Catalogue, model_of
+from steer.vllm.plugin import block_key
+from steer.vllm.request import Request, read_request
+
+
+def asked(*items: dict[str, Any], **more: Any) -> Request:
+    return read_request({"library": "small", "steer": [*items], **more})
+
+
+def test_a_request_is_read_from_an_object_and_from_a_string() -> None:
+    given = {"library": "small", "steer": [{"vector": "plus", "dose": 0.5, "gate": {"on": 0.3}}]}
+    assert read_request(given) == read_request(json.dumps(given))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("{", "no JSON"),
+        ({"library": "small"}, "steer: Field required"),
+        ({"library": "small", "steer": []}, "at least 1"),
+        ({"library": "small", "steer": [{"vector": "plus"}], "key": "x"}, "key: Extra inputs"),
+        ({"library": "small", "steer": [{"vector": "plus", "dose": 1e9}]}, "less than or equal to 16"),
+        ({"library": "small", "steer": [{"vector": "plus", "dose": float("nan")}]}, "dose"),
+        ([1], "valid dictionary"),
+    ],
+)
+def test_what_is_no_request_is_refused_with_what_is_wrong(given: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        read_request(given)
+
+
+@pytest.mark.parametrize(
+    ("item", "error", "said"),
+    [
+        ({"vector": "none"}, UnknownNameError, "one of plus, out"),
+        ({}, ConfigError, "a vector or a latent"),
+        ({"vector": "plus", "latent": 1}, ConfigError, "both or neither"),
+        ({"latent": 3}, MissingArtefactError, "an SAE"),
+        ({"vector": "plus", "dose": 9}, ConfigError, "a dose of at most 2"),
+        ({"vector": "plus", "operation": "clamp"}, ConfigError, "a dose"),
+        ({"vector": "plus", "operation": "scale", "value": 0}, ConfigError, "a latent alone"),
+        ({"vector": "chat"}, ConfigError, "roles, phases or tool calls"),
+        ({"vector": "plus", "scope": "no-tool-calls"}, ConfigError, "roles, phases or tool calls"),
+        ({"vector": "plus", "scope": "sometimes"}, UnknownNameError, "words among"),
+        ({"vector": "plus", "gate": {"on": 0.1, "off": 0.2}}, ConfigError, "off <= on"),
+        ({"vector": "plus", "gate": {"on": 0.1, "tokens": 99}}, ConfigError, "at most 16 tokens"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_never_ignored(
+    catalogue: Catalogue, item: dict[str, Any], error: type[SaekitError], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        catalogue.prepare(asked(item), 5)
+
+
+def test_more_of_a_kind_than_there_is_room_for_is_refused(catalogue: Catalogue) -> None:
+    items = [{"vector": "plus", "operation": "ablate", "dose": 1.0, "scope": f"after:{i}"} for i in range(1, 6)]
+    with pytest.raises(ConfigError, match="SAEKIT_VLLM_SLOTS"):
+        catalogue.prepare(asked(*items), 5)
+
+
+def test_a_library_is_a_name_that_the_engine_was_started_with(catalogue: Catalogue, library: Path) -> None:
+    for name in (str(library), "../small", "smollm2-135m"):
+        with pytest.raises(UnknownNameError, match="one of small"):
+            catalogue.interventions(read_request({"library": name, "steer": [{"vector": "plus"}]}))
+
+
+def test_a_library_of_other_weights_does_not_start(tiny: LoadedModel, library: Path) -> None:
+    with pytest.raises(MismatchError, match="weights that vLLM serves"):
+        Catalogue(replace(tiny, fingerprint="0" * 64), [str(library)], 4)
+    with pytest.raises(ConfigError, match="one of this name"):
+        Catalogue(tiny, [str(library)] * 2, 4)
+
+
+def test_the_stand_in_of_a_folder_is_the_model_that_was_loaded_from_it(tiny: LoadedModel, tiny_llama: Path) -> None:
+    found = model_of(tiny_llama, tiny.model.config)
+    assert (found.fingerprint, found.d_model, found.n_layers) == (tiny.fingerprint, tiny.d_model, tiny.n_layers)
+
+
+def test_a_budget_is_kept(catalogue: Catalogue) -> None:
+    items = [{"vector": "plus", "dose": 1.0}, {"vector": "out", "operation": "add", "dose": 1.0}]
+    free, bounded = (catalogue.prepare(asked(*items, budget=b), 5).contents for b in (None, 0.5))
+    (free_row,), (row,) = ((row for (rows,) in found.values() for row in rows) for found in (free, bounded))
+    assert float(free_row.slot.writes.norm() * free_row.slot.constant) > 1.0 * 4.0
+    assert float(row.slot.writes.norm() * row.slot.constant) == pytest.approx(0.5 * 4.0)
+
+
+def test_the_key_is_of_content_and_of_all_that_is_asked_for(tiny: LoadedModel, catalogue: Catalogue, tmp_path: Path,
+                                                            library: Path) -> None:  # fmt: skip
+    one = asked({"vector": "plus"})
+    others = [asked({"vector": "out"}), asked({"vector": "plus", "dose": 0.1}), asked({"vector": "plus"}, budget=1)]
+    assert len({catalogue.key(each) for each in (one, *others)}) == 4
+    vectors = Library.open(library).vectors
+    vectors["plus"] = replace(vectors["plus"], coefficient=2.1)
+    Library(vectors=vectors, about=About(name="small")).save(tmp_path / "small")
+    assert Catalogue(tiny, [str(tmp_path / "small")], 4).key(one) != catalogue.key(one)
+
+
+def test_a_record_says_what_steered(catalogue: Catalogue) -> None:
+    record = catalogue.record(asked({"vector": "pair", "dose": 0.5}, {"vector": "out"}))
+    assert record["library"] == {"name": "small", "content_sha256": catalogue.hashes["small"]}
+    assert [(e["hook_point"], e["operation"], e["coefficient"]) for e in record["steer"]] == [
+        ("resid_post.1", "add", 2.0), ("resid_post.2", "add", 2.0), ("resid_post.1", "ablate", 1.0)
+    ]  # fmt: skip
+
+
+# --- keys of the prefix cache ---------------------------------------------------------------------------------------
+
+
+def keys(catalogue: Catalogue, item: dict[str, Any], n_prompt: int) -> list[str | None]:
+    """Of blocks of 8 tokens, up to token 40."""
+    request = asked(item)
+    bounds = [list(each) for each in catalogue.prepare(request, n_prompt).bounds]
+    extra = {"saekit": {"key": catalogue.key(request), "bounds": bounds}}
+    stand_in = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra))
+    return [block_key(stand_in, end) for end in range(8, 48, 8)]
+
+
+def test_blocks_in_front_of_what_is_steered_are_shared(catalogue: Catalogue) -> None:
+    late = keys(catalogue, {"vector": "late"}, 20)
+    assert late[:2] == [None, None]
+    assert all(late[2:])
+    assert None not in keys(catalogue, {"vector": "plus"}, 20)
+    assert keys(catalogue, {"vector": "plus", "scope": "after:10"}, 20)[:2] == [None, late[1] or keys(
+        catalogue, {"vector": "plus", "scope": "after:10"}, 30)[1]]  # fmt: skip
+
+
+def test_blocks_are_shared_between_prompts_as_far_as_they_are_steered_alike(catalogue: Catalogue) -> None:
+    short, long = (keys(catalogue, {"vector": "early"}, n) for n in (20, 30))
+    assert short[:2] == long[:2]
+    assert short[2] != long[2], "one ends to be steered at 20, the other not yet"
+    short, long = (keys(catalogue, {"vector": "late"}, n) for n in (20, 22))
+    assert short[2] != long[2], "in the block of both, steering starts elsewhere"
+
+
+def test_an_unsteered_request_has_no_key() -> None:
+    for extra in (None, {}, {"other": 1}):
+        assert block_key(SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra)), 8) is None
+    assert block_key(SimpleNamespace(sampling_params=None), 8) is None

@@ -1,0 +1,97 @@
+"""What the plugin does in a process that has no vLLM: nothing, or what needs none of it."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from activations.errors import ConfigError
+from activations.models import LoadedModel
+from sae.artefact import SaeArtefact
+from steer.operations import ClampLatents, Intervention
+from steer.vllm import plugin
+from steer.vllm.catalogue import check_supported
+
+
+def test_without_libraries_it_does_not_even_import_vllm() -> None:
+    code = "import sys; from steer.vllm.plugin import register; register(); print({'jax', 'vllm'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (plugin.LIBRARIES, "smollm2-135m", "a JSON list of folders"),
+        (plugin.LIBRARIES, '{"a": 1}', "a JSON list of folders"),
+        (plugin.SLOTS, "0", "a number from 1 to 64"),
+        (plugin.SLOTS, "many", "a number from 1 to 64"),
+    ],
+)
+def test_settings_are_refused_with_what_they_should_be(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=said):
+        plugin._libraries() if name == plugin.LIBRARIES else plugin._slots()
+
+
+def config(**changes: Any) -> Any:
+    fields = {"pipeline_parallel_size": 1, "enable_sp": False, "additional_config": {}, **changes}
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(pipeline_parallel_size=fields["pipeline_parallel_size"]),
+        compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=fields["enable_sp"])),
+        additional_config=fields["additional_config"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline"),
+        ({"enable_sp": True}, "sequence"),
+        ({"additional_config": 1}, "no dict"),
+    ],
+)
+def test_an_engine_that_it_would_steer_wrongly_does_not_start(changes: dict[str, Any], said: str) -> None:
+    plugin._check(config())
+    with pytest.raises(ConfigError, match=said):
+        plugin._check(config(**changes))
+
+
+def artefact(tiny: LoadedModel, **changes: Any) -> SaeArtefact:
+    rng = np.random.default_rng(0)
+    d, n = tiny.d_model, 64
+    fields: dict[str, Any] = {
+        "architecture": "standard", "W_enc": rng.standard_normal((d, n)).astype(np.float32),
+        "b_enc": np.zeros(n, np.float32), "W_dec": rng.standard_normal((n, d)).astype(np.float32),
+        "b_dec": np.zeros(d, np.float32), "metadata": {"hook_point": "resid_post.1"},
+    }  # fmt: skip
+    return SaeArtefact(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architecture": "topk", "k": 4}, "a TopK SAE"),
+        (
+            {
+                "transcodes": True,
+                "apply_b_dec_to_input": False,
+                "metadata": {"hook_point": "resid_pre.1->resid_post.1"},
+            },
+            "one that reads resid_pre.1",
+        ),
+        ({"metadata": {"hook_point": "resid_mid.1"}}, "resid_post, under vLLM"),
+    ],
+)
+def test_latents_that_it_cannot_read_are_refused(tiny: LoadedModel, changes: dict[str, Any], said: str) -> None:
+    def clamped(sae: SaeArtefact) -> Intervention:
+        return Intervention(ClampLatents(sae, {3: 1.0}), name="latent 3")
+
+    check_supported(clamped(artefact(tiny)))
+    with pytest.raises(ConfigError, match=said):
+        check_supported(clamped(artefact(tiny, **changes)))

@@ -1,0 +1,164 @@
+"""Tokens of many requests behind each other are steered as each request is by itself."""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from activations.hook_points import HookPoint
+from activations.hooks import capture, run_until
+from activations.models import LoadedModel
+from steer.runtime import steering
+from steer.vllm.catalogue import Catalogue
+from steer.vllm.request import Request, read_request
+from steer.vllm.rows import Room, Rows
+from steer.vllm.tables import Sizes
+
+READ, POINT = HookPoint("resid_post", 0), HookPoint("resid_post", 1)
+TEXTS = [
+    "The river ran past the mill and on to the sea.", "A cat sat on the mat", "Numbers such as 12 and 345",
+    "def add(a, b): return a", "The mill", "The sea ran past the cat and the dog on the mat",
+]  # fmt: skip
+ITEMS: list[list[dict[str, Any]]] = [
+    [], [{"vector": "plus", "dose": 0.7}, {"vector": "some"}], [{"vector": "gated", "dose": 1.5}, {"vector": "out"}],
+    [{"vector": "late"}, {"vector": "turn", "dose": 0.5}], [{"vector": "early"}],
+    [{"vector": "plus", "operation": "clamp", "dose": 0.3, "gate": {"on": 0.2, "off": 0.1, "tokens": 3}}],
+]  # fmt: skip
+
+
+def request(items: list[dict[str, Any]]) -> Request:
+    return read_request({"library": "small", "steer": items})
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: LoadedModel, catalogue: Catalogue) -> list[dict[str, Any]]:
+    """By text: the prompt's length, what the two hook points hold without steering, and one of them with it."""
+    found = []
+    for text, items in zip(TEXTS, ITEMS, strict=True):
+        ids = tiny.tokenizer(text, return_tensors="pt")["input_ids"]
+        n_prompt = ids.shape[1] // 2
+        with capture(tiny.model, tiny.family, [READ, POINT]) as plain:
+            run_until(tiny.model, {"input_ids": ids})
+            before = {point: plain[point][0].clone() for point in (READ, POINT)}
+        given = catalogue.interventions(request(items)) if items else []
+        with steering(tiny, given, prompt_lengths=[n_prompt]) as steered:
+            with capture(tiny.model, tiny.family, [POINT]) as moved:
+                run_until(tiny.model, {"input_ids": ids})
+            fired = steered.fired()
+        found.append({"n_prompt": n_prompt, **before, "moved": moved[POINT][0].clone(), "fired": fired})
+    return found
+
+
+def rows_for(tiny: LoadedModel, catalogue: Catalogue, n_captured: int) -> Rows:
+    return Rows(catalogue.points, Sizes(tiny.d_model, 256, len(TEXTS), 4, n_captured))
+
+
+def keep(rows: Rows, catalogue: Catalogue, expected: Sequence[dict[str, Any]], which: Sequence[int]) -> None:
+    for i in which:
+        if ITEMS[i]:
+            rows.keep(f"r{i}-12345678", lambda: catalogue.prepare(request(ITEMS[i]), expected[i]["n_prompt"]))  # noqa: B023
+
+
+def run(
+    rows: Rows, expected: Sequence[dict[str, Any]], spans: dict[int, tuple[int, int]], share: float
+) -> list[Tensor]:
+    """One pass over some tokens of each sequence, whose stream is `share` in the one and the rest in the other part."""
+    counts = [high - low for low, high in spans.values()]
+    positions = torch.tensor([*chain(*(range(low, high) for low, high in spans.values()))])
+    rows.prepare([f"r{i}-12345678" for i in spans], counts, lambda n: positions[:n])
+    for point in (READ, POINT):
+        whole = torch.cat([expected[i][point][low:high] for i, (low, high) in spans.items()])
+        hidden, residual = share * whole, whole - share * whole
+        rows.sites[point].act(hidden, residual)
+    return [*(hidden + residual).split(counts)]
+
+
+def chunks(lengths: Sequence[int], sizes: Sequence[int]) -> list[dict[int, tuple[int, int]]]:
+    """Passes over the sequences, in chunks whose sizes go round."""
+    done, passes, step = [0] * len(lengths), [], 0
+    while any(a < b for a, b in zip(done, lengths, strict=True)):
+        spans = {}
+        for i, length in enumerate(lengths):
+            take = min(sizes[(i + step) % len(sizes)], length - done[i])
+            if take:
+                spans[i], done[i] = (done[i], done[i] + take), done[i] + take
+        passes.append(dict(reversed(spans.items())) if step % 2 else spans)
+        step += 1
+    return passes
+
+
+@pytest.mark.parametrize("n_captured", [0, 256])
+@pytest.mark.parametrize("sizes", [[256], [1], [3, 0, 7, 2]])
+def test_a_mixed_batch_equals_each_request_by_itself(
+    tiny: LoadedModel, catalogue: Catalogue, expected: list[dict[str, Any]], sizes: list[int], n_captured: int
+) -> None:
+    rows = rows_for(tiny, catalogue, n_captured)
+    keep(rows, catalogue, expected, range(len(TEXTS)))
+    got: dict[int, list[Tensor]] = {i: [] for i in range(len(TEXTS))}
+    for spans in chunks([len(each["moved"]) for each in expected], sizes):
+        for i, part in zip(spans, run(rows, expected, spans, 0.3), strict=True):
+            got[i].append(part)
+    for i, each in enumerate(expected):
+        torch.testing.assert_close(torch.cat(got[i]), each["moved"], atol=2e-5, rtol=0)
+        if each["fired"] and any(each["fired"][0].values()):
+            assert rows.fired(f"r{i}") == each["fired"][0]
+    assert {name: len(found) > 0 for i in (2, 5) for name, found in (rows.fired(f"r{i}") or {}).items()} == {
+        "1 probing": True, "1 plus": True
+    }  # fmt: skip
+
+
+def test_what_is_not_steered_keeps_its_bits(
+    tiny: LoadedModel, catalogue: Catalogue, expected: list[dict[str, Any]]
+) -> None:
+    for n_captured in (0, 256):
+        rows = rows_for(tiny, catalogue, n_captured)
+        keep(rows, catalogue, expected, [1])
+        spans = {0: (0, len(expected[0]["moved"])), 1: (0, 5)}
+        plain, steered = run(rows, expected, spans, 1.0)
+        assert torch.equal(plain, expected[0][POINT])
+        assert torch.equal(steered[0], expected[1][POINT][0]), "the first token is never steered"
+        assert not torch.equal(steered[1:], expected[1][POINT][1:5])
+
+
+def test_room_that_is_given_back_steers_nobody_and_is_taken_again(
+    tiny: LoadedModel, catalogue: Catalogue, expected: list[dict[str, Any]]
+) -> None:
+    rows = rows_for(tiny, catalogue, 0)
+    keep(rows, catalogue, expected, [1, 2])
+    whole = {i: (0, len(expected[i]["moved"])) for i in (1, 2)}
+    first = run(rows, expected, whole, 1.0)
+    rows.release([f"r{i}-12345678" for i in whole], finished=True)
+    assert not any(site.used or site.gated_rows for site in rows.sites.values())
+    assert not rows.batch.is_gated
+    for got, i in zip(run(rows, expected, whole, 1.0), whole, strict=True):
+        assert torch.equal(got, expected[i][POINT])
+    assert rows.fired("r2") == expected[2]["fired"][0]
+    keep(rows, catalogue, expected, [2, 1])
+    for got, again in zip(first, run(rows, expected, whole, 1.0), strict=True):
+        torch.testing.assert_close(got, again, atol=1e-6, rtol=0)
+
+
+def test_a_preempted_request_starts_anew(
+    tiny: LoadedModel, catalogue: Catalogue, expected: list[dict[str, Any]]
+) -> None:
+    rows = rows_for(tiny, catalogue, 0)
+    keep(rows, catalogue, expected, [2])
+    run(rows, expected, {2: (0, 9)}, 1.0)
+    rows.release(["r2-12345678"], finished=False)
+    assert rows.fired("r2") is None
+    keep(rows, catalogue, expected, [2])
+    (got,) = run(rows, expected, {2: (0, len(expected[2]["moved"]))}, 1.0)
+    torch.testing.assert_close(got, expected[2]["moved"], atol=2e-5, rtol=0)
+
+
+def test_numbers_in_use_lie_together() -> None:
+    room = Room()
+    first, second = room.take(3), room.take(2)
+    assert (first, second, room.end) == ([0, 1, 2], [3, 4], 5)
+    room.give(first)
+    assert (room.take(1), room.end) == ([0], 5)
+    room.give(second)
+    assert room.end == 1
