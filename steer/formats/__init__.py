@@ -7,7 +7,7 @@ from pathlib import Path
 
 from activations.errors import MismatchError, MissingArtefactError, UnknownNameError
 from steer.formats import ds4, glp, hotwire, llama_cpp, lm_eval, neuronpedia, plain, steering_vectors, svec
-from steer.formats.base import VectorFormat
+from steer.formats.base import Candidate, VectorFormat
 
 VECTOR_FORMATS: dict[str, VectorFormat] = {
     "llama_cpp": llama_cpp,
@@ -35,8 +35,9 @@ def detect(path: Path) -> str:
     """Name of the format that a file is in. Raises: MissingArtefactError, MismatchError if it is none of them."""
     if not path.is_file():
         raise MissingArtefactError(path, expected="a file of vectors", got="none", fix="Check the path.")
+    file = Candidate(path)
     for name, known in VECTOR_FORMATS.items():
-        if known.matches(path):
+        if known.matches(file):
             return name
     titles = ", ".join(known.TITLE for known in VECTOR_FORMATS.values())
     raise MismatchError(path, expected=f"one of: {titles}", got="none of them", fix="Say which with format=NAME.")

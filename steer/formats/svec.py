@@ -17,7 +17,7 @@ from typing import Any
 from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from sae.checked_files import corrupt, read_json
-from steer.formats.base import Direction, checked_layer, checked_list, checked_size, refused
+from steer.formats.base import Candidate, Direction, checked_layer, checked_list, checked_size, refused
 from steer.vectors import SteeringVector
 
 
@@ -28,7 +28,7 @@ class Svec:
     TITLE: str
     site: str
 
-    def matches(self, path: Path) -> bool:
+    def matches(self, file: Candidate) -> bool:
         """Never: what such a file is for does not follow from it."""
         return False
 
