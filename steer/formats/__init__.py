@@ -6,7 +6,7 @@ To add one, write a module with the names of `VectorFormat` and add its row; the
 from pathlib import Path
 
 from activations.errors import MismatchError, MissingArtefactError, UnknownNameError
-from steer.formats import ds4, glp, hotwire, llama_cpp, lm_eval, neuronpedia, plain, steering_vectors, svec
+from steer.formats import ds4, glp, hotwire, llama_cpp, lm_eval, neuronpedia, plain, spipe, steering_vectors, svec
 from steer.formats.base import Candidate, VectorFormat
 
 VECTOR_FORMATS: dict[str, VectorFormat] = {
@@ -18,6 +18,7 @@ VECTOR_FORMATS: dict[str, VectorFormat] = {
     "hotwire": hotwire,
     "neuronpedia": neuronpedia,
     "plain": plain,
+    "spipe": spipe,
     "svec_cast": svec.CAST,
     "svec_caa": svec.CAA,
 }

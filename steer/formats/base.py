@@ -41,6 +41,10 @@ class Direction:
     coefficient: float = 1.0
     """of `values` as they are (add), or the share that is taken away (ablate)"""
     name: str | None = None
+    scope: str = "all"
+    """on which tokens, in the words of `steer.scopes`"""
+    made_on: str | None = None
+    """what the file says of the model that it was made on, which nothing proves"""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A file says the 0-based block and not the site: CAST steers what a block reads (
 writes (`svec_caa`), with the same keys. So nobody can find out which it is from the file, and `format` has to be given.
 Rows of several tokens, each for its own place in the prompt, and those of attention heads are refused.
 
-Left out: `.spipe` bundles, whose artefacts have no public description.
+Left out: bundles of them (`steer.formats.spipe`).
 """
 
 from collections.abc import Sequence

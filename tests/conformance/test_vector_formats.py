@@ -65,8 +65,8 @@ HOLDS = {
     "neuronpedia": Holds(".json", sites=("resid_pre", "resid_post"), several=False),
     "plain": Holds(".safetensors", tuple(VECTOR_OPERATIONS), tuple(SITES)),
 }
-READ_ONLY = {"svec_cast", "svec_caa"}
-"""tests/steer/formats/test_svec.py"""
+READ_ONLY = {"svec_cast", "svec_caa", "spipe"}
+"""tests/steer/formats"""
 PAIRS = [(name, operation) for name, holds in HOLDS.items() for operation in holds.operations]
 CALM = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
