@@ -24,6 +24,7 @@ from steer.formats import detect, find
 
 MODEL = ModelRef(id="tiny", fingerprint="ab" * 32, n_layers=5, d_model=4)
 ROWS = {layer: np.array([[0.5, -0.5, layer, 0.25]], np.float32) for layer in (1, 3)}
+Rows = dict[int, np.ndarray]
 RECORD = {
     "encoding": "tensors", "type": "SteeringVector", "artifact_class": "direction", "source": "ContrastiveFit",
     "fit_digest": "0123456789ab", "provenance": {"backend_spec_hash": "x", "model_fingerprint": "f" * 16,
@@ -46,19 +47,18 @@ class Pipeline:
                      "fit": "auto", "versions": {"torch": "2.8.0"}},
         }  # fmt: skip
 
-    def vector(self, rows: dict[int, np.ndarray] | None = None, **about: Any) -> tuple[dict[str, str], dict[str, Any]]:
+    def vector(self, rows: Rows | bytes | None = None, **about: Any) -> tuple[dict[str, str], dict[str, Any]]:
         """Store a vector, and give a reference to it and its record."""
-        data = save({str(layer): row for layer, row in sorted((ROWS if rows is None else rows).items())})
-        record = {"id": f"sha256:{hashlib.sha256(data).hexdigest()}", **RECORD} | about
+        if not isinstance(rows, bytes):
+            rows = save({str(layer): row for layer, row in sorted((ROWS if rows is None else rows).items())})
+        record = {"id": f"sha256:{hashlib.sha256(rows).hexdigest()}", **RECORD} | about
         folder = f"artifacts/{record['id'].replace(':', '-')}"
-        self.members[f"{folder}/artifact.safetensors"] = data
+        self.members[f"{folder}/artifact.safetensors"] = rows
         meta = record.pop("type_meta", {"model_type": "llama"})
         self.members[f"{folder}/artifact.json"] = json.dumps(record | {"type_meta": meta}, sort_keys=True).encode()
         return {"$artifact": record["id"]}, record
 
-    def caa(
-        self, *, rows: dict[int, np.ndarray] | None = None, about: dict[str, Any] | None = None, **args: Any
-    ) -> Any:
+    def caa(self, *, rows: Rows | bytes | None = None, about: dict[str, Any] | None = None, **args: Any) -> Any:
         """A CAA that was fitted and frozen; gives its frozen arguments."""
         ref, record = self.vector(rows, **(about or {}))
         frozen = {
@@ -67,9 +67,9 @@ class Pipeline:
         } | args  # fmt: skip
         return self._frozen("state_control/caa", frozen, {"steering_vector": record})
 
-    def adapter(self, kind: str, params: dict[str, Any], **args: Any) -> Any:
+    def adapter(self, kind: str, params: dict[str, Any], *, rows: Rows | None = None, **args: Any) -> Any:
         """What most other controls are frozen as."""
-        ref, record = self.vector()
+        ref, record = self.vector(rows)
         frozen = {
             "transform": {"$component": kind, "params": params, "artifact": ref}, "layer_ids": [1, 3],
             "hook_point": "layer_output", "gate": None, **TOKENS,
