@@ -23,6 +23,9 @@ One message shape everywhere: where, what was expected, what was found, what to 
 line and exits with 1; anything that is not a SaekitError is a bug and keeps its traceback.
 """
 
+LONGEST = 2000
+"""letters of a part of a message; it may quote a file, which may be long"""
+
 
 class SaekitError(Exception):
     """Base of all deliberate errors.
@@ -35,8 +38,13 @@ class SaekitError(Exception):
     """
 
     def __init__(self, where: object, *, expected: str, got: object, fix: str):
-        self.where, self.expected, self.got, self.fix = str(where), expected, str(got), fix
-        super().__init__(f"{self.where}: expected {expected}, got {self.got}. {fix}")
+        self.where, self.expected, self.got, self.fix = _cut(where), _cut(expected), _cut(got), fix
+        super().__init__(f"{self.where}: expected {self.expected}, got {self.got}. {fix}")
+
+
+def _cut(part: object) -> str:
+    text = str(part)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
 
 
 class ConfigError(SaekitError, ValueError):

@@ -80,8 +80,9 @@ def _vector(
 ) -> SteeringVector:
     length = float(np.linalg.norm(row.values.astype(np.float64)))
     name = config.name or (row.name if alone and row.name else config.file.stem.replace("@", "-"))
+    source = source | ({"made_on": row.made_on} if row.made_on else {})
     coefficient = config.strength * row.coefficient * (1.0 if row.operation == "ablate" else length)
     return SteeringVector(
         name if alone else f"{name}@{row.hook_point}", (row.values / length).astype(np.float32), str(row.hook_point),
-        loaded.ref, mean_norm, source, coefficient, operation=row.operation,
+        loaded.ref, mean_norm, source, coefficient, operation=row.operation, scope=row.scope,
     )  # fmt: skip

@@ -101,7 +101,8 @@ def import_(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = F
     made = import_vectors(settings)
     rows = {
         each.name: {"hook_point": each.hook_point, "operation": each.operation, "coefficient": each.coefficient,
-                    "dose": each.dose(each.coefficient)}
+                    "scope": each.scope, "dose": each.dose(each.coefficient),
+                    **{key: each.source[key] for key in ("made_on",) if key in each.source}}
         for each in made
     }  # fmt: skip
     show({"library": settings.out, "vectors": rows}, json_)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sae.checked_files import as_float32, check_values, corrupt, missing
+from sae.checked_zip import open_zip
 
 EXPANSION = 64
 SLACK_BYTES = 1 << 20
@@ -43,7 +44,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     for name, head in heads.items():
         count = math.prod(head.shape)
         try:
-            with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+            with open_zip(path) as archive, archive.open(f"{name}.npy") as file:
                 file.read(head.length)
                 values = np.frombuffer(file.read(), head.dtype, count)
         except Exception as error:  # zipfile raises whatever a damaged file leads it into
@@ -57,7 +58,7 @@ def _heads(path: Path) -> dict[str, NpyHead]:
     if not path.is_file():
         raise missing(path, "the weights")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             members, heads = archive.infolist(), {}
             for member in members:
                 heads[member.filename] = _head(archive, member)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sae.checked_files import TensorHead, check_values, corrupt, missing
+from sae.checked_zip import open_zip
 
 PICKLE_BYTES = 16 << 20
 """the largest list of tensors that is read"""
@@ -69,7 +70,7 @@ def _check_zip(path: Path) -> None:
     if not path.is_file():
         raise missing(path, "the weights")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             members = archive.infolist()
     except Exception as error:  # zipfile raises whatever a damaged file leads it into
         raise corrupt(path, "a file that torch.save wrote", _first_line(error)) from error

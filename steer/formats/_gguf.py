@@ -95,8 +95,6 @@ def _skip(file: BinaryIO, n_bytes: int, size: int) -> None:
 
 def is_directions(path: Path) -> bool:
     """Whether a file is one of these, as far as its beginning tells."""
-    if not path.is_file():
-        return False
     with path.open("rb") as file:
         head = file.read(4096)
     return head.startswith(MAGIC) and ARCHITECTURE.encode() in head

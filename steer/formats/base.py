@@ -8,6 +8,7 @@ wrong is one SaekitError. Left out: the model a file is for, which none of them 
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +19,7 @@ from activations.errors import MismatchError
 from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from sae.checked_files import corrupt, missing
+from sae.formats.state_dict import load_torch
 from steer.vectors import SteeringVector
 
 MAX_BYTES = 1 << 30
@@ -39,6 +41,26 @@ class Direction:
     coefficient: float = 1.0
     """of `values` as they are (add), or the share that is taken away (ablate)"""
     name: str | None = None
+    scope: str = "all"
+    """on which tokens, in the words of `steer.scopes`"""
+    made_on: str | None = None
+    """what the file says of the model that it was made on, which nothing proves"""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A file whose format is looked for: what several formats have to look at is read once."""
+
+    path: Path
+
+    @cached_property
+    def torch(self) -> Any:
+        """What a file of torch.save holds, None for any other file. Raises: CorruptArtefactError."""
+        if self.path.suffix not in (".pt", ".pth"):
+            return None
+        with self.path.open("rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
+        return load_torch(self.path) if is_zip else None
 
 
 @runtime_checkable
@@ -50,8 +72,8 @@ class VectorFormat(Protocol):
         """What it is, for people."""
         ...
 
-    def matches(self, path: Path) -> bool:
-        """Whether a file looks like one; no file should match two formats."""
+    def matches(self, file: Candidate) -> bool:
+        """Whether a file, which is there, looks like one; no file should match two formats."""
         ...
 
     def read(self, path: Path, model: ModelRef) -> list[Direction]:
@@ -142,14 +164,6 @@ def checked_size(path: Path, expected: str) -> int:
     if size > MAX_BYTES:
         raise corrupt(path, f"{expected} of at most {MAX_BYTES >> 20} MiB", f"{size >> 20} MiB")
     return size
-
-
-def is_torch(path: Path) -> bool:
-    """Whether a file has the name and the beginning of one of torch.save."""
-    if path.suffix not in (".pt", ".pth") or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
 
 
 def dense(where: str | Path, tensor: Any) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from sae.checked_files import read_json
-from steer.formats.base import Direction, check_expressible, checked_size, checked_word, refused, table_rows
+from steer.formats.base import Candidate, Direction, check_expressible, checked_size, checked_word, refused, table_rows
 from steer.vectors import SteeringVector
 
 TITLE = "ds4 direction"
@@ -25,9 +25,9 @@ LARGEST = 100.0
 """scale that the engine takes at most"""
 
 
-def matches(path: Path) -> bool:
+def matches(file: Candidate) -> bool:
     """A .f32 with a .json of this format beside it."""
-    return path.suffix == ".f32" and path.is_file()
+    return file.path.suffix == ".f32"
 
 
 def read(path: Path, model: ModelRef) -> list[Direction]:

@@ -14,6 +14,7 @@ from activations.store_schema import ModelRef
 from sae.checked_files import corrupt
 from steer.formats._gguf import is_directions, layer_of, read_container, says_glp, write_container
 from steer.formats.base import (
+    Candidate,
     Direction,
     check_expressible,
     checked_layer,
@@ -34,9 +35,9 @@ UNIT = 1e-3
 """how far a length may be from 1 in mode project"""
 
 
-def matches(path: Path) -> bool:
+def matches(file: Candidate) -> bool:
     """A GGUF file of directions with keys of GLP."""
-    return is_directions(path) and says_glp(path)
+    return is_directions(file.path) and says_glp(file.path)
 
 
 def read(path: Path, model: ModelRef) -> list[Direction]:

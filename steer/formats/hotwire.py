@@ -16,16 +16,15 @@ from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from sae.checked_files import corrupt
 from sae.formats.state_dict import load_torch
-from steer.formats.base import Direction, check_expressible, dense, is_torch, refused, row_at, strength_of, table_rows
+from steer.formats.base import Candidate, Direction, check_expressible, dense, refused, row_at, strength_of, table_rows
 from steer.vectors import SteeringVector
 
 TITLE = "hotwire table"
 
 
-def matches(path: Path) -> bool:
+def matches(file: Candidate) -> bool:
     """A file of torch.save with one table."""
-    content = load_torch(path) if is_torch(path) else None
-    return isinstance(content, torch.Tensor)
+    return isinstance(file.torch, torch.Tensor)
 
 
 def read(path: Path, model: ModelRef) -> list[Direction]:

@@ -13,6 +13,7 @@ from activations.store_schema import ModelRef
 from sae.checked_files import corrupt
 from steer.formats._gguf import OWN, is_directions, layer_of, read_container, says_glp, write_container
 from steer.formats.base import (
+    Candidate,
     Direction,
     check_expressible,
     checked_layer,
@@ -28,9 +29,9 @@ STRENGTH = f"{OWN}strength"
 """what `--control-vector-scaled` is to be given, in files of this project"""
 
 
-def matches(path: Path) -> bool:
+def matches(file: Candidate) -> bool:
     """A GGUF file of directions that says nothing of GLP."""
-    return is_directions(path) and not says_glp(path)
+    return is_directions(file.path) and not says_glp(file.path)
 
 
 def read(path: Path, model: ModelRef) -> list[Direction]:

@@ -17,13 +17,13 @@ from activations.store_schema import ModelRef
 from sae.checked_files import corrupt
 from sae.formats.state_dict import load_torch
 from steer.formats.base import (
+    Candidate,
     Direction,
     check_expressible,
     checked_layer,
     checked_number,
     checked_row,
     dense,
-    is_torch,
     refused,
     row_at,
     strength_of,
@@ -35,9 +35,9 @@ BLOCK = re.compile(r"(?:model\.)?(?:layers|h)\.(\d{1,5})")
 KEYS = {"steering_vector", "action"}
 
 
-def matches(path: Path) -> bool:
+def matches(file: Candidate) -> bool:
     """A file of torch.save with entries of this kind."""
-    content = load_torch(path) if is_torch(path) else None
+    content = file.torch
     return isinstance(content, dict) and bool(content) and all(_is_entry(each) for each in content.values())
 
 

@@ -14,6 +14,7 @@ from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from sae.checked_files import corrupt, read_json
 from steer.formats.base import (
+    Candidate,
     Direction,
     check_expressible,
     checked_layer,
@@ -34,9 +35,9 @@ WIDEST = 24_576
 """numbers that it takes"""
 
 
-def matches(path: Path) -> bool:
+def matches(file: Candidate) -> bool:
     """A .json with a vector."""
-    return path.suffix == ".json" and path.is_file() and "vector" in read_json(path)
+    return file.path.suffix == ".json" and "vector" in read_json(file.path)
 
 
 def read(path: Path, model: ModelRef) -> list[Direction]:

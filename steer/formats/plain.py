@@ -19,6 +19,7 @@ from activations.store_schema import ModelRef
 from sae.checked_files import corrupt, read_safetensors
 from sae.formats.npz import read_npz
 from steer.formats.base import (
+    Candidate,
     Direction,
     check_expressible,
     checked_layer,
@@ -38,9 +39,9 @@ KEY = "saekit"
 SUFFIXES = (".safetensors", ".npz")
 
 
-def matches(path: Path) -> bool:
+def matches(file: Candidate) -> bool:
     """By the name of the file."""
-    return path.suffix in SUFFIXES and path.is_file()
+    return file.path.suffix in SUFFIXES
 
 
 def read(path: Path, model: ModelRef) -> list[Direction]:

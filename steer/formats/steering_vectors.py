@@ -16,12 +16,12 @@ from activations.store_schema import ModelRef
 from sae.checked_files import corrupt
 from sae.formats.state_dict import load_torch
 from steer.formats.base import (
+    Candidate,
     Direction,
     check_expressible,
     checked_layer,
     checked_row,
     dense,
-    is_torch,
     refused,
     scaled_rows,
 )
@@ -32,9 +32,9 @@ LAYER_TYPE = "decoder_block"
 FIELDS = {"layer_activations", "layer_type"}
 
 
-def matches(path: Path) -> bool:
+def matches(file: Candidate) -> bool:
     """A file of torch.save with its fields."""
-    return is_torch(path) and _fields(path) == FIELDS
+    return isinstance(file.torch, dict) and file.torch.keys() == FIELDS
 
 
 def read(path: Path, model: ModelRef) -> list[Direction]:
@@ -63,8 +63,3 @@ def write(vectors: Sequence[SteeringVector], path: Path, folded: bool) -> list[s
     layers = {point.layer: torch.from_numpy(row) for point, row in rows.items()}
     torch.save({"layer_activations": layers, "layer_type": LAYER_TYPE}, path)
     return [f"SteeringVector(**torch.load('{path}', weights_only=True)).apply(model, multiplier={strength:.6g})"]
-
-
-def _fields(path: Path) -> set[str]:
-    content = load_torch(path)
-    return set(content) if isinstance(content, dict) else set()

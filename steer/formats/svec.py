@@ -6,7 +6,7 @@ A file says the 0-based block and not the site: CAST steers what a block reads (
 writes (`svec_caa`), with the same keys. So nobody can find out which it is from the file, and `format` has to be given.
 Rows of several tokens, each for its own place in the prompt, and those of attention heads are refused.
 
-Left out: `.spipe` bundles, whose artefacts have no public description.
+Left out: bundles of them (`steer.formats.spipe`).
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from typing import Any
 from activations.hook_points import HookPoint
 from activations.store_schema import ModelRef
 from sae.checked_files import corrupt, read_json
-from steer.formats.base import Direction, checked_layer, checked_list, checked_size, refused
+from steer.formats.base import Candidate, Direction, checked_layer, checked_list, checked_size, refused
 from steer.vectors import SteeringVector
 
 
@@ -28,7 +28,7 @@ class Svec:
     TITLE: str
     site: str
 
-    def matches(self, path: Path) -> bool:
+    def matches(self, file: Candidate) -> bool:
         """Never: what such a file is for does not follow from it."""
         return False
 

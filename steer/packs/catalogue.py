@@ -1,14 +1,14 @@
 """A catalogue of packs: any folder or web server with an index.json.
 
-Publishing: 1. the archive is written into a hidden folder of the catalogue, and read back as a stranger would;
-2. under a lock the index is read, the archive renamed into place, and the index replaced, in this order, so that the
-index never names a file that is not there, and two publishers at once lose nothing. A version that is there stays what
-it is: other content is refused, the same content changes nothing, but a signature that was missing or another one is
-taken over.
+Publishing: 1. the archive is written into a hidden folder of the catalogue, and read back as a stranger would; 2. under
+a lock the index is read, the archive renamed into place, and the index replaced, in this order, so that the index never
+names a file that is not there, and two publishers at once lose nothing. A version that is there stays what it is: other
+content is refused, the same content changes nothing, but a signature that was missing or another one is taken over.
+With a key the index is signed, and one that is signed is not written without.
 
 Searching reads the index alone: every word has to be in a name, label or summary; what is found in a name comes before
-what is found in a vector, a label, the summary. Left out: removing packs, for which the file is removed by hand, with
-its entry.
+what is found in a vector, a label, the summary. Left out: taking packs out of one, for which the file is removed by
+hand, with its entry.
 """
 
 import re
@@ -16,12 +16,24 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from activations.errors import MismatchError, UnknownNameError
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from activations.errors import ConfigError, MismatchError, UnknownNameError
 from steer.packs.archive import unpack_archive, write_archive
 from steer.packs.config import SearchConfig
 from steer.packs.contents import sha256_of
 from steer.packs.disk import explained, locked, staging, sync, write_whole
-from steer.packs.index_file import INDEX, INDEX_BYTES, IndexedPack, index_bytes, index_entry, parse_index
+from steer.packs.index_file import (
+    INDEX,
+    INDEX_BYTES,
+    UNSIGNED,
+    Catalogue,
+    IndexedPack,
+    index_bytes,
+    index_entry,
+    parse_index,
+)
+from steer.packs.keys import fingerprint as fingerprint_of
 from steer.packs.keys import trusted_keys
 from steer.packs.names import ARCHIVE_SUFFIX, PackName, name_of, newest, version_order
 from steer.packs.signature import check_signature
@@ -49,13 +61,13 @@ class Match(NamedTuple):
     """all that match, newest first"""
 
 
-def read_catalogue(place: str) -> list[IndexedPack]:
-    """The packs of the catalogue at a path or an address, as its index tells of them.
+def read_catalogue(place: str) -> Catalogue:
+    """The packs of the catalogue at a path or an address, as its index tells of them, and who signed that.
 
-    Raises: MissingArtefactError, EndpointError, CorruptArtefactError.
+    Raises: MissingArtefactError, EndpointError, CorruptArtefactError, also for an index that was tampered with.
     """
     index = inside(place, INDEX)
-    return parse_index(shown(index), read_place(index, INDEX_BYTES))
+    return parse_index(shown(index), read_place(index, INDEX_BYTES), trusted_keys())
 
 
 def find_pack(place: str, packs: Sequence[IndexedPack], wanted: PackName) -> IndexedPack:
@@ -99,24 +111,30 @@ def search_catalogue(settings: SearchConfig, on_status: Callable[[str], None]) -
         from activations.models import weight_fingerprint  # imports torch
 
         fingerprint = weight_fingerprint(fingerprint, on_status)
-    found = search(read_catalogue(settings.catalogue), settings.words.split(), fingerprint)
+    catalogue = read_catalogue(settings.catalogue)
+    found = search(catalogue.packs, settings.words.split(), fingerprint)
     rows = {match.pack.name: _row(match.pack) | {"rank": match.rank} for match in found}
-    return {"catalogue": shown(settings.catalogue), "found": rows}
+    return {"catalogue": shown(settings.catalogue), "index": str(catalogue.signed), "found": rows}
 
 
 def describe_catalogue(place: str) -> dict[str, Any]:
     """All packs of a catalogue, as they are shown: under `packs`, NAME@VERSION to what the index says of it."""
-    rows = {f"{pack.name}@{pack.version}": _row(pack) for pack in read_catalogue(place)}
-    return {"catalogue": shown(place), "packs": rows}
+    packs, signed = read_catalogue(place)
+    rows = {f"{pack.name}@{pack.version}": _row(pack) for pack in packs}
+    return {"catalogue": shown(place), "index": str(signed), "packs": rows}
 
 
-def publish_to_catalogue(directory: Path, catalogue: Path, signature: bytes | None = None) -> Published:
+def publish_to_catalogue(
+    directory: Path, catalogue: Path, signature: bytes | None = None, key: Ed25519PrivateKey | None = None
+) -> Published:
     """Put the pack in `directory` into the catalogue in the folder `catalogue`, which is made if need be.
 
     Args:
       signature: content of its signature.json; None: that of the directory, if it has one.
-    Raises: ConfigError for a library without name or version; CorruptArtefactError for a damaged one; MismatchError if
-      this version is there with other content.
+      key: signs the index.
+    Raises: ConfigError for a library without name or version, and for no key where the index is signed;
+      CorruptArtefactError for a damaged library, or an index that was tampered with; MismatchError if this version is
+      there with other content.
     """
     with explained(catalogue), staging(catalogue) as staged:
         archive = staged / f"new{ARCHIVE_SUFFIX}"
@@ -133,23 +151,28 @@ def publish_to_catalogue(directory: Path, catalogue: Path, signature: bytes | No
             signer=signed.fingerprint,
         )
         with locked(catalogue):
-            return _enter(catalogue, entry, archive)
+            return _enter(catalogue, entry, archive, key)
 
 
-def _enter(catalogue: Path, entry: IndexedPack, archive: Path) -> Published:
+def _enter(catalogue: Path, entry: IndexedPack, archive: Path, key: Ed25519PrivateKey | None) -> Published:
     """Under the lock: the archive into place, then the index."""
-    packs = read_catalogue(str(catalogue)) if (catalogue / INDEX).exists() else []
+    packs, signed = read_catalogue(str(catalogue)) if (catalogue / INDEX).exists() else Catalogue([], UNSIGNED)
     known = next((pack for pack in packs if (pack.name, pack.version) == (entry.name, entry.version)), None)
     if known is not None and known.content_sha256 != entry.content_sha256:
         where, fix = f"{catalogue}: {entry.name} {entry.version}", "Give the library a higher version."
         raise MismatchError(where, expected="the content that this version has there", got="other content", fix=fix)
     if known is not None and entry.signer in (None, known.signer) and _is_intact(catalogue, known):
+        if key is not None and fingerprint_of(key.public_key()) != signed.fingerprint:
+            write_whole(catalogue / INDEX, index_bytes(packs, key))
         return Published(known, is_new=False)
+    if key is None and signed.fingerprint is not None:
+        got, fix = f"none, and an index {signed}", "Say --set key=FILE, or publish into another folder."
+        raise ConfigError(f"{catalogue}: {INDEX}", expected="a key to sign it again with", got=got, fix=fix)
     if known is not None and known.file == entry.file:  # both are read until the index says which
         entry = entry.model_copy(update={"file": f"{entry.name}-{entry.version}-{entry.sha256[:12]}{ARCHIVE_SUFFIX}"})
     archive.rename(catalogue / entry.file)
     sync(catalogue)
-    write_whole(catalogue / INDEX, index_bytes([pack for pack in packs if pack is not known] + [entry]))
+    write_whole(catalogue / INDEX, index_bytes([*(pack for pack in packs if pack is not known), entry], key))
     if known is not None:
         (catalogue / known.file).unlink(missing_ok=True)
     return Published(entry, is_new=known is None)

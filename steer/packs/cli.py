@@ -10,6 +10,7 @@ from steer.packs.config import (
     KeyConfig,
     ListConfig,
     PublishConfig,
+    RemoveConfig,
     SearchConfig,
     TrustConfig,
     VerifyConfig,
@@ -49,7 +50,28 @@ def install(
     from steer.packs.install import install as run
 
     done = run(**settings.model_dump(), on_status=status)
-    show({**done._asdict(), "signed": str(done.signed)}, json_)
+    show({**done._asdict(), "signed": str(done.signed), "index_signed": str(done.index_signed or "none")}, json_)
+
+
+@app.command()
+def remove(
+    pack: Annotated[str | None, typer.Argument(help="NAME[@VERSION] of an installed pack.")] = None,
+    config: ConfigOption = None,
+    set_: Overrides = None,
+    json_: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Take an installed library away; those that come with saekit stay."""
+    settings = RemoveConfig.load(config, set_)
+    if pack is not None:
+        settings = settings.model_copy(update={"pack": pack})
+    from steer.packs.remove import find_installed
+    from steer.packs.remove import remove as run
+
+    if dry_run:
+        found = find_installed(settings.pack)
+        return show({"config": settings.model_dump(mode="json"), "path": found.path}, json_)
+    show(run(settings.pack)._asdict(), json_)
 
 
 @app.command()

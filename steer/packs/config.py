@@ -22,7 +22,8 @@ class PublishConfig(Config):
         description="a folder to be a catalogue, a file NAME-VERSION.tar.zst, or hub:ORG/NAME[@BRANCH]",
     )
     key: Path | None = Field(
-        default=None, description="private key to sign with; none: the library's signature goes along, if it has one"
+        default=None,
+        description="private key to sign with, and the index of a catalogue; none: the library's signature goes along",
     )
 
 
@@ -42,6 +43,12 @@ class InstallConfig(Config):
         default=None, description="model spec: refuse a pack that has nothing for these weights; none: any"
     )
     require_signature: bool = Field(default=False, description="refuse what no trusted key has signed")
+
+
+class RemoveConfig(Config):
+    """An installed pack that is to go."""
+
+    pack: str = Field(default="NAME", min_length=1, description="NAME, or NAME@VERSION if several are installed")
 
 
 class SearchConfig(Config):

@@ -55,13 +55,13 @@ def declared_files(where: object, manifest: Mapping[str, Any]) -> dict[str, tupl
 
 
 def models_of(where: object, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Fingerprint -> id of the models that a pack has vectors for, or an SAE of; of the SAE alone the id is unknown.
+    """Fingerprint -> id of the models that a pack has vectors for, or an SAE of.
 
     Raises: CorruptArtefactError if it does not say.
     """
     try:
         sae = manifest["sae"]
-        found = {} if sae is None else {str(sae["model_fingerprint"]): "?"}
+        found = {} if sae is None else {str(sae["model_fingerprint"]): str(sae["model_id"])}
         return found | {str(each["model"]["fingerprint"]): str(each["model"]["id"]) for each in manifest["vectors"]}
     except (KeyError, TypeError) as error:
         raise damaged(where, "vectors with their models", "others") from error

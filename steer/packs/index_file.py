@@ -1,17 +1,21 @@
 """The index of a catalogue: which packs are there, what is in them, and what their files have to be.
 
-    index.json   format "saekit-catalogue-1", packs by name and then version
+    index.json   format "saekit-catalogue-1", packs by name and then version, and a signature or null
 
 It is plain JSON beside the archives, so that any folder or web server is a catalogue, without a program behind it. It
-says enough to search packs and to refuse one that is for another model before it is downloaded. It is not signed; the
-packs are. What it says of a pack is compared with the pack when that is there. Left out: reading and writing packs
-(`steer.packs.catalogue`, `steer.packs.install`).
+says enough to search packs and to refuse one that is for another model before it is downloaded. What it says of a pack
+is compared with the pack when that is there. Packs are signed on their own; who signs the index vouches for the list:
+that nobody put a pack in or left one out. What is signed is b"saekit-catalogue\\n" and the SHA-256 of the index as it
+is without a signature; it is in the same file, so that nobody reads one without the other. An index that is old is
+signed as well as a new one. Left out: reading and writing packs (`steer.packs.catalogue`, `steer.packs.install`).
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from activations.errors import CorruptArtefactError
@@ -19,10 +23,12 @@ from steer.pack import NAME, VERSION
 from steer.packs.archive import FRAME_BYTES
 from steer.packs.contents import damaged, models_of
 from steer.packs.names import ARCHIVE_NAME, about_of, name_of, printable, version_order
+from steer.packs.signature import Signed, judged, signature_of
 
 FORMAT = "saekit-catalogue-1"
 INDEX = "index.json"
 INDEX_BYTES = 64 << 20
+DOMAIN = b"saekit-catalogue\n"
 LINE_CHARACTERS = 1000
 """of one text"""
 
@@ -70,10 +76,21 @@ class IndexedPack(_Part):
 class _Index(_Part):
     format: Literal["saekit-catalogue-1"]
     packs: list[IndexedPack]
+    signature: dict[str, Any] | None = None
 
 
-def parse_index(where: object, content: bytes) -> list[IndexedPack]:
-    """The packs of an index. Raises: CorruptArtefactError naming what is wrong with it."""
+class Catalogue(NamedTuple):
+    """What an index says, and who says so."""
+
+    packs: list[IndexedPack]
+    signed: Signed
+
+
+UNSIGNED = Signed("unsigned", None, None)
+
+
+def parse_index(where: object, content: bytes, trusted: Mapping[str, Ed25519PublicKey]) -> Catalogue:
+    """The packs of an index. Raises: CorruptArtefactError naming what is wrong with it, its signature too."""
     try:
         data = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -81,20 +98,32 @@ def parse_index(where: object, content: bytes) -> list[IndexedPack]:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise damaged(where, f"an index of the format {FORMAT}", "another")
     try:
-        packs = _Index.model_validate(data).packs
+        index = _Index.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])[:200]
         raise damaged(where, f"key '{key}': {first['msg']}", repr(first["input"])[:80]) from error
+    packs = index.packs
     if len({(pack.name, pack.version) for pack in packs}) < len(packs):
         raise damaged(where, "each version of a pack once", "one twice")
-    return packs
+    if index.signature is None:
+        return Catalogue(packs, UNSIGNED)
+    return Catalogue(packs, judged(where, index.signature, _sha256(packs), DOMAIN, trusted))
 
 
-def index_bytes(packs: list[IndexedPack]) -> bytes:
-    """The content of index.json: the same for the same packs."""
+def index_bytes(packs: list[IndexedPack], key: Ed25519PrivateKey | None = None) -> bytes:
+    """The content of index.json, signed if there is a key: the same for the same packs and key."""
+    signature = None if key is None else signature_of(_sha256(packs), key, DOMAIN)
+    return _content(packs, signature)
+
+
+def _sha256(packs: list[IndexedPack]) -> str:
+    return hashlib.sha256(_content(packs, None)).hexdigest()
+
+
+def _content(packs: list[IndexedPack], signature: dict[str, str] | None) -> bytes:
     ordered = sorted(packs, key=lambda pack: (pack.name, version_order(pack.version)))
-    data = {"format": FORMAT, "packs": [pack.model_dump(mode="json") for pack in ordered]}
+    data = {"format": FORMAT, "packs": [pack.model_dump(mode="json") for pack in ordered], "signature": signature}
     return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
 
 

@@ -1,14 +1,15 @@
 """Getting a pack from wherever it is into the store of installed ones, and checking one where it lies.
 
 A pack is asked for as NAME or NAME@VERSION of a catalogue, as the path or address of an archive, as a directory, or as
-hub:ORG/NAME[@REVISION]. Flow, in a hidden folder of the store: 1. of a catalogue, the index is read, and a pack for
-another model is refused before it is downloaded; 2. the archive arrives, and its size and hash are compared with the
-index; 3. it is unpacked, or the directory copied, with all that `steer.packs.archive` and `contents` check; 4. name,
-version and content hash are compared with the index, the signature with the trusted keys, the model's fingerprint with
-what was asked for; 5. one rename puts it in place. Nothing is loaded: not a tensor is read before all this holds.
+hub:ORG/NAME[@REVISION]. Flow, in a hidden folder of the store: 1. of a catalogue, the index is read with its signature,
+and a pack for another model is refused before it is downloaded; 2. the archive arrives, and its size and hash are
+compared with the index; 3. it is unpacked, or the directory copied, with all that `steer.packs.archive` and `contents`
+check; 4. name, version and content hash are compared with the index, the signature with the trusted keys, the model's
+fingerprint with what was asked for; 5. one rename puts it in place. Nothing is loaded: not a tensor is read before all
+this holds.
 
 What is installed stays what it is: the same version with other content is refused, and one that was damaged meanwhile
-is replaced. Left out: packs that need other packs, and removing one, for which its folder is removed by hand.
+is replaced. Left out: packs that need other packs, and removing one (`steer.packs.remove`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -52,6 +53,8 @@ class Installed(NamedTuple):
     signed: Signed
     is_new: bool
     """False: this content was there"""
+    index_signed: Signed | None
+    """what is to be thought of the index that it was found in, if it was"""
 
 
 def install(
@@ -74,7 +77,7 @@ def install(
     fingerprint = None if model is None else _fingerprint_of(model, on_status)
     folder = store()
     with explained(folder), staging(folder) as staged:
-        checked = _fetch(pack, catalogue, fingerprint, staged, on_status)
+        checked, index = _fetch(pack, catalogue, fingerprint, staged, on_status)
         where = shown(pack)
         if require_signature:
             require_trusted(where, checked.signed)
@@ -84,7 +87,7 @@ def install(
         with locked(folder):
             is_new = _put(staged / "pack", folder / name / version, checked.manifest["content_sha256"])
         sha256 = checked.manifest["content_sha256"]
-        return Installed(folder / name / version, name, version, sha256, checked.signed, is_new)
+        return Installed(folder / name / version, name, version, sha256, checked.signed, is_new, index)
 
 
 def verify(
@@ -112,9 +115,11 @@ def verify(
     return Checked(manifest, signed)
 
 
-def _fetch(pack: str, catalogue: str | None, fingerprint: str | None, staged: Path, on_status: Status) -> Checked:
-    """Get a pack from wherever it is into the folder `pack` of `staged`, and check it."""
-    target, where = staged / "pack", shown(pack)
+def _fetch(
+    pack: str, catalogue: str | None, fingerprint: str | None, staged: Path, on_status: Status
+) -> tuple[Checked, Signed | None]:
+    """Get a pack from wherever it is into the folder `pack` of `staged`, and check it; and who signed its index."""
+    target, where, index = staged / "pack", shown(pack), None
     if pack.startswith(HUB):
         manifest = pull(pack, target, on_status)
     elif is_web(pack) or pack.endswith(ARCHIVE_SUFFIX):
@@ -122,19 +127,20 @@ def _fetch(pack: str, catalogue: str | None, fingerprint: str | None, staged: Pa
     elif (path := local_path(pack)).is_dir():
         manifest = copy_pack(path, target)
     else:
-        where, manifest = _from_catalogue(pack, catalogue, fingerprint, staged, on_status)
-    return Checked(manifest, check_signature(where, target, manifest, trusted_keys()))
+        where, manifest, index = _from_catalogue(pack, catalogue, fingerprint, staged, on_status)
+    return Checked(manifest, check_signature(where, target, manifest, trusted_keys())), index
 
 
 def _from_catalogue(
     pack: str, catalogue: str | None, fingerprint: str | None, staged: Path, on_status: Status
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, dict[str, Any], Signed]:
     wanted = parse_pack_name(pack)
     if wanted is None or catalogue is None:
         expected = f"NAME[@VERSION] with a catalogue, a directory, {HUB}ORG/NAME, or an archive {ARCHIVE_SUFFIX}"
         fix = "Check the path, or say --set catalogue=PATH."
         raise ConfigError(f"pack '{shown(pack)}'", expected=expected, got="nothing there", fix=fix)
-    entry = find_pack(catalogue, read_catalogue(catalogue), wanted)
+    packs, signed = read_catalogue(catalogue)
+    entry = find_pack(catalogue, packs, wanted)
     where = f"{shown(catalogue)}: {entry.name} {entry.version}"
     if fingerprint is not None:
         _check_model(where, {model.fingerprint: model.id for model in entry.models}, fingerprint)
@@ -144,7 +150,7 @@ def _from_catalogue(
     if found != (entry.name, entry.version, entry.content_sha256):
         got = f"{found[0]} {found[1]} of content {found[2][:12]}"
         raise damaged(where, f"the pack that the index names, of content {entry.content_sha256[:12]}", got)
-    return where, manifest
+    return where, manifest, signed
 
 
 def _archive(place: str, staged: Path, on_status: Status, entry: IndexedPack | None = None) -> Path:

@@ -33,18 +33,19 @@ def data_folder() -> Path:
 
 def versions(name: str) -> dict[str, Path]:
     """Version -> directory of what is installed of a pack, oldest first."""
-    found = [path for folder in (SHIPPED, store()) for path in _inside(folder / name) if is_version(path.name)]
+    found = [path for folder in (SHIPPED, store()) for path in entries(folder / name) if is_version(path.name)]
     there = [path for path in found if (path / "manifest.json").is_file()]
     return {path.name: path for path in sorted(there, key=lambda path: version_order(path.name))}
 
 
 def installed() -> dict[str, dict[str, Path]]:
     """Name -> version -> directory of all that is installed."""
-    names = sorted({path.name for folder in (SHIPPED, store()) for path in _inside(folder) if is_pack_name(path.name)})
+    names = sorted({path.name for folder in (SHIPPED, store()) for path in entries(folder) if is_pack_name(path.name)})
     return {name: found for name in names if (found := versions(name))}
 
 
-def _inside(folder: Path) -> list[Path]:
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder; nothing if there is none."""
     return list(folder.iterdir()) if folder.is_dir() else []
 
 

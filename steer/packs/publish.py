@@ -1,13 +1,15 @@
 """A pack to where others can get it: a catalogue, an archive, or the Hugging Face hub.
 
-Flow: 1. the key signs the content hash, or the signature that is there is checked; 2. the pack is written, checked file
-by file on the way. The library itself stays as it is. Left out: how each place takes it (`steer.packs.catalogue`,
-`archive` and `hub`).
+Flow: 1. the key signs the content hash, and later the index of a catalogue, or the signature that is there is checked;
+2. the pack is written, checked file by file on the way. The library itself stays as it is. Left out: how each place
+takes it (`steer.packs.catalogue`, `archive` and `hub`).
 """
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from activations.errors import ConfigError
 from steer.manifest import read_manifest
@@ -32,14 +34,15 @@ def publish(settings: PublishConfig) -> dict[str, Any]:
     directory = resolve(settings.library)
     manifest = read_manifest(directory)
     name, version = name_of(directory, manifest)
-    signature = None if settings.key is None else sign(manifest["content_sha256"], load_key(settings.key))
+    key = None if settings.key is None else load_key(settings.key)
+    signature = None if key is None else sign(manifest["content_sha256"], key)
     if signature is None:
         check_signature(directory, directory, manifest, trusted_keys())
     about = {"name": name, "version": version, "content_sha256": manifest["content_sha256"]}
-    return about | _put(directory, settings.to, signature)
+    return about | _put(directory, settings.to, signature, key)
 
 
-def _put(directory: Path, to: str, signature: bytes | None) -> dict[str, Any]:
+def _put(directory: Path, to: str, signature: bytes | None, key: Ed25519PrivateKey | None) -> dict[str, Any]:
     if to.startswith(HUB):
         with TemporaryDirectory(prefix="saekit-") as folder:
             return {"to": f"{HUB}{parse_hub(to).repo}", "commit": push(directory, to, Path(folder), signature)}
@@ -50,5 +53,5 @@ def _put(directory: Path, to: str, signature: bytes | None) -> dict[str, Any]:
     if to.endswith(ARCHIVE_SUFFIX):
         write_archive(directory, path, signature)
         return {"to": str(path), "bytes": path.stat().st_size}
-    pack, is_new = publish_to_catalogue(directory, path, signature)
+    pack, is_new = publish_to_catalogue(directory, path, signature, key)
     return {"to": str(path / pack.file), "bytes": pack.bytes, "signer": pack.signer, "new": is_new}

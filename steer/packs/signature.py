@@ -1,10 +1,11 @@
-"""Who vouches for a pack: an Ed25519 signature of its content hash, and what is to be thought of one.
+"""Who vouches for a pack, or for a catalogue: an Ed25519 signature of a hash, and what is to be thought of one.
 
     signature.json   algorithm "ed25519", public_key and signature in base64, signed: the manifest's content_sha256
 
 What is signed is b"saekit-library\\n" and the 32 bytes of the content hash, so that a signature of something else never
-passes as one of a pack. The content hash covers the manifest, and the manifest the hash of every file. A signature says
-that the owner of a key has seen exactly this; whose key it is says the file of trusted keys (`steer.packs.keys`).
+passes as one of a pack; the index has words of its own. The content hash covers the manifest, and the manifest the hash
+of every file. A signature says that the owner of a key has seen exactly this; whose key it is says the file of trusted
+keys (`steer.packs.keys`).
 
 A pack is in one of four states: unsigned; signed by NAME; signed by an unknown key; tampered, where the signature is
 not one of this content, which is worse than none. Left out: who may sign what.
@@ -47,13 +48,17 @@ class Signed(NamedTuple):
 
 def sign(content_sha256: str, key: Ed25519PrivateKey) -> bytes:
     """The content of a signature.json for a pack of that content hash."""
-    about = {
+    return (json.dumps(signature_of(content_sha256, key, DOMAIN), indent=2) + "\n").encode()
+
+
+def signature_of(sha256: str, key: Ed25519PrivateKey, domain: bytes) -> dict[str, str]:
+    """The signature of a hash, as JSON has it. `domain`: what kind of thing it is the hash of."""
+    return {
         "algorithm": ALGORITHM,
         "public_key": public_text(key.public_key()),
-        "signature": base64.b64encode(key.sign(_message(content_sha256))).decode(),
-        "signed": content_sha256,
+        "signature": base64.b64encode(key.sign(domain + bytes.fromhex(sha256))).decode(),
+        "signed": sha256,
     }
-    return (json.dumps(about, indent=2) + "\n").encode()
 
 
 def check_signature(
@@ -69,7 +74,21 @@ def check_signature(
         raise tampered(where, "a signature that is too long") from error
     if content is None:
         return Signed("unsigned", None, None)
-    key = _checked_key(where, content, str(manifest["content_sha256"]))
+    try:
+        about = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise tampered(where, "a signature that cannot be read") from error
+    return judged(where, about, str(manifest["content_sha256"]), DOMAIN, trusted)
+
+
+def judged(
+    where: object, signature: Any, sha256: str, domain: bytes, trusted: Mapping[str, Ed25519PublicKey]
+) -> Signed:
+    """What is to be thought of a signature, as JSON has it, of what has this hash.
+
+    Raises: CorruptArtefactError if it is not one of this.
+    """
+    key = _checked_key(where, signature, sha256, domain)
     by = next((name for name, known in trusted.items() if known == key), None)
     return Signed("unknown key" if by is None else "signed", by, fingerprint(key))
 
@@ -82,20 +101,19 @@ def require_trusted(where: object, signed: Signed) -> None:
 
 
 def tampered(where: object, got: str) -> CorruptArtefactError:
-    """The error for a pack whose signature is not one of its content."""
+    """The error for a pack, or an index, whose signature is not one of its content."""
     fix = "Do not use it; get it again from who made it."
     return CorruptArtefactError(where, expected="a signature of this content", got=f"tampered: {got}", fix=fix)
 
 
-def _checked_key(where: object, content: bytes, content_sha256: str) -> Ed25519PublicKey:
+def _checked_key(where: object, about: Any, sha256: str, domain: bytes) -> Ed25519PublicKey:
     try:
-        about = json.loads(content)
         if about["algorithm"] != ALGORITHM or set(about) != {"algorithm", "public_key", "signature", "signed"}:
             raise tampered(where, "a signature of another kind")
-        if about["signed"] != content_sha256:
+        if about["signed"] != sha256:
             raise tampered(where, "a signature of other content")
         key = parse_public(where, about["public_key"])
-        key.verify(base64.b64decode(about["signature"], validate=True), _message(content_sha256))
+        key.verify(base64.b64decode(about["signature"], validate=True), domain + bytes.fromhex(sha256))
         return key
     except InvalidSignature as error:
         raise tampered(where, "a signature that its key has not made") from error
@@ -103,7 +121,3 @@ def _checked_key(where: object, content: bytes, content_sha256: str) -> Ed25519P
         raise
     except (ConfigError, ValueError, KeyError, TypeError, RecursionError, binascii.Error) as error:
         raise tampered(where, "a signature that cannot be read") from error
-
-
-def _message(content_sha256: str) -> bytes:
-    return DOMAIN + bytes.fromhex(content_sha256)

@@ -85,6 +85,15 @@ def test_what_declares_too_much_takes_no_memory(tmp_path: Path) -> None:
     assert len(ran.stdout.splitlines()) == 2 * (len(GGUF) + 1) + len(ARRAYS) + 3, ran.stdout
 
 
+@pytest.mark.parametrize(("name", "file"), [("spipe", "v.spipe"), ("hotwire", "v.pt"), ("plain", "v.npz")])
+def test_a_zip_with_a_list_of_members_that_is_too_long_is_not_read(name: str, file: str, tmp_path: Path) -> None:
+    n_bytes = 5 << 20
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 65535, 65535, n_bytes, 4, 0)
+    (tmp_path / file).write_bytes(b"PK\3\4" + bytes(n_bytes) + end)
+    with pytest.raises(SaekitError, match="a list of members of more than"):
+        find(name).read(tmp_path / file, MODEL)
+
+
 TENSORS: dict[str, Callable[[], torch.Tensor]] = {
     "sparse": lambda: torch.ones(5, 6).to_sparse(),
     "meta": lambda: torch.ones(5, 6, device="meta"),

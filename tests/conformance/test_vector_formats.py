@@ -30,7 +30,8 @@ from activations.errors import (
 )
 from activations.hook_points import SITES, HookPoint
 from activations.store_schema import ModelRef
-from steer.formats import VECTOR_FORMATS, detect, find
+from sae.formats.state_dict import load_torch
+from steer.formats import VECTOR_FORMATS, base, detect, find
 from steer.formats.base import VectorFormat
 from steer.operations import VECTOR_OPERATIONS
 from steer.vectors import SteeringVector
@@ -64,8 +65,8 @@ HOLDS = {
     "neuronpedia": Holds(".json", sites=("resid_pre", "resid_post"), several=False),
     "plain": Holds(".safetensors", tuple(VECTOR_OPERATIONS), tuple(SITES)),
 }
-READ_ONLY = {"svec_cast", "svec_caa"}
-"""tests/steer/formats/test_svec.py"""
+READ_ONLY = {"svec_cast", "svec_caa", "spipe"}
+"""tests/steer/formats"""
 PAIRS = [(name, operation) for name, holds in HOLDS.items() for operation in holds.operations]
 CALM = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
@@ -238,6 +239,15 @@ def test_a_file_cut_anywhere_is_no_file(name: str, tmp_path: Path) -> None:
         find(name).read(path, MODEL)
     with pytest.raises(MissingArtefactError):
         detect(path)
+
+
+def test_a_file_of_torch_is_loaded_once_to_find_its_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = []
+    monkeypatch.setattr(base, "load_torch", lambda path: loads.append(path) or load_torch(path))
+    for name in ("hotwire", "lm_eval", "steering_vectors"):
+        path = written(name, tmp_path)
+        assert (detect(path), loads) == (name, [path])
+        loads.clear()
 
 
 def write_gguf(path: Path, rows: dict[int, np.ndarray], keys: dict[str, str | int]) -> None:

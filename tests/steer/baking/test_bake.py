@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from activations.models import LoadedModel, load_model
 from sae.checked_files import safetensors_heads
 from steer.baking import adapter, bake, receipt, weights
 from steer.baking.bake import RECEIPT
+from steer.cli import main
 from steer.config import BakeConfig
 from steer.library import save_library
 from steer.operations import Intervention
@@ -201,3 +203,34 @@ def test_an_ablation_that_is_whole_leaves_nothing(tiny: LoadedModel, vector: Ste
     assert float((torch.from_numpy(used.direction) @ (weight + b @ a)).abs().max()) < 1e-6
     assert np.linalg.matrix_rank((b @ a).numpy(), tol=1e-6) == 1
     assert set(weights.SWITCHES) > {"mlp_bias"}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing", "ignore:.*lora_bias=True")
+def test_the_verb_bakes_shows_and_refuses(
+    made: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = made({"name": "v"}, {"name": "turn", "operation": "rotate", "coefficient": 0.5})
+    given = [f"{key}={getattr(config, key)}" for key in ("library", "model", "device", "prompts", "texts", "out")]
+
+    def saekit(*more: str) -> tuple[int, str, str]:
+        sets = [word for each in (*given, "first_token_kl=100") for word in ("--set", each)]
+        monkeypatch.setattr(sys, "argv", ["saekit", "library", "bake", *sets, *more])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    code, out, _ = saekit("--dry-run", "--json")
+    assert (code, json.loads(out)["config"]["form"], config.out.exists()) == (0, "lora", False)
+    code, out, err = saekit("--set", "vector=turn")
+    assert (code, out, config.out.exists()) == (1, "", False)
+    assert "rotate" in err.splitlines()[-1]
+    code, out, _ = saekit("--set", "vector=v", "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads((config.out / RECEIPT).read_text())
+    assert {path.name for path in config.out.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors", RECEIPT}
+    code, _, err = saekit("--set", "vector=v")
+    assert code == 1
+    assert str(config.out) in err, "what is there is not written over"

@@ -30,7 +30,7 @@ def test_what_is_published_is_in_the_index(make_pack: Callable[..., Path], tmp_p
     for version in ("1.10.0", "1.9.0", "2.0.0"):
         assert publish_to_catalogue(make_pack(version, version=version), where).is_new
     publish_to_catalogue(make_pack("other", name="another"), where)
-    packs = read_catalogue(str(where))
+    packs, _ = read_catalogue(str(where))
     assert [(pack.name, pack.version) for pack in packs] == [
         ("another", "1.0.0"), ("demo", "1.9.0"), ("demo", "1.10.0"), ("demo", "2.0.0"),
     ]  # fmt: skip
@@ -78,7 +78,7 @@ def test_a_signature_is_taken_over(make_pack: Callable[..., Path], tmp_path: Pat
     signed = publish_to_catalogue(pack, where, sign(content, KEY))
     assert not signed.is_new
     assert signed.pack.signer == fingerprint(KEY.public_key())
-    assert read_catalogue(str(where)) == [signed.pack]
+    assert read_catalogue(str(where)).packs == [signed.pack]
     assert sorted(path.name for path in where.glob("*.zst")) == [signed.pack.file]
     assert publish_to_catalogue(pack, where).pack == signed.pack  # unsigned: the signature stays
     with pytest.raises(CorruptArtefactError, match="tampered"):
@@ -106,7 +106,7 @@ def test_publishers_at_once_lose_nothing(
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
-    found = read_catalogue(str(tmp_path / "catalogue"))
+    found = read_catalogue(str(tmp_path / "catalogue")).packs
     assert [pack.version for pack in found] == [f"1.{number}.0" for number in range(8)]
     assert list((tmp_path / "catalogue").glob(".partial-*")) == []
 
@@ -138,7 +138,7 @@ def test_a_publisher_waits_for_another(
     for process in (first, second):
         process.join(120)
         assert process.exitcode == 0
-    assert [pack.version for pack in read_catalogue(str(tmp_path / "catalogue"))] == ["1.0.0", "1.1.0"]
+    assert [pack.version for pack in read_catalogue(str(tmp_path / "catalogue")).packs] == ["1.0.0", "1.1.0"]
 
 
 STEPS = ("write_archive", "unpack_archive", "_enter", "sync", "write_whole")
@@ -159,11 +159,11 @@ def test_a_publisher_that_is_killed_leaves_the_old_state(
     process = start_process(_die_at, step, pack, where)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
-    assert read_catalogue(str(where)) == [old]
+    assert read_catalogue(str(where)).packs == [old]
     assert (where / old.file).stat().st_size == old.bytes
     assert publish_to_catalogue(pack, where).is_new
     assert list(where.glob(".partial-*")) == []
-    assert [found.version for found in read_catalogue(str(where))] == ["1.0.0", "1.1.0"]
+    assert [found.version for found in read_catalogue(str(where)).packs] == ["1.0.0", "1.1.0"]
 
 
 def entry(**changes: Any) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def test_search() -> None:
 def test_an_index_that_is_wrong(changes: dict[str, Any], match: str) -> None:
     content = json.dumps({"format": "saekit-catalogue-1", "packs": [entry(**changes)]}).encode()
     with pytest.raises(CorruptArtefactError, match=f"there: expected key '{match}'") as caught:
-        parse_index("there", content)
+        parse_index("there", content, {})
     assert "\x1b" not in str(caught.value)
 
 
@@ -233,7 +233,7 @@ def test_what_is_no_index(tmp_path: Path) -> None:
     others = (b'{"format": "saekit-catalogue-2"}', b'{"format": "saekit-catalogue-1", "packs": {}}')
     for content in (b"", b"[]", b"{", b"[" * 100_000, b"\xff", *others, json.dumps(twice).encode()):
         with pytest.raises(CorruptArtefactError, match=r"^there: "):
-            parse_index("there", content)
+            parse_index("there", content, {})
     with pytest.raises(MissingArtefactError, match=r"index\.json"):
         read_catalogue(str(tmp_path))
     with pytest.raises(ConfigError, match="http:// or https://, got ftp"):

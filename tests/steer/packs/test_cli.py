@@ -45,12 +45,15 @@ def test_from_a_key_to_an_installed_pack(saekit: Saekit, make_pack: Callable[...
     found = saekit("search", "joyful", "rivers", "--set", f"catalogue={where}", "--set", f"model={FINGERPRINT[:12]}")
     assert found["found"]["demo"]["signer"] == key["fingerprint"]
     assert saekit("search", "nothing", "--set", f"catalogue={where}")["found"] == {}
-    assert list(saekit("list", "--set", f"catalogue={where}")["packs"]) == ["demo@1.0.0"]
+    listed = saekit("list", "--set", f"catalogue={where}")
+    assert list(listed["packs"]) == ["demo@1.0.0"]
+    assert listed["index"] == found["index"] == f"signed by an unknown key {key['fingerprint']}"
     got = ("install", "demo", "--set", f"catalogue={where}", "--set", "require_signature=true")
     assert key["fingerprint"] in saekit(*got, code=1)
     trusted = saekit("trust", "--set", "name=ada", "--set", f"key={key['public_key']}")
     assert trusted["trusted"] == {"ada": {"fingerprint": key["fingerprint"], "public_key": key["public_key"]}}
-    assert saekit(*got)["signed"] == "signed by ada"
+    done = saekit(*got)
+    assert done["signed"] == done["index_signed"] == "signed by ada"
     assert saekit("list")["packs"]["demo@1.0.0"]["signed"] == "signed by ada"
     assert saekit("verify", "demo")["signed"] == "signed by ada"
     assert "signed by ada" in saekit("list", as_json=False)
@@ -79,3 +82,13 @@ def test_what_is_tampered_with_is_an_error(saekit: Saekit, make_pack: Callable[.
 def test_a_dry_run_leaves_everything_as_it_is(saekit: Saekit, tmp_path: Path, verb: str) -> None:
     assert saekit(verb, "--dry-run")["config"]
     assert tree(tmp_path) == {}
+
+
+def test_a_pack_is_removed(saekit: Saekit, make_pack: Callable[..., Path]) -> None:
+    saekit("install", str(make_pack()))
+    path = str(store() / "demo" / "1.0.0")
+    assert saekit("remove", "demo", "--dry-run")["path"] == path
+    assert list(saekit("list")["packs"]) == ["demo@1.0.0"]
+    assert saekit("remove", "demo@1.0.0") == {"name": "demo", "version": "1.0.0", "path": path}
+    assert saekit("list")["packs"] == {}
+    assert "something installed" in saekit("remove", "demo", code=1)
