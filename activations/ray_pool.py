@@ -165,6 +165,17 @@ class Pool:
         while not self._load:
             self.wait()
 
+    def map(self, items: Sequence[Any]) -> Iterator[Any]:
+        """The result of each item, in order; no more than `size` results wait for one that comes before them."""
+        left = iter(items)
+        while True:
+            while self.has_room and self.pending < (1 + DEPTH) * self.size and (item := next(left, None)) is not None:
+                self.submit(item)
+            yield from self.results()
+            if not self.pending:
+                return
+            self.wait()
+
     @property
     def pending(self) -> int:
         """Items whose results were not handed out."""

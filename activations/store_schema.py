@@ -103,7 +103,7 @@ class HookState(Config):
         )
 
     def plus(self, more: "HookState") -> "HookState":
-        """Return the state with the tokens of another counted in; the limit stays."""
+        """Return the state with the tokens of another, of the same limit if any were counted, counted in."""
         merged = dict(self.norm_bins)
         for index, count in more.norm_bins.items():
             merged[index] = merged.get(index, 0) + count
@@ -115,6 +115,7 @@ class HookState(Config):
                 "sum_norm": self.sum_norm + more.sum_norm,
                 "sum_sq_norm": self.sum_sq_norm + more.sum_sq_norm,
                 "norm_bins": merged,
+                "outlier_limit": max(self.outlier_limit, more.outlier_limit),
             }
         )
 
@@ -143,14 +144,13 @@ class StoreState(Config):
 
     def plus(self, group: "StoreState") -> "StoreState":
         """Return the state behind a group, whose own counts and end `group` holds."""
+        hooks = {name: self.hooks.get(name, HookState()).plus(hook) for name, hook in group.hooks.items()}
         return self.model_copy(
             update={
                 "position": group.position,
                 "tokens": self.tokens + group.tokens,
                 "masked": {reason: self.masked.get(reason, 0) + n for reason, n in group.masked.items()},
-                "hooks": {
-                    name: self.hooks[name].plus(hook) if self.hooks else hook for name, hook in group.hooks.items()
-                },
+                "hooks": hooks,
             }
         )
 

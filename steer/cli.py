@@ -113,9 +113,16 @@ def evaluate(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = 
 
 
 @app.command()
-def index(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+def index(
+    config: ConfigPath = None,
+    set_: Overrides = None,
+    ray: OnRay = False,
+    ray_address: RayAddress = None,
+    json_: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
     """Find out what each latent responds to, and keep it in a database."""
-    settings = IndexConfig.load(config, set_)
+    settings = IndexConfig.load(config, [*(set_ or []), *ray_overrides(ray, ray_address)])
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
     from sae.index import build_index

@@ -38,6 +38,11 @@ def cluster() -> Iterator[Any]:
     made.shutdown()
 
 
+def address(cluster: Any) -> str:
+    """By its loopback interface; by the machine's own address tests may not connect."""
+    return f"127.0.0.1:{cluster.address.rpartition(':')[2]}"
+
+
 def contents(stores: Any, where: str) -> dict[str, bytes]:
     """All but the config, which names the place and Ray."""
     return {key: data for key, data in stores.contents(where).items() if key != CONFIG_KEY}
@@ -52,31 +57,23 @@ def whole(stores: Any, settings: HarvestConfig) -> dict[str, bytes]:
 
 
 def on(settings: HarvestConfig, cluster: Any, **changes: object) -> HarvestConfig:
-    return HarvestConfig.model_validate(settings.model_dump() | {"ray": cluster.address} | changes)
+    return HarvestConfig.model_validate(settings.model_dump() | {"ray": address(cluster)} | changes)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"store_dtype": "int8", "commit_sequences": 8},
-        {"store_dtype": "bfloat16", "cross_documents": True, "outlier_norm": 1.3, "max_tokens": 700},
-    ],
-)
-def test_the_store_is_that_of_one_process(
-    stores: Any, settings: HarvestConfig, cluster: Any, changes: dict[str, object]
-) -> None:
+def test_a_token_budget_ends_at_the_same_group(stores: Any, settings: HarvestConfig, cluster: Any) -> None:
+    changes = {"store_dtype": "bfloat16", "cross_documents": True, "outlier_norm": 1.3, "max_tokens": 700}
     settings = HarvestConfig.model_validate(settings.model_dump() | changes)
     expected = whole(stores, settings)
     result = harvest(on(settings, cluster))
     assert contents(stores, settings.out) == expected
-    assert result.n_tokens == ActivationStore.open(settings.out).state.tokens >= min(settings.max_tokens, 1000)
-    assert harvest(on(settings, cluster)).new_tokens == 0
-    assert contents(stores, settings.out) == expected
+    assert result.n_tokens == ActivationStore.open(settings.out).state.tokens >= 700
+    assert ActivationStore.open(settings.out).state.masked["norm_outlier"] > 0
 
 
 def test_workers_killed_at_random_change_nothing(
     stores: Any, settings: HarvestConfig, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    settings = settings.model_copy(update={"store_dtype": "int8"})
     expected, rng = whole(stores, settings), random.Random(0)
     alive, killed = [], []
     check, commit = ray_harvest._check_reached, StoreWriter.commit
@@ -159,16 +156,12 @@ def test_errors_of_workers_and_settings(
         harvest(on(settings, cluster, model=str(tmp_path / "broken")))
     with pytest.raises(ConfigError, match="ray with keep_tokens: expected one of the two"):
         harvest(on(settings, cluster, keep_tokens=100_000))
-    with pytest.raises(MismatchError, match="store_dtype of the store"):
-        harvest(on(settings, cluster, model=str(tmp_path / "broken"), store_dtype="int8"))
 
 
 def test_a_worker_that_writes_to_another_disk(tmp_path: Path) -> None:
     here, there = FolderStorage(str(tmp_path / "here")), FolderStorage(str(tmp_path / "there"))
     there.write(f"{ATTEMPTS}/mark", b"")
-    with pytest.raises(
-        StorageError, match="expected one place that all machines share, got another folder for process 7"
-    ):
+    with pytest.raises(StorageError, match=r"one place that all machines share, got another folder for process 7"):
         ray_harvest._check_reached(here, (f"{ATTEMPTS}/mark", "process 7 on other"))
     ray_harvest._check_reached(there, (f"{ATTEMPTS}/mark", "process 7 on other"))
     assert there.sizes() == {}

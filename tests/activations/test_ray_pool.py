@@ -1,4 +1,4 @@
-"""Workers of Ray: results in order whoever is killed, errors as they are, and nothing of Ray where none is asked for."""
+"""Workers of Ray: results in order whoever is killed, errors as they are, and no Ray where none is asked for."""
 
 import os
 import pickle
@@ -38,6 +38,11 @@ def worker_class(run: Any) -> type:
     return Worker
 
 
+def wait_for_ever(pool: Pool) -> None:
+    while True:
+        pool.wait()
+
+
 def test_results_come_in_order_whoever_is_killed(ray_here: None) -> None:
     rng, pids, results = random.Random(0), [], []
     with Pool(worker_class(lambda item: item * item), (), 2, "auto") as pool:
@@ -62,8 +67,7 @@ def test_an_item_that_kills_its_workers_ends_the_run(ray_here: None) -> None:
         pool.begin(check=lambda pid: None)
         pool.submit(0)
         with pytest.raises(WorkerError, match=r"expected workers that live long enough .* 4 lost in a row"):
-            while True:
-                pool.wait()
+            wait_for_ever(pool)
 
 
 def test_errors_of_a_worker_are_raised_here(ray_here: None) -> None:
