@@ -17,9 +17,10 @@ import torch
 
 from activations import ray_harvest
 from activations.config import HarvestConfig
-from activations.errors import ConfigError, MismatchError, NumericsError, StorageError
+from activations.errors import ConfigError, MismatchError, NumericsError, StorageError, WorkerError
 from activations.harvest import CONFIG_KEY, harvest
 from activations.models import load_model
+from activations.ray_pool import connected
 from activations.storage import ATTEMPTS, FolderStorage
 from activations.store import ActivationStore
 from activations.store_schema import AHEAD
@@ -156,6 +157,12 @@ def test_errors_of_workers_and_settings(
         harvest(on(settings, cluster, model=str(tmp_path / "broken")))
     with pytest.raises(ConfigError, match="ray with keep_tokens: expected one of the two"):
         harvest(on(settings, cluster, keep_tokens=100_000))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "nonsense", "ray://127.0.0.1:9"])
+def test_a_cluster_that_is_not_there(address: str) -> None:
+    with pytest.raises(WorkerError, match="Start one with: ray start --head"), connected(address):
+        pass
 
 
 def test_a_worker_that_writes_to_another_disk(tmp_path: Path) -> None:
