@@ -15,7 +15,6 @@ cannot be reached without them. Left out: ring mode; how workers are kept (`acti
 
 import os
 import queue
-import socket
 import threading
 import time
 from collections import deque
@@ -45,8 +44,8 @@ from activations.harvest import (
 from activations.models import LoadedModel, Status, load_model
 from activations.plan import plan
 from activations.progress import Advance, progress
-from activations.ray_pool import DEPTH, Pool, connected
-from activations.storage import ATTEMPTS, Storage, open_storage
+from activations.ray_pool import DEPTH, Pool, connected, here
+from activations.storage import ATTEMPTS, open_storage
 from activations.store_schema import AHEAD, StoreMeta, StoreState
 from activations.store_writer import Group, StoreWriter, write_group
 from activations.text import text_fingerprint
@@ -75,27 +74,29 @@ class HarvestWorker:
         plan(self._config, loaded, meta)
         return meta, loaded.tokenizer
 
-    def begin(self, meta: StoreMeta) -> tuple[str, str]:
-        """Get ready for groups of this store.
+    def begin(self, meta: StoreMeta, mark: str) -> str:
+        """Get ready for groups of this store; returns where this worker is.
 
-        Returns: the key of an object that shows that this worker reaches the store, and where the worker is.
-        Raises: MismatchError if its model is another.
+        Args:
+          mark: an object that is in the store, if what this worker takes for it is the one that is committed to.
+        Raises: MismatchError if its model is another; StorageError if it reaches another place.
         """
-        loaded, where = self._model(), f"process {os.getpid()} on {socket.gethostname()}"
+        loaded, storage = self._model(), open_storage(self._config.out)
         made = str(loaded.dtype).removeprefix("torch.")
         for have, want in ((loaded.ref, meta.model), (made, meta.compute_dtype)):
             if have != want:
                 fix = "Give all machines the same model and the same kind of device, or set compute_dtype."
-                raise MismatchError(f"worker {where}", expected=f"{want}", got=f"{have}", fix=fix)
-        self._meta, self._n_bos = meta, len(bos_ids(loaded.tokenizer))
+                raise MismatchError(f"worker, {here()}", expected=f"{want}", got=f"{have}", fix=fix)
+        if storage.read(mark) is None:
+            fix = "Set out to a folder on a shared disk, or to s3://BUCKET/PREFIX."
+            got = f"another folder for {here()}"
+            raise StorageError(storage.where, expected="one place that all machines share", got=got, fix=fix)
+        self._storage, self._meta, self._n_bos = storage, meta, len(bos_ids(loaded.tokenizer))
         self._runner = GroupRunner(meta, loaded)
         self._buffers: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
         for _ in range(DEPTH):
             self._buffers.put(Buffer(meta, loaded.device))
-        self._storage = open_storage(self._config.out)
-        key = f"{ATTEMPTS}/{uuid4().hex}"
-        self._storage.write(key, where.encode())
-        return key, where
+        return here()
 
     def run(self, rows: Rows, start: int, limits: Mapping[str, float]) -> StoreState:
         """Compute one group and write its objects, from sequence `start` on; returns what it counts by itself.
@@ -141,7 +142,9 @@ def harvest_on_ray(config: HarvestConfig, *, on_status: Status | None = None) ->
         _check_text(config, meta)
         with StoreWriter.open(config.out, meta) as writer:
             writer.storage.write(CONFIG_KEY, config.to_yaml().encode())
-            pool.begin(meta, check=partial(_check_reached, writer.storage))
+            mark = f"{ATTEMPTS}/{uuid4().hex}"
+            writer.storage.write(mark, b"")
+            pool.begin(meta, mark)
             start = time.perf_counter()
             try:
                 new_tokens = _run(config, tokenizer, writer, pool)
@@ -212,16 +215,3 @@ def _check_text(config: HarvestConfig, meta: StoreMeta) -> None:
     if text_fingerprint(config.text) != meta.text_fingerprint:
         fix = "Put the text where all machines see the same."
         raise MismatchError(f"text '{config.text}'", expected="the text that a worker finds", got="another", fix=fix)
-
-
-def _check_reached(storage: Storage, begun: tuple[str, str]) -> None:
-    """Workers must write to the place that is committed here."""
-    key, where = begun
-    if storage.read(key) is None:
-        raise StorageError(
-            storage.where,
-            expected="one place that all machines share",
-            got=f"another folder for {where}",
-            fix="Set out to a folder on a shared disk, or to s3://BUCKET/PREFIX.",
-        )
-    storage.delete([key])

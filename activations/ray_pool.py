@@ -7,9 +7,9 @@ Flow:
    is written; it hands results out in the order of the items. What a lost worker had goes to others, and a new worker
    takes its place; only if workers are lost again and again, with no result in between, does the run end.
 
-A worker is an object with the methods `prepare`, which is called at once; `begin`, with what `Pool.begin` is given; and
-`run`, with an item. Its errors are raised here. Left out: what the work is. Nothing of Ray is imported before it is
-asked for.
+A worker is an object with the methods `prepare`, which is called at once; `begin`, with what `Pool.begin` is given,
+which returns where the worker is (`here`); and `run`, with an item. Its errors are raised here. Left out: what the work
+is. Nothing of Ray is imported before it is asked for.
 """
 
 import heapq
@@ -71,6 +71,11 @@ def _knock(address: str) -> None:
     if "://" in address or not host or not port.isdecimal():
         raise ValueError(f"'{address}'")
     socket.create_connection((host, int(port)), CONNECT_S).close()
+
+
+def here() -> str:
+    """This process, for messages."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def share(
@@ -153,13 +158,13 @@ class Pool:
             except RayActorError as error:
                 self._lose(number, error)
 
-    def begin(self, *arguments: Any, check: Callable[[Any], None]) -> None:
+    def begin(self, *arguments: Any, ready: Callable[[str], None] = lambda where: None) -> None:
         """Let every worker begin, now and later ones too; returns when the first has.
 
         Args:
-          check: raises if what a worker's `begin` gives is not right.
+          ready: told where a worker is, once it has begun.
         """
-        self._begin, self._check = arguments, check
+        self._begin, self._ready = arguments, ready
         for number in self._actors:
             self._let_begin(number)
         while not self._load:
@@ -218,7 +223,7 @@ class Pool:
             self._lose(worker, error)
         else:
             if item is None:
-                self._check(value)
+                self._ready(value)
                 self._load[worker] = 0
             else:
                 self._done[item], self._losses = value, 0

@@ -47,7 +47,7 @@ LEASE_S = 60.0
 """seconds without a sign of life after which a lease on a bucket may be taken over"""
 LOCK_KEY = ".writer.lock"
 ATTEMPTS = ".attempts"
-"""folder of a store where objects are made that are replaced at once"""
+"""folder of a store where objects are made that are replaced at once, and what is only there meanwhile"""
 PATIENCE_S = 20.0
 """seconds for which a request to a bucket is repeated before a run gives up"""
 PAUSE_S = 0.1
@@ -120,7 +120,7 @@ class Storage(Protocol):
         ...
 
     def sweep(self) -> None:
-        """Delete what processes that were killed in `replace_all` have left."""
+        """Delete what is in the folder ATTEMPTS: processes that were killed in `replace_all` leave something there."""
         ...
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
@@ -337,7 +337,7 @@ class BucketStorage:
         self.write_all(objects)  # a put is there whole or not at all
 
     def sweep(self) -> None:
-        pass  # the bucket itself drops uploads that were cut short
+        self.delete(self.sizes(ATTEMPTS))  # the bucket itself drops uploads that were cut short
 
     def _put(self, item: tuple[str, Callable[[], list[Any]]]) -> None:
         key, data = item[0], b"".join(item[1]())

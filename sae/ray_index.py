@@ -12,7 +12,6 @@ times their windows. Left out: a text that is run through the model, which `saek
 """
 
 import os
-import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from activations.errors import MismatchError
 from activations.models import choose_device
-from activations.ray_pool import Pool, connected
+from activations.ray_pool import Pool, connected, here
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from sae.config import IndexConfig
@@ -60,18 +59,17 @@ class IndexWorker:
         Raises: MismatchError unless they are those of `sha256` and `key`.
         """
         config, artefact = self._config, SaeArtefact.load(self._config.sae)
-        here = f"process {os.getpid()} on {socket.gethostname()}"
         store = ActivationStore.open(config.store)
         for where, have, want in ((config.sae, artefact.sha256, sha256), (store.path, text_key(store.meta), key)):
             if have != want:
                 fix = "Put SAE and store where all machines see the same."
                 raise MismatchError(
-                    where, expected="the one where the run was started", got=f"another for {here}", fix=fix
+                    where, expected="the one where the run was started", got=f"another for {here()}", fix=fix
                 )
         self._store, self._source, self._settings = store, source, settings
         self._sae = TorchSae(artefact).to(choose_device(config.device))
         self._reads, self._d_sae = Wiring.parse(artefact.hook_point).reads, artefact.d_sae
-        return here
+        return here()
 
     def run(self, spans: Sequence[Span]) -> tuple[dict[str, Tensor], list[Tensor]]:
         """What statistics of these blocks hold, and the sum of activations of each block."""
@@ -100,14 +98,10 @@ def count_on_ray(
         length = max(1, min(MAX_RUN, -(-len(spans) // (RUNS_A_WORKER * pool.size))))
         runs = [spans[start : start + length] for start in range(0, len(spans), length)]
         if runs:
-            pool.begin(artefact.sha256, text_key(store.meta), (number, key), statistics.settings, check=_accept)
+            pool.begin(artefact.sha256, text_key(store.meta), (number, key), statistics.settings)
         tokens = cursor.tokens
         for run, (tensors, totals) in zip(runs, pool.map(runs), strict=True):
             statistics.merge(tensors, totals)
             n_tokens = int(tensors["n_tokens"])
             tokens += n_tokens
             yield n_tokens, Cursor(sequence=run[-1][1], tokens=tokens)
-
-
-def _accept(where: str) -> None:
-    """A worker has raised by itself if anything is wrong."""

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from activations import ray_harvest
 from activations.config import HarvestConfig
 from activations.errors import ConfigError, MismatchError, NumericsError, StorageError, WorkerError
 from activations.harvest import CONFIG_KEY, harvest
 from activations.models import load_model
-from activations.ray_pool import connected
+from activations.ray_harvest import HarvestWorker
+from activations.ray_pool import Pool, connected
 from activations.storage import ATTEMPTS, FolderStorage
 from activations.store import ActivationStore
 from activations.store_schema import AHEAD
@@ -77,11 +77,10 @@ def test_workers_killed_at_random_change_nothing(
     settings = settings.model_copy(update={"store_dtype": "int8"})
     expected, rng = whole(stores, settings), random.Random(0)
     alive, killed = [], []
-    check, commit = ray_harvest._check_reached, StoreWriter.commit
+    begin, commit = Pool.begin, StoreWriter.commit
 
-    def remember(storage: Any, begun: tuple[str, str]) -> None:
-        check(storage, begun)
-        alive.append(int(begun[1].split()[1]))
+    def remember(self: Pool, *arguments: Any) -> None:
+        begin(self, *arguments, ready=lambda where: alive.append(int(where.split()[1])))
 
     def kill_sometimes(self: StoreWriter, *arguments: Any) -> None:
         commit(self, *arguments)
@@ -89,7 +88,7 @@ def test_workers_killed_at_random_change_nothing(
             killed.append(alive.pop(rng.randrange(len(alive))))
             os.kill(killed[-1], signal.SIGKILL)
 
-    monkeypatch.setattr(ray_harvest, "_check_reached", remember)
+    monkeypatch.setattr(Pool, "begin", remember)
     monkeypatch.setattr(StoreWriter, "commit", kill_sometimes)
     harvest(on(settings, cluster))
     assert len(set(killed)) == N_KILLS
@@ -165,13 +164,15 @@ def test_a_cluster_that_is_not_there(address: str) -> None:
         pass
 
 
-def test_a_worker_that_writes_to_another_disk(tmp_path: Path) -> None:
-    here, there = FolderStorage(str(tmp_path / "here")), FolderStorage(str(tmp_path / "there"))
-    there.write(f"{ATTEMPTS}/mark", b"")
-    with pytest.raises(StorageError, match=r"one place that all machines share, got another folder for process 7"):
-        ray_harvest._check_reached(here, (f"{ATTEMPTS}/mark", "process 7 on other"))
-    ray_harvest._check_reached(there, (f"{ATTEMPTS}/mark", "process 7 on other"))
-    assert there.sizes() == {}
+def test_a_worker_that_is_not_like_the_others(settings: HarvestConfig, tmp_path: Path) -> None:
+    worker, mark = HarvestWorker(settings, str(tmp_path / "nowhere")), f"{ATTEMPTS}/mark"
+    meta, _ = worker.describe()
+    with pytest.raises(StorageError, match="one place that all machines share, got another folder for process"):
+        worker.begin(meta, mark)
+    FolderStorage(settings.out).write(mark, b"")
+    with pytest.raises(MismatchError, match=r"worker, process \d+ on .*: expected bfloat16, got float32"):
+        worker.begin(meta.model_copy(update={"compute_dtype": "bfloat16"}), mark)
+    assert worker.begin(meta, mark).startswith(f"process {os.getpid()} on ")
 
 
 def test_what_a_worker_writes_late_or_leaves(stores: Any, tmp_path: Path) -> None:

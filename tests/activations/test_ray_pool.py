@@ -46,7 +46,7 @@ def wait_for_ever(pool: Pool) -> None:
 def test_results_come_in_order_whoever_is_killed(ray_here: None) -> None:
     rng, pids, results = random.Random(0), [], []
     with Pool(worker_class(lambda item: item * item), (), 2, "auto") as pool:
-        pool.begin(check=pids.append)
+        pool.begin(ready=pids.append)
         items, kills = iter(range(200)), 0
         while True:
             while pool.has_room and (item := next(items, None)) is not None:
@@ -64,7 +64,7 @@ def test_results_come_in_order_whoever_is_killed(ray_here: None) -> None:
 
 def test_an_item_that_kills_its_workers_ends_the_run(ray_here: None) -> None:
     with Pool(worker_class(lambda item: os.kill(os.getpid(), signal.SIGKILL)), (), 1, "auto") as pool:
-        pool.begin(check=lambda pid: None)
+        pool.begin()
         pool.submit(0)
         with pytest.raises(WorkerError, match=r"expected workers that live long enough .* 4 lost in a row"):
             wait_for_ever(pool)
@@ -78,7 +78,7 @@ def test_errors_of_a_worker_are_raised_here(ray_here: None) -> None:
 
     for item, kind in ((1, NumericsError), (0, ZeroDivisionError)):
         with Pool(worker_class(fail), (), 1, "auto") as pool:
-            pool.begin(check=lambda pid: None)
+            pool.begin()
             pool.submit(item)
             with pytest.raises(kind):
                 pool.wait()

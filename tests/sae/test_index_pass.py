@@ -242,7 +242,10 @@ def test_partners_are_those_of_brute_force() -> None:
 )
 def test_parts_merge_to_the_same_bits(architecture: str, sizes: list[int], data: st.DataObject) -> None:
     """Runs of neighbouring blocks, each counted by itself, and then one of their own behind them."""
-    sae, parts = sae_of(architecture), [*blocks(text(0, 40, 2), sizes), *blocks(text(3, 20, 6), sizes)]
+    sae, uneven = sae_of(architecture), 10.0 ** np.random.default_rng(3).uniform(-8, 8, (40, 1, 1))
+    one, two = text(0, 40, 2), text(3, 20, 6)
+    one = one._replace(x=(one.x * uneven).astype(np.float32))  # so that sums in another order round to others
+    parts = [*blocks(one, sizes), *blocks(two, sizes)]
     whole, merged = Statistics(SETTINGS, D_SAE), Statistics(SETTINGS, D_SAE)
     for block in parts:
         whole.add(sae, block)

@@ -19,7 +19,7 @@ from activations.config import HarvestConfig
 from activations.errors import ConfigError, CorruptArtefactError, MismatchError, MissingArtefactError, TextError
 from activations.harvest import harvest
 from activations.models import LoadedModel, load_model
-from activations.ray_pool import connected
+from activations.ray_pool import Pool, connected
 from activations.store import ActivationStore
 from sae import index as index_module
 from sae import index_source, ray_index
@@ -227,7 +227,10 @@ def test_workers_of_ray_find_the_same_whoever_is_killed(
     one, many = (made.config.model_copy(update={"out": tmp_path / out, "device": "cpu"}) for out in ("one", "many"))
     build_index(one, made.loaded)
     on_ray = many.model_copy(update={"ray": "local", "ray_workers": 2})
-    merge, alive, killed, rng = Statistics.merge, [], [], random.Random(0)
+    begin, merge, alive, killed, rng = Pool.begin, Statistics.merge, [], [], random.Random(0)
+
+    def remember(self: Pool, *arguments: Any) -> None:
+        begin(self, *arguments, ready=lambda where: alive.append(int(where.split()[1])))
 
     def kill_sometimes(self: Statistics, *arguments: Any) -> None:
         merge(self, *arguments)
@@ -235,7 +238,7 @@ def test_workers_of_ray_find_the_same_whoever_is_killed(
             killed.append(alive.pop())
             os.kill(killed[-1], signal.SIGKILL)
 
-    monkeypatch.setattr(ray_index, "_accept", lambda where: alive.append(int(where.split()[1])))
+    monkeypatch.setattr(Pool, "begin", remember)
     monkeypatch.setattr(ray_index, "MAX_RUN", 3)
     monkeypatch.setattr(Statistics, "merge", kill_sometimes)
     monkeypatch.setattr(index_module, "CHECKPOINT_S", 0.0)
