@@ -17,6 +17,8 @@ from activations.errors import ConfigError
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 StorePath = Annotated[str, BeforeValidator(lambda where: str(where) if isinstance(where, Path) else where)]
 """where an activation store is: a path, or s3://BUCKET/PREFIX"""
+RAY_DESCRIPTION = "run on Ray: local, or the address of a cluster, HOST:PORT; none: in this process"
+RAY_WORKERS_DESCRIPTION = "ray: workers; auto: one for each GPU, or without GPUs one for each machine"
 
 
 class Config(BaseModel):
@@ -154,4 +156,8 @@ class HarvestConfig(Config):
     device: str = Field(default="auto", description="torch device: auto, cpu, cuda, cuda:1")
     outlier_norm: float = Field(
         default=10.0, gt=1, description="mask tokens whose norm is above this many median norms"
+    )
+    ray: str | None = Field(default=None, min_length=1, description=RAY_DESCRIPTION)
+    ray_workers: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
+        default="auto", description=RAY_WORKERS_DESCRIPTION
     )

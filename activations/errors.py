@@ -11,6 +11,7 @@
     ├── DiskSpaceError (OSError)            not enough room, found out before or while writing
     ├── DeviceMemoryError (MemoryError)     a GPU that is too small for what was asked
     ├── StorageError (OSError)              a disk or object storage that fails or refuses
+    ├── WorkerError (OSError)               a cluster that does not answer, or workers that are lost again and again
     ├── EndpointError (OSError)             a language model's endpoint that does not answer, or refuses
     ├── EngineError (RuntimeError)          a server's engine that failed, or stopped
     ├── InterruptedRunError                 stopped by the user; what was committed is kept
@@ -22,6 +23,9 @@
 One message shape everywhere: where, what was expected, what was found, what to do. The command line prints it as one
 line and exits with 1; anything that is not a SaekitError is a bug and keeps its traceback.
 """
+
+from functools import partial
+from typing import Any
 
 LONGEST = 2000
 """letters of a part of a message; it may quote a file, which may be long"""
@@ -45,6 +49,11 @@ class SaekitError(Exception):
 def _cut(part: object) -> str:
     text = str(part)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it gets from one process to another."""
+        again = partial(type(self), self.where, expected=self.expected, got=self.got, fix=self.fix)
+        return again, ()
 
 
 class ConfigError(SaekitError, ValueError):
@@ -85,6 +94,10 @@ class DeviceMemoryError(SaekitError, MemoryError):
 
 class StorageError(SaekitError, OSError):
     """A disk or object storage fails, or refuses."""
+
+
+class WorkerError(SaekitError, OSError):
+    """A cluster does not answer, or its workers are lost again and again."""
 
 
 class EndpointError(SaekitError, OSError):

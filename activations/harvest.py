@@ -12,18 +12,19 @@ Flow:
 5. in ring mode, wait for the trainer where the store is full (`activations/ring.py`).
 
 A group's content depends only on the settings and on its place in the text, so a run that was stopped anywhere goes on
-with the next group and ends with the same store. Left out: several processes writing one store.
+with the next group and ends with the same store. Left out: several processes, which `activations/ray_harvest.py` has.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
 from itertools import count, islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Float64, Int32
 
 from activations.ahead import ahead
 from activations.config import HarvestConfig
@@ -124,12 +125,16 @@ def harvest(
     """Harvest `config.text` into the store at `config.out`; goes on where an earlier run stopped.
 
     Args:
-      loaded: the model, if the caller has it already; must be what `config.model` names.
+      loaded: the model, if the caller has it already; must be what `config.model` names. Workers of Ray load their own.
       on_status: told in one line what takes long before the first token.
     Raises: InterruptedRunError on Ctrl-C, after the commit in flight; NumericsError for NaN or infinity; TextError if
       the text has no tokens; MismatchError if the store was made with other settings; DiskSpaceError or StorageError
-      if it cannot be written.
+      if it cannot be written; with `config.ray` also WorkerError if Ray or its workers do not hold.
     """
+    if config.ray is not None:
+        from activations.ray_harvest import harvest_on_ray
+
+        return harvest_on_ray(config, on_status=on_status)
     loaded = loaded or load_model(config.model, device=config.device, dtype=config.compute_dtype, on_status=on_status)
     meta = store_meta(config, loaded)
     plan(config, loaded, meta)
@@ -137,11 +142,17 @@ def harvest(
         writer.storage.write(CONFIG_KEY, config.to_yaml().encode())
         start = time.perf_counter()
         new_tokens, exhausted = _Harvest(config, loaded, writer).run()
-        seconds = time.perf_counter() - start
-        if writer.state.committed == 0:
-            raise TextError(config.text, expected="some text", got="no tokens", fix="Choose a text that is not empty.")
-        writer.finish(complete=exhausted or writer.state.tokens >= config.max_tokens)
-        return HarvestResult(config.out, writer.state.committed, writer.state.tokens, new_tokens, seconds)
+        return finish(config, writer, new_tokens, time.perf_counter() - start, exhausted=exhausted)
+
+
+def finish(
+    config: HarvestConfig, writer: StoreWriter, new_tokens: int, seconds: float, *, exhausted: bool
+) -> HarvestResult:
+    """Record that a harvest ended, and what it did. Raises: TextError if there is nothing."""
+    if writer.state.committed == 0:
+        raise TextError(config.text, expected="some text", got="no tokens", fix="Choose a text that is not empty.")
+    writer.finish(complete=exhausted or writer.state.tokens >= config.max_tokens)
+    return HarvestResult(config.out, writer.state.committed, writer.state.tokens, new_tokens, seconds)
 
 
 class _Measured(NamedTuple):
@@ -190,12 +201,7 @@ class _Harvest:
             except KeyboardInterrupt:
                 measuring.shutdown()
                 writing.shutdown()
-                raise InterruptedRunError(
-                    config.out,
-                    expected="to run to the end",
-                    got=f"Ctrl-C; {writer.state.tokens:,} tokens are committed",
-                    fix="Run the same command again to go on from there.",
-                ) from None
+                raise interrupted(config, writer) from None
 
     def _loop(self, measuring: Executor, writing: Executor, advance: Advance) -> tuple[int, bool]:
         new_tokens, committed, budget = 0, self._state.committed, self._config.max_tokens
@@ -233,24 +239,11 @@ class _Harvest:
         with self._runner.beside():
             norms = running.norms()
             check_finite(self._writer.meta, norms, rows)
-            state, attend, special = self._state, rows.attend, rows.special & rows.attend
-            limits = {name: hook.outlier_limit for name, hook in state.hooks.items()}
-            limits = limits or outlier_limits(self._config, rows, norms)
-            hooks = {name: state.hooks.get(name, HookState(outlier_limit=limit)) for name, limit in limits.items()}
-            text, outlier = rows.is_text, find_outliers(rows, norms, limits)
-            mask, is_bos = text & ~outlier, special & (np.arange(attend.shape[1]) < self._n_bos)
-            masked = {"padding": ~attend, "bos": is_bos, "control": special & ~is_bos, "norm_outlier": outlier}
-            sums = {name: self._runner.sums(buffer, name, mask) for name in hooks}
-            self._state = state.model_copy(
-                update={
-                    "position": rows.after,
-                    "tokens": state.tokens + int(mask.sum()),
-                    "masked": {reason: state.masked.get(reason, 0) + int(m.sum()) for reason, m in masked.items()},
-                    "hooks": {name: hook.add(norms[name][mask], sums[name]) for name, hook in hooks.items()},
-                }
-            )
+            limits = self._state.outlier_limits or outlier_limits(self._config, rows, norms)
+            mask, counts = count_in(rows, norms, limits, partial(self._runner.sums, buffer), self._n_bos)
+            self._state = self._state.plus(counts)
             group = Group(rows.tokens, mask, rows.documents, buffer.arrays(len(mask)))
-        return _Measured(group, self._state, self._state.tokens, int(text.sum()))
+        return _Measured(group, self._state, self._state.tokens, int(rows.is_text.sum()))
 
     def _write(self, measured: Future[_Measured]) -> None:
         """The writer thread's part."""
@@ -306,6 +299,43 @@ def find_outliers(
 ) -> Bool[np.ndarray, "seq ctx"]:
     """Tokens of text whose norm is above the limit of some hook point."""
     return np.any([norms[name] > limit for name, limit in limits.items()], axis=0) & rows.is_text
+
+
+def count_in(
+    rows: Rows,
+    norms: Mapping[str, Float[np.ndarray, "seq ctx"]],
+    limits: Mapping[str, float],
+    sums: Callable[[str, Bool[np.ndarray, "seq ctx"]], Float64[np.ndarray, " d_model"]],
+    n_bos: int,
+) -> tuple[Bool[np.ndarray, "seq ctx"], StoreState]:
+    """Mask one group, and count it by itself, as `StoreState.plus` takes it.
+
+    Args:
+      sums: the sum over the unmasked tokens of a hook point.
+      n_bos: tokens that the tokenizer puts in front.
+    """
+    special, outlier = rows.special & rows.attend, find_outliers(rows, norms, limits)
+    mask, is_bos = rows.is_text & ~outlier, special & (np.arange(special.shape[1]) < n_bos)
+    masked = {"padding": ~rows.attend, "bos": is_bos, "control": special & ~is_bos, "norm_outlier": outlier}
+    return mask, StoreState(
+        position=rows.after,
+        tokens=int(mask.sum()),
+        masked={reason: int(m.sum()) for reason, m in masked.items()},
+        hooks={
+            name: HookState(outlier_limit=limit).add(norms[name][mask], sums(name, mask))
+            for name, limit in limits.items()
+        },
+    )
+
+
+def interrupted(config: HarvestConfig, writer: StoreWriter) -> InterruptedRunError:
+    """The error of a run that was stopped with Ctrl-C."""
+    return InterruptedRunError(
+        config.out,
+        expected="to run to the end",
+        got=f"Ctrl-C; {writer.state.tokens:,} tokens are committed",
+        fix="Run the same command again to go on from there.",
+    )
 
 
 def check_finite(meta: StoreMeta, norms: Mapping[str, Float[np.ndarray, "seq ctx"]], rows: Rows) -> None:

@@ -27,8 +27,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from itertools import chain, takewhile
+from functools import partial
+from itertools import chain, count, takewhile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol, TypeVar, runtime_checkable
 from uuid import uuid4
 
@@ -44,6 +46,8 @@ from activations.errors import DiskSpaceError, MismatchError, SaekitError, Stora
 LEASE_S = 60.0
 """seconds without a sign of life after which a lease on a bucket may be taken over"""
 LOCK_KEY = ".writer.lock"
+ATTEMPTS = ".attempts"
+"""folder of a store where objects are made that are replaced at once, and what is only there meanwhile"""
 PATIENCE_S = 20.0
 """seconds for which a request to a bucket is repeated before a run gives up"""
 PAUSE_S = 0.1
@@ -109,6 +113,14 @@ class Storage(Protocol):
 
         Returns when all of them would survive a power cut.
         """
+        ...
+
+    def replace_all(self, objects: Iterable[tuple[str, Callable[[], list[Any]]]]) -> None:
+        """As `write_all`, for objects that other processes may be writing, too: each is replaced at once, and whole."""
+        ...
+
+    def sweep(self) -> None:
+        """Delete what is in the folder ATTEMPTS: processes that were killed in `replace_all` leave something there."""
         ...
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
@@ -184,10 +196,30 @@ class FolderStorage:
         with self.explained():
             with ThreadPoolExecutor(_WRITERS) as pool:
                 written = list(pool.map(self._write_new, objects))
-            # The name of a file is in its folder, and that of the folder in the one above it.
-            folders = {folder for path in written for folder in path.parents if folder.is_relative_to(self._path)}
-            for folder in sorted(folders, reverse=True):
-                _sync(folder)
+            self._sync_folders(written)
+
+    def replace_all(self, objects: Iterable[tuple[str, Callable[[], list[Any]]]]) -> None:
+        attempts = self._path / ATTEMPTS
+        with self.explained():
+            attempts.mkdir(exist_ok=True)
+            with TemporaryDirectory(dir=attempts) as folder, ThreadPoolExecutor(_WRITERS) as pool:
+                replaced = list(pool.map(partial(self._replace, Path(folder)), count(), objects))
+            self._sync_folders(replaced)
+
+    def _replace(self, folder: Path, number: int, item: tuple[str, Callable[[], list[Any]]]) -> Path:
+        path, new = self._path / item[0], folder / str(number)
+        _write_file(new, item[1]())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return new.replace(path)
+
+    def _sync_folders(self, written: Iterable[Path]) -> None:
+        # The name of a file is in its folder, and that of the folder in the one above it.
+        folders = {folder for path in written for folder in path.parents if folder.is_relative_to(self._path)}
+        for folder in sorted(folders, reverse=True):
+            _sync(folder)
+
+    def sweep(self) -> None:
+        shutil.rmtree(self._path / ATTEMPTS, ignore_errors=True)
 
     def _write_new(self, item: tuple[str, Callable[[], list[Any]]]) -> Path:
         path = self._path / item[0]
@@ -300,6 +332,12 @@ class BucketStorage:
         # An object is durable once its put has returned. Large ones go in parts, which are repeated one by one.
         with self.explained(), ThreadPoolExecutor(_UPLOADS) as pool:
             list(pool.map(self._put, objects))
+
+    def replace_all(self, objects: Iterable[tuple[str, Callable[[], list[Any]]]]) -> None:
+        self.write_all(objects)  # a put is there whole or not at all
+
+    def sweep(self) -> None:
+        self.delete(self.sizes(ATTEMPTS))  # the bucket itself drops uploads that were cut short
 
     def _put(self, item: tuple[str, Callable[[], list[Any]]]) -> None:
         key, data = item[0], b"".join(item[1]())

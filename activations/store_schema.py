@@ -24,6 +24,8 @@ CHUNK_BYTES = 1 << 20
 SHARD_BYTES = 1 << 24
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 PINNED_SHARE = 8
+AHEAD = 256
+"""groups that may be on disk behind the last commit, at most, where several processes write"""
 _ON_DISK = {"bfloat16": "uint16", "float16": "float16", "float32": "float32", "int8": "int8"}
 _ATTRIBUTE = "saekit_store"
 
@@ -89,17 +91,31 @@ class HookState(Config):
         floor = np.maximum(wide, np.finfo(np.float32).tiny)
         bins = np.floor(BINS_PER_OCTAVE * np.log2(floor)).astype(int)
         lowest = int(bins.min(initial=0))
+        counts = enumerate(np.bincount(bins - lowest).tolist(), start=lowest)
+        return self.plus(
+            HookState(
+                n_tokens=len(wide),
+                sum=tuple(total.tolist()),
+                sum_norm=float(wide.sum()),
+                sum_sq_norm=float((wide**2).sum()),
+                norm_bins={index: count for index, count in counts if count},
+            )
+        )
+
+    def plus(self, more: "HookState") -> "HookState":
+        """Return the state with the tokens of another, of the same limit if any were counted, counted in."""
         merged = dict(self.norm_bins)
-        for index, count in enumerate(np.bincount(bins - lowest).tolist(), start=lowest):
-            if count:
-                merged[index] = merged.get(index, 0) + count
+        for index, count in more.norm_bins.items():
+            merged[index] = merged.get(index, 0) + count
+        total = (np.array(self.sum) + np.array(more.sum)).tolist() if self.sum and more.sum else self.sum or more.sum
         return self.model_copy(
             update={
-                "n_tokens": self.n_tokens + len(wide),
-                "sum": tuple((total + np.array(self.sum)).tolist() if self.sum else total.tolist()),
-                "sum_norm": self.sum_norm + float(wide.sum()),
-                "sum_sq_norm": self.sum_sq_norm + float((wide**2).sum()),
+                "n_tokens": self.n_tokens + more.n_tokens,
+                "sum": tuple(total),
+                "sum_norm": self.sum_norm + more.sum_norm,
+                "sum_sq_norm": self.sum_sq_norm + more.sum_sq_norm,
                 "norm_bins": merged,
+                "outlier_limit": max(self.outlier_limit, more.outlier_limit),
             }
         )
 
@@ -120,6 +136,23 @@ class StoreState(Config):
     tokens: int = Field(default=0, description="unmasked tokens")
     masked: dict[str, int] = Field(default={}, description="masked tokens by reason")
     hooks: dict[str, HookState] = Field(default={}, description="statistics by hook point")
+
+    @property
+    def outlier_limits(self) -> dict[str, float]:
+        """Norm above which a token is masked, by hook point; none before the first group."""
+        return {name: hook.outlier_limit for name, hook in self.hooks.items()}
+
+    def plus(self, group: "StoreState") -> "StoreState":
+        """Return the state behind a group, whose own counts and end `group` holds."""
+        hooks = {name: self.hooks.get(name, HookState()).plus(hook) for name, hook in group.hooks.items()}
+        return self.model_copy(
+            update={
+                "position": group.position,
+                "tokens": self.tokens + group.tokens,
+                "masked": {reason: self.masked.get(reason, 0) + n for reason, n in group.masked.items()},
+                "hooks": hooks,
+            }
+        )
 
 
 class HookStats(NamedTuple):

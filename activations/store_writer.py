@@ -8,6 +8,9 @@ resumed writer writes over what was not committed.
 A writer begins with a commit, too, which changes nothing but who wrote it. On object storage, where a lease may be
 taken from a writer that only slept, that is what makes the sleeper's next commit fail. Left out: what the activations
 are, and when a ring releases them.
+
+Several processes can write for one writer: each the objects of whole groups with `write_group`, in any order and more
+than once, while the one writer alone commits.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +28,7 @@ from activations.shards import encode
 from activations.storage import LOCK_KEY, NEW, Storage, open_storage
 from activations.store import array_metadata, open_arrays
 from activations.store_schema import (
+    AHEAD,
     GROUP_KEY,
     ArrayLayout,
     ModelRef,
@@ -82,13 +86,18 @@ class StoreWriter:
         Raises: DiskSpaceError or StorageError, MismatchError if another writer has taken the store over. This writer
           then commits nothing more, and the group is not committed, unless all that got lost is the answer to that.
         """
-        start, stop = self.state.committed, self.state.committed + len(group.tokens)
+        with self._once_failed_done():
+            self._check_ours()
+            self.storage.write_all(_objects(self._layout, group, self.state.committed))
+        self.commit(len(group.tokens), state)
+
+    def commit(self, n: int, state: StoreState) -> None:
+        """Commit `n` sequences, behind the committed ones, whose objects are written; else as `append`."""
+        start = self.state.committed
         if start % self.meta.commit_sequences:
             raise ValueError("nothing can be appended behind a group that is not full")
         with self._once_failed_done():
-            self._check_ours()
-            self.storage.write_all(self._objects(group, start, stop))
-            ours = {"committed": stop, "released": self.state.released, "complete": False}
+            ours = {"committed": start + n, "released": self.state.released, "complete": False}
             self._commit(state.model_copy(update=ours))
 
     def release(self, released: int) -> None:
@@ -109,16 +118,11 @@ class StoreWriter:
             stop, rows = self.state.committed, self.meta.commit_sequences
             full = -(-stop // rows) * rows
             # What a crash left behind the last commit, if the run after it had a smaller budget.
-            self.storage.delete(key for name in self._layout for key in self._keys(name, full, full + rows))
+            behind = full + AHEAD * rows
+            self.storage.delete(key for name in self._layout for key in self._keys(name, full, behind))
+            self.storage.sweep()
             for name, array in self._layout.items():
                 self.storage.write(array_key(name), _array_json(array, stop))
-
-    def _objects(self, group: Group, start: int, stop: int) -> Iterator[tuple[str, Callable[[], list[Any]]]]:
-        parts = {"tokens": group.tokens, "mask": group.mask, "documents": group.documents, **group.activations}
-        for name, array in self._layout.items():
-            for i, key in enumerate(self._keys(name, start, stop)):
-                rows = parts[name][i * array.object_rows : (i + 1) * array.object_rows]
-                yield key, partial(encode, rows, array)
 
     def _commit(self, state: StoreState) -> None:
         data = group_json(self.meta, state, self._owner)
@@ -128,12 +132,7 @@ class StoreWriter:
     def _check_ours(self) -> None:
         """Writers that have lost the store find out before they write over what its new owner has committed."""
         if self.storage.version(GROUP_KEY) != self._version:
-            raise MismatchError(
-                self.storage.where,
-                expected="the store as this writer left it",
-                got="one that another writer has taken over",
-                fix="Let one of the two run.",
-            )
+            raise _taken_over(self.storage.where)
 
     @contextmanager
     def _once_failed_done(self) -> Iterator[None]:
@@ -176,6 +175,38 @@ class StoreWriter:
         there = self.storage.sizes() if stop else {}
         keys = (key for name in self._released_arrays() for key in self._keys(name, self.meta.pinned_sequences, stop))
         self.storage.delete(key for key in keys if key in there)
+
+
+def write_group(storage: Storage, meta: StoreMeta, group: Group, start: int) -> None:
+    """Write the objects of a group, from sequence `start` on, for the writer that has the store open.
+
+    Every object is replaced at once, so that several processes may do it for the same group.
+
+    Raises: MismatchError if the group is committed already: then somebody else has done this process's work.
+    """
+    found = storage.read(GROUP_KEY)
+    if found is not None and parse_group_json(storage.where, found[0])[1].committed > start:
+        raise _taken_over(storage.where)
+    storage.replace_all(_objects(layout(meta), group, start))
+
+
+def _objects(
+    arrays: Mapping[str, ArrayLayout], group: Group, start: int
+) -> Iterator[tuple[str, Callable[[], list[Any]]]]:
+    parts = {"tokens": group.tokens, "mask": group.mask, "documents": group.documents, **group.activations}
+    for name, array in arrays.items():
+        for i, key in enumerate(object_keys(name, array, start, start + len(group.tokens))):
+            rows = parts[name][i * array.object_rows : (i + 1) * array.object_rows]
+            yield key, partial(encode, rows, array)
+
+
+def _taken_over(where: str) -> MismatchError:
+    return MismatchError(
+        where,
+        expected="the store as this writer left it",
+        got="one that another writer has taken over",
+        fix="Let one of the two run.",
+    )
 
 
 def _array_json(array: ArrayLayout, n: int) -> bytes:

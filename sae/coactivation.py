@@ -63,6 +63,12 @@ def add(sample: TokenSample, codes: Codes, priority: Int[Tensor, " row"], n: int
     return first(sample, n) if len(sample.priority) > 2 * n else sample
 
 
+def merged(sample: TokenSample, other: TokenSample, n: int) -> TokenSample:
+    """The first `n` tokens of two samples of different tokens."""
+    joined = (torch.cat(parts) for parts in zip(sample[:3], other[:3], strict=True))
+    return first(TokenSample(*joined, bound=torch.minimum(sample.bound, other.bound)), n)
+
+
 def first(sample: TokenSample, n: int) -> TokenSample:
     """The `n` tokens of smallest priority, in that order."""
     order = sample.priority.argsort()[:n]

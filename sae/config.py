@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from activations.config import Config, StorePath
+from activations.config import RAY_DESCRIPTION, RAY_WORKERS_DESCRIPTION, Config, StorePath
 
 
 def _several(value: Any) -> Any:
@@ -301,6 +301,8 @@ class IndexConfig(Config):
         "pca", description="how latents are laid out in a picture of all; umap needs the extra `umap`"
     )
     seed: int = Field(0, ge=0, description="seed of the samples and the picture")
+    ray: str | None = Field(None, min_length=1, description=RAY_DESCRIPTION)
+    ray_workers: Annotated[int, Field(gt=0)] | Literal["auto"] = Field("auto", description=RAY_WORKERS_DESCRIPTION)
 
 
 class CompareConfig(Config):

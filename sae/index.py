@@ -41,7 +41,7 @@ from sae.index_effects import LENS_TOKENS, measure_effects
 from sae.index_map import layout
 from sae.index_pass import PassSettings, Statistics
 from sae.index_source import Source, seed_key, store_source, text_source
-from sae.index_state import Progress, SourceState, load_state, save_state
+from sae.index_state import Cursor, Progress, SourceState, load_state, save_state
 from sae.index_weights import logit_lens
 from sae.priorities import LARGEST
 from sae.reservoir import MAX_SOURCES, NO_TOKEN, split_key
@@ -52,6 +52,9 @@ from sae.wiring import Wiring
 CHECKPOINT_S = 60.0
 CONFIG_NAME = "index.yaml"
 DIGITS = 4
+Counter = Callable[[int, int, Cursor], Iterator[tuple[int, Cursor | None]]]
+"""counts a source in from its number, the int64 that stands for it and a seed, and a cursor; tells of tokens as they
+are counted, each time with the place behind them, or None where nothing can go on"""
 
 
 def build_index(config: IndexConfig, loaded: LoadedModel | None = None) -> Path:
@@ -64,6 +67,9 @@ def build_index(config: IndexConfig, loaded: LoadedModel | None = None) -> Path:
     assert artefact.sha256 is not None
     loaded = loaded or load_model(config.model, device=config.device)
     sae, reads = TorchSae(artefact).to(loaded.device), Wiring.parse(artefact.hook_point).reads
+    if config.ray is not None and config.text is not None:
+        fix = "Harvest the text on Ray first, and index the store."
+        raise ConfigError("ray with text", expected="a store, which workers read parts of", got=config.text, fix=fix)
     if config.text is None:
         store = ActivationStore.open(config.store)
         check_belongs(store, loaded, artefact)
@@ -73,7 +79,7 @@ def build_index(config: IndexConfig, loaded: LoadedModel | None = None) -> Path:
         source = text_source(config, reads, artefact.d_sae, loaded)
     seeds = [*load_others(config.compare_to, artefact).values()]
     state, statistics = load_state(config.out, artefact, pass_settings(config), loaded.device)
-    state = _read_text(config, source, state, statistics, sae)
+    state = _read_text(config, source, state, statistics, _counter(config, source, statistics, sae))
     info = _info(config, artefact, loaded, state, statistics)
     if not _is_written(config, info):
         vocabulary = Vocabulary.of_tokenizer(loaded.tokenizer)
@@ -98,7 +104,25 @@ def pass_settings(config: IndexConfig) -> PassSettings:
     )
 
 
-def _read_text(config: IndexConfig, source: Source, state: Progress, statistics: Statistics, sae: TorchSae) -> Progress:
+def _counter(config: IndexConfig, source: Source, statistics: Statistics, sae: TorchSae) -> Counter:
+    """What counts the blocks behind a cursor in: this process, or the workers of Ray."""
+    if config.ray is not None:
+        from sae.ray_index import count_on_ray
+
+        return functools.partial(count_on_ray, config, statistics)
+
+    def count(number: int, key: int, cursor: Cursor) -> Iterator[tuple[int, Cursor | None]]:
+        for block, after in source.blocks(number, key, cursor):
+            if len(block.x):
+                statistics.add(sae, block)
+            yield len(block.x), after
+
+    return count
+
+
+def _read_text(
+    config: IndexConfig, source: Source, state: Progress, statistics: Statistics, counter: Counter
+) -> Progress:
     """Count in what was not read yet, with a checkpoint every CHECKPOINT_S and at the end."""
     keys = [known.key for known in state.sources]
     number = keys.index(source.key) if source.key in keys else len(keys)
@@ -107,12 +131,10 @@ def _read_text(config: IndexConfig, source: Source, state: Progress, statistics:
         raise ConfigError(str(config.out), expected=f"at most {MAX_SOURCES} texts", got=number + 1, fix=fix)
     begun = state.sources[number] if number < len(keys) else SourceState(name=source.name, key=source.key)
     saved, is_saved = time.monotonic(), True
-    blocks = source.blocks(number, seed_key(source.key, config.seed), begun.cursor)
+    counted = counter(number, seed_key(source.key, config.seed), begun.cursor)
     with progress("index", max(source.expected_tokens - begun.cursor.tokens, 0), "tok") as advance:
-        for block, cursor in blocks:
-            if len(block.x):
-                statistics.add(sae, block)
-            advance(len(block.x))
+        for n_tokens, cursor in counted:
+            advance(n_tokens)
             is_saved = False
             if cursor is not None:
                 state = state.with_source(number, begun.model_copy(update={"cursor": cursor}))

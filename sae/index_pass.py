@@ -9,10 +9,11 @@ Flow for each block of whole sequences:
 5. the codes of a sample of tokens, for co-activation (`sae.coactivation`).
 
 Each is a sum, or the first n of an order of places, so that blocks may come in any order, and runs over two texts add
-up to the run over both; sums of activations, in float64, but for rounding. Left out: where blocks come from.
+up to the run over both; sums of activations, in float64, but for rounding, unless they are added block by block. Left
+out: where blocks come from.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -108,6 +109,24 @@ class Statistics:
             parts |= {f"{name}.{key}": value for key, value in getattr(self, name).tensors().items()}
         return parts | {f"sample.{name}": value for name, value in self.sample._asdict().items()}
 
+    def merge(self, tensors: Mapping[str, Tensor], totals: Iterable[Float[Tensor, " d_sae"]]) -> None:
+        """Count in what `tensors` gave of other statistics with the same settings, of other blocks.
+
+        Args:
+          totals: the sum of activations of each of their blocks, in order: added up as if each had been read here.
+        """
+        tensors = {name: value.to(self.active.device) for name, value in tensors.items()}
+        self.n_tokens += int(tensors["n_tokens"])
+        self.active += tensors["active"]
+        self.histogram += tensors["histogram"]
+        for total in totals:
+            self.total += total.to(self.total.device)
+        for name in ("top", "sampled", "near"):
+            reservoir: Reservoir = getattr(self, name)
+            reservoir.merge({key: tensors[f"{name}.{key}"] for key in reservoir.tensors()})
+        other = coactivation.TokenSample(*(tensors[f"sample.{name}"] for name in coactivation.TokenSample._fields))
+        self.sample = coactivation.merged(self.sample, other, self.settings.coactivation_tokens)
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `tensors` gave of other statistics with the same settings."""
         own = self.tensors()
@@ -122,7 +141,7 @@ class Statistics:
         ones = torch.ones_like(codes.latent)
         self.n_tokens += n_tokens
         self.active.index_add_(0, codes.latent, ones)
-        self.total.index_add_(0, codes.latent, codes.value.double())
+        self.total += torch.zeros_like(self.total).index_add_(0, codes.latent, codes.value.double())
         bins = ((codes.value.view(torch.int32) >> SHIFT).long() - FIRST).clamp(0, N_BINS - 1)
         self.histogram.view(-1).index_add_(0, codes.latent * N_BINS + bins, ones)
 

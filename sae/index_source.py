@@ -7,7 +7,7 @@ sequences; with each comes the cursor that the next one is read from. Left out: 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,8 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 """tokens a forward pass where a text is run through the model"""
 _PREFETCHED = 2
 
+Span = tuple[int, int]
+"""first sequence of a block, and the first behind it"""
 Blocks = Iterator[tuple[Block, Cursor | None]]
 """blocks, each with the place behind it, or None where nothing can go on"""
 
@@ -54,25 +56,36 @@ def seed_key(key: str, seed: int) -> int:
 
 def store_source(store: ActivationStore, reads: tuple[str, ...], d_sae: int, device: torch.device) -> Source:
     """The committed sequences of a store, as far as it still has them."""
-    rows = max(1, block_tokens(d_sae, device) // store.ctx)
 
     def blocks(number: int, key: int, cursor: Cursor) -> Blocks:
-        spans = (
-            (start, min(start + rows, kept.stop))
-            for kept in store.kept()
-            for start in range(max(kept.start, cursor.sequence), kept.stop, rows)
-        )
         tokens = cursor.tokens
-        with ahead((_read(store, reads, *span) for span in spans), _PREFETCHED) as parts:
-            for start, (ids, mask, documents, stored) in parts:
-                tokens += int(mask.sum())
-                used = torch.from_numpy(mask).to(device)
-                x = torch.cat([_widened(part, device)[used] for part in stored], dim=-1)
-                block = Block(number, key, start, _moved(ids, device), used, _moved(documents, device), x)
-                yield block, Cursor(sequence=start + len(ids), tokens=tokens)
+        for block in store_blocks(store, reads, store_spans(store, d_sae, device, cursor), number, key, device):
+            tokens += len(block.x)
+            yield block, Cursor(sequence=block.first + len(block.tokens), tokens=tokens)
 
     n_tokens = sum(int(store.mask(kept.start, kept.stop).sum()) for kept in store.kept())
     return Source(store.path, text_key(store.meta), n_tokens, blocks)
+
+
+def store_spans(store: ActivationStore, d_sae: int, device: torch.device, cursor: Cursor) -> list[Span]:
+    """The sequences of each block behind a place, on a kind of device."""
+    rows = max(1, block_tokens(d_sae, device) // store.ctx)
+    return [
+        (start, min(start + rows, kept.stop))
+        for kept in store.kept()
+        for start in range(max(kept.start, cursor.sequence), kept.stop, rows)
+    ]
+
+
+def store_blocks(
+    store: ActivationStore, reads: tuple[str, ...], spans: Sequence[Span], number: int, key: int, device: torch.device
+) -> Iterator[Block]:
+    """Blocks of these sequences; `number` and `key` as in `Block`."""
+    with ahead((_read(store, reads, *span) for span in spans), _PREFETCHED) as parts:
+        for start, (ids, mask, documents, stored) in parts:
+            used = torch.from_numpy(mask).to(device)
+            x = torch.cat([_widened(part, device)[used] for part in stored], dim=-1)
+            yield Block(number, key, start, _moved(ids, device), used, _moved(documents, device), x)
 
 
 def text_source(config: IndexConfig, reads: tuple[str, ...], d_sae: int, loaded: LoadedModel) -> Source:

@@ -10,8 +10,8 @@ whatever blocks they come in. Flow of `add`:
 Memory is 2 + WAITING times d_sae * n * window, whatever the length of the text. Left out: choosing what to offer.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -79,6 +79,11 @@ class Reservoir:
         if sum(len(window.position) for _, window in self._waiting) > self._most_waiting:
             self._merge()
 
+    def merge(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what is good enough of what another reservoir of this kind holds, which `tensors` gave."""
+        offer, window = _held(tensors)
+        self.add(offer, lambda new: Window(*(part[new] for part in window)))
+
     def _may_enter(self, offer: Offer) -> Bool[Tensor, " entry"]:
         """False where a latent has n places already that are better."""
         if self.by_score:
@@ -89,10 +94,7 @@ class Reservoir:
         """Sort what waits into the places."""
         if not self._waiting:
             return
-        latent, rank = (self.priority != LARGEST).nonzero(as_tuple=True)
-        held = Offer(latent, *(part[latent, rank] for part in (self.score, self.priority, self.document)))
-        around = Window(*(part[latent, rank] for part in (self.position, self.tokens, self.values)))
-        offers, windows = zip((held, around), *self._waiting, strict=True)
+        offers, windows = zip(_held(vars(self)), *self._waiting, strict=True)
         offer = Offer(*(torch.cat(parts) for parts in zip(*offers, strict=True)))
         chosen, rank = best(offer, self.n, by_score=self.by_score)
         self.score.fill_(-torch.inf)
@@ -106,6 +108,13 @@ class Reservoir:
             column = getattr(self, name)
             column[place] = torch.cat([getattr(window, name).to(column.dtype) for window in windows])[chosen]
         self._waiting = []
+
+
+def _held(tensors: Mapping[str, Any]) -> tuple[Offer, Window]:
+    """The places that a reservoir's tensors hold, without the empty ones."""
+    latent, rank = (tensors["priority"] != LARGEST).nonzero(as_tuple=True)
+    offer = Offer(latent, *(tensors[name][latent, rank] for name in Offer._fields[1:]))
+    return offer, Window(*(tensors[name][latent, rank] for name in Window._fields))
 
 
 def _take(offer: Offer, where: Int[Tensor, " kept"]) -> Offer:

@@ -20,7 +20,7 @@ from sae.labels.config import LabelConfig
 from steer.browser.config import BrowseConfig
 from steer.config import ChatConfig, DemoConfig
 from steer.library_cli import app as library_app
-from steer.options import AsJson, ConfigOption, ConfigPath, DryRun, Overrides
+from steer.options import AsJson, ConfigOption, ConfigPath, DryRun, OnRay, Overrides, RayAddress, ray_overrides
 from steer.packs.names import printable
 from steer.serving.config import ServeConfig
 from steer.show import show, status
@@ -51,12 +51,14 @@ def harvest(
         int | None,
         typer.Option("--keep-tokens", min=1, help="Ring mode: positions on disk at most, a trainer following."),
     ] = None,
+    ray: OnRay = False,
+    ray_address: RayAddress = None,
     json_: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
     """Run text through a model and keep its residual stream."""
     ring = [] if keep_tokens is None else [f"keep_tokens={keep_tokens}"]
-    settings = HarvestConfig.load(config, [*(set_ or []), *ring])
+    settings = HarvestConfig.load(config, [*(set_ or []), *ring, *ray_overrides(ray, ray_address)])
     if dry_run:
         from activations.harvest import store_meta
         from activations.models import load_model
@@ -112,9 +114,16 @@ def evaluate(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = 
 
 
 @app.command()
-def index(config: ConfigPath = None, set_: Overrides = None, json_: AsJson = False, dry_run: DryRun = False) -> None:
+def index(
+    config: ConfigPath = None,
+    set_: Overrides = None,
+    ray: OnRay = False,
+    ray_address: RayAddress = None,
+    json_: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
     """Find out what each latent responds to, and keep it in a database."""
-    settings = IndexConfig.load(config, set_)
+    settings = IndexConfig.load(config, [*(set_ or []), *ray_overrides(ray, ray_address)])
     if dry_run:
         return show({"config": settings.model_dump(mode="json")}, json_)
     from sae.index import build_index

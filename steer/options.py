@@ -1,5 +1,6 @@
 """The arguments that most verbs have."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,3 +11,13 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", help="Config file
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the config.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
+OnRay = Annotated[bool, typer.Option("--ray", help="Run on workers of Ray, on this machine.")]
+RayAddress = Annotated[
+    str | None, typer.Option("--ray-address", metavar="HOST:PORT", help="Run on the workers of this Ray cluster.")
+]
+
+
+def ray_overrides(on_ray: bool, address: str | None) -> list[str]:
+    """What `--ray` and `--ray-address` set."""
+    where = address or ("local" if on_ray else None)
+    return [] if where is None else [f"ray={json.dumps(where)}"]

@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
+# Ray takes up once in a process whether its machines ask each other for a token, which one that it starts itself does.
+os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="of-the-tests-" + "0" * 32, RAY_USAGE_STATS_ENABLED="0")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read on Triton's import
 # Eight devices, for what is split over several; all else takes the first of them. Programs of tiny sizes run for less
 # time than XLA takes to optimise them: without that, compiling a step costs a quarter.

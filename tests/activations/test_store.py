@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from activations.errors import CorruptArtefactError, HookPointError, MismatchError, MissingArtefactError
 from activations.store import ActivationStore
 from activations.store_schema import SCHEMA_VERSION, HookState, ModelRef, StoreMeta, to_bfloat16_bits, to_float32
-from activations.store_writer import Group, StoreWriter
+from activations.store_writer import Group, StoreWriter, write_group
 
 HOOK = "resid_post.1"
 ROWS, CTX, WIDTH = 4, 8, 16
@@ -110,7 +110,7 @@ def test_other_dtypes_round_trip(tmp_path: Path, dtype: str) -> None:
 def test_an_uncommitted_group_is_dropped_on_resume(path: Path) -> None:
     reference = ActivationStore.open(path)
     with StoreWriter.open(path, meta()) as writer:
-        writer.storage.write_all(writer._objects(group(9)[0], 3 * ROWS, 4 * ROWS))  # then killed before the commit
+        write_group(writer.storage, meta(), group(9)[0], 3 * ROWS)  # then killed before the commit
     assert ActivationStore.open(path).n_sequences == 3 * ROWS
     with StoreWriter.open(path, meta()) as writer:
         x = append(writer, 4, rows=2)

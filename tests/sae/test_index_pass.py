@@ -234,3 +234,32 @@ def test_partners_are_those_of_brute_force() -> None:
             if value:
                 assert float(lift) == pytest.approx(both[j] * len(fired) / (n[i] * n[j]))
     assert (got.jaccard > 0).any()
+
+
+@settings(max_examples=12)
+@given(
+    st.sampled_from(["topk", "jumprelu", "standard"]), st.lists(st.integers(1, 9), min_size=3, max_size=8), st.data()
+)
+def test_parts_merge_to_the_same_bits(architecture: str, sizes: list[int], data: st.DataObject) -> None:
+    """Runs of neighbouring blocks, each counted by itself, and then one of their own behind them."""
+    sae, uneven = sae_of(architecture), 10.0 ** np.random.default_rng(3).uniform(-8, 8, (40, 1, 1))
+    one, two = text(0, 40, 2), text(3, 20, 6)
+    one = one._replace(x=(one.x * uneven).astype(np.float32))  # so that sums in another order round to others
+    parts = [*blocks(one, sizes), *blocks(two, sizes)]
+    whole, merged = Statistics(SETTINGS, D_SAE), Statistics(SETTINGS, D_SAE)
+    for block in parts:
+        whole.add(sae, block)
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(parts) - 1), max_size=4)))
+    for start, stop in zip([0, *cuts], [*cuts, len(parts)], strict=True):
+        run, totals = Statistics(SETTINGS, D_SAE), []
+        for block in parts[start:stop]:
+            run.add(sae, block)
+            totals.append(run.total.clone())
+            run.total.zero_()
+        merged.merge(run.tensors(), totals)
+    whole.add(sae, parts[0]._replace(source=7, key=7))
+    merged.add(sae, parts[0]._replace(source=7, key=7))
+    found, expected = merged.tensors(), whole.tensors()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name

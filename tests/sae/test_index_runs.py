@@ -1,10 +1,12 @@
 """Runs of `saekit index`: killed ones go on, later ones add, a text equals its store, and misfits are refused."""
 
 import json
+import os
 import random
+import signal
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,16 +16,18 @@ import pytest
 import torch
 
 from activations.config import HarvestConfig
-from activations.errors import CorruptArtefactError, MismatchError, MissingArtefactError, TextError
+from activations.errors import ConfigError, CorruptArtefactError, MismatchError, MissingArtefactError, TextError
 from activations.harvest import harvest
 from activations.models import LoadedModel, load_model
+from activations.ray_pool import Pool, connected
 from activations.store import ActivationStore
 from sae import index as index_module
-from sae import index_source
+from sae import index_source, ray_index
 from sae.artefact import SaeArtefact
 from sae.config import IndexConfig
 from sae.index import CONFIG_NAME, build_index
 from sae.index_db import FILE_NAME, FeatureIndex, LatentRow
+from sae.index_pass import Statistics
 from sae.index_state import STATE_NAME
 
 HOOK, CTX, D_MODEL, D_SAE = "resid_post.1", 16, 32, 20
@@ -209,6 +213,72 @@ def test_killed_runs_end_with_the_same_index(made: Made, tmp_path: Path, start_p
     assert process.exitcode == 0
     assert (calm.out / STATE_NAME).read_bytes() == (wild.out / STATE_NAME).read_bytes()
     check_same(rows_of(calm), rows_of(wild))
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    with connected("local"):
+        yield
+
+
+def test_workers_of_ray_find_the_same_whoever_is_killed(
+    made: Made, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, many = (made.config.model_copy(update={"out": tmp_path / out, "device": "cpu"}) for out in ("one", "many"))
+    build_index(one, made.loaded)
+    on_ray = many.model_copy(update={"ray": "local", "ray_workers": 2})
+    begin, merge, alive, killed, rng = Pool.begin, Statistics.merge, [], [], random.Random(0)
+
+    def remember(self: Pool, *arguments: Any) -> None:
+        begin(self, *arguments, ready=lambda where: alive.append(int(where.split()[1])))
+
+    def kill_sometimes(self: Statistics, *arguments: Any) -> None:
+        merge(self, *arguments)
+        if alive and len(killed) < N_KILLS and rng.random() < 0.7:
+            killed.append(alive.pop())
+            os.kill(killed[-1], signal.SIGKILL)
+
+    monkeypatch.setattr(Pool, "begin", remember)
+    monkeypatch.setattr(ray_index, "MAX_RUN", 3)
+    monkeypatch.setattr(Statistics, "merge", kill_sometimes)
+    monkeypatch.setattr(index_module, "CHECKPOINT_S", 0.0)
+    build_index(on_ray, made.loaded)
+    assert len(killed) == N_KILLS
+    assert (one.out / STATE_NAME).read_bytes() == (many.out / STATE_NAME).read_bytes()
+    check_same(rows_of(one), rows_of(many))
+
+
+def test_a_run_on_ray_goes_on_from_a_checkpoint(
+    made: Made, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, many = (made.config.model_copy(update={"out": tmp_path / out, "device": "cpu"}) for out in ("one", "many"))
+    on_ray = many.model_copy(update={"ray": "local", "ray_workers": 1})
+    build_index(one, made.loaded)
+    save, saves = index_module.save_state, []
+
+    def stop_at_second(*arguments: Any) -> None:
+        save(*arguments)
+        saves.append(1)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(index_module, "CHECKPOINT_S", 0.0)
+    monkeypatch.setattr(index_module, "save_state", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(on_ray, made.loaded)
+    monkeypatch.undo()
+    monkeypatch.setattr(index_source, "block_tokens", lambda *_: 2 * CTX)
+    build_index(on_ray, made.loaded)
+    assert (one.out / STATE_NAME).read_bytes() == (many.out / STATE_NAME).read_bytes()
+
+
+def test_what_ray_does_not_do(made: Made, tmp_path: Path, ray_here: None) -> None:
+    config = made.config.model_copy(update={"out": tmp_path / "index", "ray": "local"})
+    with pytest.raises(ConfigError, match="ray with text: expected a store"):
+        build_index(config.model_copy(update={"text": str(made.texts[0])}), made.loaded)
+    worker = ray_index.IndexWorker(config, str(tmp_path / "nowhere"))
+    with pytest.raises(MismatchError, match="expected the one where the run was started, got another for process"):
+        worker.begin("other", "key", (0, 0), index_module.pass_settings(config))
 
 
 @pytest.fixture(scope="module")

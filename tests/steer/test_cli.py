@@ -34,7 +34,7 @@ HOOK, OTHER = "resid_post.1", "mlp_out.2"
 VERBS = (
     "harvest", "train", "evaluate", "index", "label", "vector make", "vector find", "vector combine", "vector layers",
     "vector gate", "vector calibrate", "vector score", "vector learn", "vector interference", "vector compare",
-    "vector features", "vector kit", "browse", "chat", "convert", "inspect", "demo",
+    "vector features", "vector kit", "browse", "chat", "serve", "convert", "inspect", "demo",
 )  # fmt: skip
 WITHOUT_SEED = (
     "browse", "vector make", "vector find", "vector combine", "vector gate", "vector features", "vector kit",
