@@ -12,6 +12,7 @@
     ├── DeviceMemoryError (MemoryError)     a GPU that is too small for what was asked
     ├── StorageError (OSError)              a disk or object storage that fails or refuses
     ├── EndpointError (OSError)             a language model's endpoint that does not answer, or refuses
+    ├── HostLostError                       one of several processes of a run that is gone, or never came
     ├── InterruptedRunError                 stopped by the user; what was committed is kept
     └── ArtefactError (ValueError)          something on disk
         ├── MissingArtefactError (FileNotFoundError)
@@ -80,6 +81,10 @@ class StorageError(SaekitError, OSError):
 
 class EndpointError(SaekitError, OSError):
     """The endpoint of a language model does not answer, or refuses."""
+
+
+class HostLostError(SaekitError):
+    """One of the processes of a run is gone, or never came."""
 
 
 class InterruptedRunError(SaekitError):
