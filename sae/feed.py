@@ -128,16 +128,17 @@ class Share:
 
     def put(self, batch: Activations) -> DeviceActivations:
         """A batch of which `batch` is this share, on its devices."""
-        if isinstance(self.tokens, slice):
-            return jax.device_put(batch, self.sharding)
-        return {name: self._put(x) for name, x in batch.items()}
+        sharding, tokens = self.sharding, self.tokens
+        if sharding is None or isinstance(tokens, slice):
+            return jax.device_put(batch, sharding)
 
-    def _put(self, x: Float[np.ndarray, "token d_model"]) -> Float[Array, "batch d_model"]:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            return x[np.searchsorted(self.tokens, np.arange(self.batch_size)[index[0]])]
+        def put(x: Float[np.ndarray, "token d_model"]) -> Float[Array, "batch d_model"]:
+            def part(index: Any) -> np.ndarray:
+                return x[np.searchsorted(tokens, np.arange(self.batch_size)[index[0]])]
 
-        shape = (self.batch_size, x.shape[1])
-        return jax.make_array_from_callback(shape, self.sharding, part, dtype=x.dtype)
+            return jax.make_array_from_callback((self.batch_size, x.shape[1]), sharding, part, dtype=x.dtype)
+
+        return {name: put(x) for name, x in batch.items()}
 
 
 def _put(share: Share, memory: "Memory | None", batch: Activations) -> DeviceActivations:

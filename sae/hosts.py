@@ -90,10 +90,10 @@ def join() -> None:
         return
     # Otherwise JAX aborts a process that has failed, as it leaves; who is missing is ours to find out (`together`).
     jax.config.update("jax_enable_recoverability", True)
-    settings = dict(zip(("coordinator_address", "num_processes", "process_id"), mine or (), strict=False))
+    address, n, number = mine or (None, None, None)
     method = "slurm" if mine is None else "deactivate"
     try:
-        jax.distributed.initialize(**settings, cluster_detection_method=method, initialization_timeout=JOIN_S)
+        jax.distributed.initialize(address, n, number, cluster_detection_method=method, initialization_timeout=JOIN_S)
     except RuntimeError as error:
         if "must be called before" in str(error):
             fix = "Call train before other work with JAX, or unset the variables."
@@ -159,13 +159,14 @@ class _Watch:
 
     def _call(self) -> Connection:
         port, key = json.loads(_client().blocking_key_value_get(f"saekit/watch/{self._number}", JOIN_S * 1000))
+        assert global_state.coordinator_address is not None
         host = global_state.coordinator_address.rpartition(":")[0].strip("[]")
         return _kept_alive(Client((host, port), authkey=key.encode()))
 
     def _hear(self) -> None:
         lines = list(self._lines)
         while lines:
-            for line in wait(lines):
+            for line in [line for line in lines if line in wait(lines)]:
                 try:
                     said = line.recv_bytes()
                 except (OSError, EOFError):
