@@ -7,9 +7,10 @@ with one line and exit code 1. 4. A signal to stop, given to one, stops all afte
 
 Process 0 alone writes logs and the SAE; all write checkpoints (orbax), to a folder that they share. With one process
 all of this does nothing. The network is trusted, as JAX itself trusts it. Left out: which device keeps what
-(`sae.kernels.devices`), starting the processes (`sae.launch`).
+(`sae.kernels.devices`), starting the processes (`steer.launch` does, with Ray).
 """
 
+import atexit
 import json
 import os
 import secrets
@@ -18,7 +19,9 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import Client, Connection, Listener, wait
+from functools import cache
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Listener, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +36,9 @@ JOIN_S, AGREE_S, END_S = 300, 600, 60
 """seconds to wait for the others: at the start, until their stores are read, and for word of the one that died"""
 IDLE_S, PROBE_S, PROBES = 10, 5, 3
 """a host that is gone without a word is missed after IDLE_S + PROBE_S * PROBES seconds"""
-BYE = b"bye"
+SOUNDS = ("Gloo", "NCCL", "oordination")
+"""in messages of JAX when another process has gone"""
+BYE = "bye"
 
 
 class Place(NamedTuple):
@@ -115,73 +120,87 @@ def together() -> Iterator[None]:
     if not several():
         yield
         return
-    watch = _Watch()
+    watch = _watch()
+    watch.begin()
     try:
         yield
+        meet("the end")
     except InterruptedRunError:
-        watch.end()
+        meet("the stop")  # all of them stop
         raise
     except SaekitError as error:
         watch.tell(str(error))
         raise
     except Exception as error:  # maybe only the sound of another process dying, of which the watch knows more
-        if "Gloo" in str(error) or "NCCL" in str(error) or "coordination" in str(error).lower():
-            watch.join()
+        if any(word in str(error) for word in SOUNDS):
+            watch.wait()
         watch.tell(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
         raise
-    else:
-        meet("the end")
-        watch.end()
+    finally:
+        watch.active = False
 
 
 class _Watch:
     """A thread that learns of the end of other processes: each has a line to process 0, which passes on what it hears.
 
-    A line that ends without a word is a process that died. Raises: HostLostError if one of them does not call.
+    A line that ends without a goodbye is a process that died. Raises: HostLostError if one of them does not call.
     """
 
     def __init__(self) -> None:
-        self._number = next(_numbers)
+        self.active = False
+        """whether to end when another process does"""
+        self._lost = ""
         self._lines = self._listen() if is_first() else [self._call()]
         self._thread = threading.Thread(target=self._hear, daemon=True)
         self._thread.start()
+        atexit.register(self._leave)
 
-    def _listen(self) -> list[Connection]:
+    def begin(self) -> None:
+        """From now on, end when another process does, or has."""
+        self.active = True
+        if self._lost:
+            self._stop(self._lost)
+
+    def _listen(self) -> list[Any]:
         key = secrets.token_hex(16)
         # On all addresses: which of them the others reach is theirs to know.
         with Listener(("0.0.0.0", 0), backlog=jax.process_count(), authkey=key.encode()) as listener:
-            _client().key_value_set(f"saekit/watch/{self._number}", json.dumps([listener.address[1], key]))
+            _client().key_value_set("saekit/watch", json.dumps([listener.address[1], key]))
             lines: list[Any] = []
             while len(lines) < jax.process_count() - 1:
-                with suppress(OSError, EOFError):  # a stranger
+                with suppress(OSError, EOFError, AuthenticationError):  # a stranger
                     lines.append(_kept_alive(listener.accept()))
         return lines
 
-    def _call(self) -> Connection:
-        port, key = json.loads(_client().blocking_key_value_get(f"saekit/watch/{self._number}", JOIN_S * 1000))
+    def _call(self) -> Any:
+        port, key = json.loads(_client().blocking_key_value_get("saekit/watch", JOIN_S * 1000))
         assert global_state.coordinator_address is not None
         host = global_state.coordinator_address.rpartition(":")[0].strip("[]")
         return _kept_alive(Client((host, port), authkey=key.encode()))
 
     def _hear(self) -> None:
-        lines = list(self._lines)
+        silent, lines = list(self._lines), list(self._lines)
         while lines:
-            for line in [line for line in lines if line in wait(lines)]:
+            ready: Any = wait(lines)
+            for line in ready:
                 try:
-                    said = line.recv_bytes()
+                    said = line.recv_bytes().decode("utf-8", errors="replace")
                 except (OSError, EOFError):
-                    said = b"it died, or its host did"
-                if said != BYE:
-                    self._stop(said.decode("utf-8", errors="replace"))
-                lines.remove(line)
+                    said = "it died, or its host did" if line in silent else BYE
+                    lines.remove(line)
+                if said == BYE:
+                    silent = [other for other in silent if other is not line]
+                elif self.active:
+                    self._stop(said)
+                else:
+                    self._lost = self._lost or said
 
     def _stop(self, reason: str) -> None:
         self.tell(reason)
-        got = f"the end of one: {reason.rstrip('.')}"
         error = HostLostError(
             f"process {jax.process_index()} of {jax.process_count()}",
             expected="all processes to go on",
-            got=got,
+            got=f"the end of one: {reason.rstrip('.')}",
             fix="Start all of them again, as many as you like: the run resumes from its last checkpoint.",
         )
         sys.stderr.write(f"{error}\n")
@@ -194,16 +213,21 @@ class _Watch:
             with suppress(OSError):
                 line.send_bytes(reason.encode())
 
-    def end(self) -> None:
-        """Say that this process ends because all is well."""
-        for line in self._lines:
-            with suppress(OSError):
-                line.send_bytes(BYE)
-        self.join()
-
-    def join(self) -> None:
-        """Wait until the others have ended too, which may end this process."""
+    def wait(self) -> None:
+        """Wait a while for the others to end, which may end this process."""
         self._thread.join(END_S)
+
+    def _leave(self) -> None:
+        """Say goodbye; process 0 ends last, since JAX aborts a process that leaves when process 0 is gone."""
+        self.tell(BYE)
+        if is_first():
+            self.wait()
+
+
+@cache
+def _watch() -> _Watch:
+    """That of this process."""
+    return _Watch()
 
 
 def _count() -> Iterator[int]:
@@ -221,7 +245,7 @@ def _client() -> Any:
     return global_state.client
 
 
-def _kept_alive(line: Connection) -> Connection:
+def _kept_alive(line: Any) -> Any:
     """A line that ends a while after its other host is gone without a word."""
     with socket.socket(fileno=os.dup(line.fileno())) as there:
         there.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
