@@ -60,19 +60,37 @@ def run(configs: list[TrainConfig], environment: dict[str, str], said: Path) -> 
         sys.exit(1)
 
 
+def plain(address: str, n: int, i: int) -> dict[str, str]:
+    return {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(n), "JAX_PROCESS_ID": str(i)}
+
+
+def slurm(address: str, n: int, i: int) -> dict[str, str]:
+    """What srun sets for a task, as far as JAX reads it; a real job's number gives the port."""
+    port = address.rpartition(":")[2]
+    task = {"SLURM_NTASKS": str(n), "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+    return {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "JAX_COORDINATOR_PORT": port, **task}
+
+
 class Processes:
     """Processes that train together."""
 
-    def __init__(self, start: Callable[..., Any], configs: list[list[TrainConfig]], n_devices: int, folder: Path):
+    def __init__(
+        self,
+        start: Callable[..., Any],
+        configs: list[list[TrainConfig]],
+        n_devices: int,
+        folder: Path,
+        variables: Callable[[str, int, int], dict[str, str]] = plain,
+    ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         folder.mkdir(parents=True, exist_ok=True)
         self._said = [folder / f"said_{i}" for i in range(len(configs))]
         flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={n_devices}")
-        common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(configs)), "XLA_FLAGS": flags}
         self.all = [
-            start(run, configs[i], {**common, "JAX_PROCESS_ID": str(i)}, said) for i, said in enumerate(self._said)
+            start(run, configs[i], {"XLA_FLAGS": flags, **variables(address, len(configs), i)}, said)
+            for i, said in enumerate(self._said)
         ]
 
     def end(self) -> list[int]:
@@ -191,14 +209,16 @@ def test_processes_that_were_told_different_things_say_so(
     assert not mine.out.exists()
 
 
-def test_a_copy_of_the_store_elsewhere_is_the_same_store(
+def test_slurm_starts_processes_that_have_copies_of_the_store(
     store: ActivationStore, make_store: MakeStore, tmp_path: Path, start_process: Callable[..., Any]
 ) -> None:
     """And a process that fails alone says why; the others repeat it."""
     copy = make_store("copy", hook_points=(HOOK, *OTHERS))
     mine = config_of(store, tmp_path / "out", compute=ComputeConfig(data_parallel=2))
-    processes = Processes(start_process, [[mine], [mine.model_copy(update={"store": copy.path})]], 1, tmp_path)
+    theirs = mine.model_copy(update={"store": copy.path})
+    processes = Processes(start_process, [[mine], [theirs]], 1, tmp_path, slurm)
     assert processes.end() == [0, 0], processes.said(0) + processes.said(1)
+    assert saved(mine.out).d_sae == 48
     lost = mine.model_copy(update={"store": tmp_path / "nowhere"})
     processes = Processes(start_process, [[mine], [lost]], 1, tmp_path / "lost")
     assert processes.end() == [1, 1]
