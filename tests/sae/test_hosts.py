@@ -22,6 +22,7 @@ from sae.feed import Share
 from sae.hosts import Place, place
 from sae.kernels.devices import BY_TOKEN, make_grid
 from sae.log import read_log
+from sae.run import _check_alone
 from sae.train import train
 from tests.sae.runs import HOOK, OTHERS, WIRINGS, short_run
 
@@ -185,7 +186,7 @@ def test_a_run_moves_from_one_process_to_two_that_a_signal_to_one_stops(
     two = moved.model_copy(update={"compute": GRID})
     processes = Processes(start_process, [[two], [two]], 2, tmp_path / "first")
     wait_for(moved.out, 10, processes)
-    os.kill(processes.all[1].pid, signal.SIGTERM)
+    os.kill(processes.all[1].pid, signal.SIGINT)  # which becomes the SIGTERM that JAX hears
     assert processes.end() == [1, 1]
     stops = [next(line for line in processes.said(i).splitlines() if "a stop after" in line) for i in range(2)]
     assert stops[0] == stops[1]
@@ -246,6 +247,14 @@ def test_variables_that_say_there_is_one_process() -> None:
     assert place(one) is None
     assert place({}) is None
     assert place(one | {"JAX_NUM_PROCESSES": "3"}) == Place("a:1", 3, 0)
+
+
+def test_a_ring_has_one_trainer(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(store, tmp_path)
+    _check_alone(config)
+    monkeypatch.setattr("sae.hosts.several", lambda: True)
+    with pytest.raises(ConfigError, match="expected a whole store, got a ring, with several processes"):
+        _check_alone(config)
 
 
 class Elsewhere(jax.sharding.Sharding):
