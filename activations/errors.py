@@ -14,6 +14,7 @@
     ├── WorkerError (OSError)               a cluster that does not answer, or workers that are lost again and again
     ├── EndpointError (OSError)             a language model's endpoint that does not answer, or refuses
     ├── EngineError (RuntimeError)          a server's engine that failed, or stopped
+    ├── HostLostError                       one of several processes of a run that is gone, or never came
     ├── InterruptedRunError                 stopped by the user; what was committed is kept
     └── ArtefactError (ValueError)          something on disk
         ├── MissingArtefactError (FileNotFoundError)
@@ -45,15 +46,15 @@ class SaekitError(Exception):
         self.where, self.expected, self.got, self.fix = _cut(where), _cut(expected), _cut(got), fix
         super().__init__(f"{self.where}: expected {self.expected}, got {self.got}. {fix}")
 
-
-def _cut(part: object) -> str:
-    text = str(part)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
-
     def __reduce__(self) -> tuple[Any, ...]:
         """How it gets from one process to another."""
         again = partial(type(self), self.where, expected=self.expected, got=self.got, fix=self.fix)
         return again, ()
+
+
+def _cut(part: object) -> str:
+    text = str(part)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
 
 
 class ConfigError(SaekitError, ValueError):
@@ -106,6 +107,10 @@ class EndpointError(SaekitError, OSError):
 
 class EngineError(SaekitError, RuntimeError):
     """A server's engine failed while it wrote; nothing is wrong with the request."""
+
+
+class HostLostError(SaekitError):
+    """One of the processes of a run is gone, or never came."""
 
 
 class InterruptedRunError(SaekitError):

@@ -58,7 +58,7 @@ def connected(address: str) -> Iterator[None]:
             f"ray '{address}'",
             expected="local, or HOST:PORT of a Ray cluster that answers",
             got=first_line(error),
-            fix="Start one with: ray start --head --port 6379, and set RAY_AUTH_MODE=token here if it asks for a token.",
+            fix="Start one with: ray start --head --port 6379; set RAY_AUTH_MODE=token here if it asks for a token.",
         ) from error
     try:
         yield

@@ -2,7 +2,8 @@
 
 `checkpoints/` holds the newest states (orbax) and run.json, which says what they belong to. A run opens the folder with
 its own identity: equal, and it resumes; different, and the error names what differs. States are written while training
-goes on; a crash meanwhile leaves the one before.
+goes on; a crash meanwhile leaves the one before. Of several processes (`sae.hosts`) each writes what its devices
+keep, to a folder that all share, and any other number of processes and devices reads it.
 """
 
 import json
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from activations.errors import DiskSpaceError, MismatchError, StorageError
+from sae import hosts
 from sae.config import TrainConfig
 from sae.step import TrainState
 
@@ -36,8 +39,11 @@ class Checkpoints:
     def __init__(self, config: TrainConfig, store_fingerprint: str):
         """Open or create the folder; raises MismatchError if it belongs to another run."""
         self.path = config.out.absolute() / "checkpoints"
-        self.path.mkdir(parents=True, exist_ok=True)
-        _check_identity(self.path / "run.json", _identity(config, store_fingerprint))
+        if hosts.is_first():
+            self.path.mkdir(parents=True, exist_ok=True)
+            _check_identity(self.path / "run.json", _identity(config, store_fingerprint))
+        hosts.meet("checkpoints")
+        _check_shared(self.path / "run.json")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep_checkpoints, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
@@ -77,7 +83,8 @@ class Checkpoints:
             names, leaves, _ = _flatten(states)
             _check_space(self.path, sum(leaf.nbytes for leaf in leaves))
             # Copies, since the next step takes the buffers over, and on a CPU orbax would write from those.
-            copies = {name: np.array(leaf) for name, leaf in zip(names, leaves, strict=True)}
+            copy = jnp.copy if hosts.several() else np.array  # of several processes each writes what it has
+            copies = {name: copy(leaf) for name, leaf in zip(names, leaves, strict=True)}
             with _written(self.path):
                 self._manager.save(step, args=ocp.args.StandardSave(copies))
         return done
@@ -123,6 +130,12 @@ def _check_identity(path: Path, mine: dict[str, Any]) -> None:
             got=", ".join(f"{key}={theirs.get(key)}" for key in differing),
             fix="Use another --set out=..., the old settings, or delete the folder.",
         )
+
+
+def _check_shared(path: Path) -> None:
+    if not path.exists():
+        fix = "Put out on a file system that all processes share."
+        raise StorageError(path, expected="what process 0 has written there", got="nothing", fix=fix)
 
 
 def _check_space(path: Path, needed: int) -> None:

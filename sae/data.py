@@ -61,14 +61,21 @@ class Held(Protocol):
 class OnHost:
     """In main memory, where threads gather the rows of a batch."""
 
-    def __init__(self, stored: Stored, gather: Map = map, room: Room = np.empty):
+    def __init__(
+        self,
+        stored: Stored,
+        gather: Map = map,
+        room: Room = np.empty,
+        share: slice | Int[np.ndarray, " token"] = slice(None),
+    ):
         """Use this memory.
 
         Args:
           gather: as `map`, for the parts of a batch.
           room: memory for a batch.
+          share: which tokens of a batch to gather.
         """
-        self._stored, self._gather, self._room = stored, gather, room
+        self._stored, self._gather, self._room, self._share = stored, gather, room, share
 
     def fill(self, start: int, stop: int, read: Callable[[Stored, int], None]) -> None:
         """Have sequences start..stop read to their place."""
@@ -76,7 +83,7 @@ class OnHost:
 
     def batches(self, rows: Rows) -> Iterator[Float[np.ndarray, "batch d_model"]]:
         """Activations at these positions, of the store's own type but for int8, which is widened."""
-        return (_gathered(self._stored, batch, self._gather, self._room) for batch in rows)
+        return (_gathered(self._stored, batch[self._share], self._gather, self._room) for batch in rows)
 
 
 class Place(NamedTuple):
@@ -187,6 +194,11 @@ class TokenOrder:
                 got=int(mask.sum()),
                 fix="Harvest more tokens, or lower batch_size.",
             )
+
+    @property
+    def batch_size(self) -> int:
+        """Tokens of a batch."""
+        return self._batch_size
 
     @property
     def n_tokens(self) -> int:

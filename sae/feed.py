@@ -4,7 +4,8 @@
 accelerator, the same threads copy a few shards at a time there as soon as they are read, and the device gathers the
 rows of a batch.
 Elsewhere blocks are in main memory: other threads gather, and others copy batches to the device, several at a time,
-since one thread copies less than a GPU's bus carries. 3. One thread takes the batches in order, AHEAD of the step.
+since one thread copies less than a GPU's bus carries; of several processes each gathers and copies what its own
+devices take. 3. One thread takes the batches in order, AHEAD of the step.
 4. The loop takes them, and waits for the device where it is IN_FLIGHT steps ahead of it.
 
 Whatever else a step copies to an accelerator waits behind the pieces of a block: it should be there from the start.
@@ -20,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -77,9 +79,11 @@ def feed(
         put = _as_it_is
     else:
         memory = Memory() if jax.default_backend() != "cpu" else None
-        room = memory.room if memory else np.empty
-        batches = order.batches(start, stop, readers.map, lambda n: OnHost(order.room(n), gatherers.map, room))
-        put = partial(_put, sharding, memory)
+        room, share = memory.room if memory else np.empty, Share.of(sharding, order.batch_size)
+        batches = order.batches(
+            start, stop, readers.map, lambda n: OnHost(order.room(n), gatherers.map, room, share.tokens)
+        )
+        put = partial(_put, share, memory)
     try:
         yield _ahead(thread, lambda: copiers.submit(put, next(batches)), stop - start)
     finally:
@@ -105,8 +109,40 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _put(sharding: jax.sharding.Sharding | None, memory: "Memory | None", batch: Activations) -> DeviceActivations:
-    there = jax.device_put(batch, sharding)
+@dataclass(frozen=True)
+class Share:
+    """The tokens of a batch that the devices of this process take: all of them, where there is no other process."""
+
+    sharding: jax.sharding.Sharding | None
+    batch_size: int
+    tokens: slice | Int[np.ndarray, " token"]
+
+    @classmethod
+    def of(cls, sharding: jax.sharding.Sharding | None, batch_size: int) -> "Share":
+        """That of this process."""
+        if sharding is None or sharding.is_fully_addressable:
+            return cls(sharding, batch_size, slice(None))
+        parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+        wanted = [np.arange(batch_size)[part] for part in parts]
+        return cls(sharding, batch_size, np.unique(np.concatenate(wanted)))
+
+    def put(self, batch: Activations) -> DeviceActivations:
+        """A batch of which `batch` is this share, on its devices."""
+        sharding, tokens = self.sharding, self.tokens
+        if sharding is None or isinstance(tokens, slice):
+            return jax.device_put(batch, sharding)
+
+        def put(x: Float[np.ndarray, "token d_model"]) -> Float[Array, "batch d_model"]:
+            def part(index: Any) -> np.ndarray:
+                return x[np.searchsorted(tokens, np.arange(self.batch_size)[index[0]])]
+
+            return jax.make_array_from_callback((self.batch_size, x.shape[1]), sharding, part, dtype=x.dtype)
+
+        return {name: put(x) for name, x in batch.items()}
+
+
+def _put(share: Share, memory: "Memory | None", batch: Activations) -> DeviceActivations:
+    there = share.put(batch)
     if memory:
         jax.block_until_ready(there)
         memory.take_back(batch)

@@ -16,6 +16,7 @@ from activations.errors import ConfigError, MismatchError
 from activations.ring import POLL_S
 from activations.store import ActivationStore
 from activations.store_schema import HookStats
+from sae import hosts
 from sae.architectures import check_wiring
 from sae.architectures.base import Scaling
 from sae.artefact import SaeArtefact
@@ -85,10 +86,6 @@ class Run:
             return states[wiring]
         return unstack(states[wiring], list(self.stacks[wiring]).index(name), job.like)
 
-    def is_saved(self) -> bool:
-        """Whether all its SAEs are there."""
-        return all(job.path.exists() for job in self.jobs.values())
-
 
 def prepare(config: TrainConfig) -> Run:
     """Check a config against its store and this machine, without writing anything."""
@@ -96,6 +93,7 @@ def prepare(config: TrainConfig) -> Run:
         pass
     store = ActivationStore.open(config.store)
     if store.meta.ring:
+        _check_alone(config)
         store = _begun(store)
         check_length(store, config.train_tokens)
     elif not store.is_complete:
@@ -170,6 +168,12 @@ def _order(config: TrainConfig, store: ActivationStore, names: tuple[str, ...], 
     if store.meta.ring:
         return LiveOrder(store, names, owner=str(config.out.absolute()), **common)
     return TokenOrder(store, names, stop=stop, **common)
+
+
+def _check_alone(config: TrainConfig) -> None:
+    if hosts.several():
+        fix = "Train on a ring in one process, with all devices of its host, or harvest a whole store."
+        raise ConfigError(config.store, expected="a whole store", got="a ring, with several processes", fix=fix)
 
 
 def _begun(store: ActivationStore) -> ActivationStore:

@@ -7,7 +7,8 @@ evaluate on held-out tokens, keep a checkpoint. 4. Save each SAE with its proven
 A ring (`sae.live`) is trained on while it is harvested: the loop waits where it is ahead, and each checkpoint lets the
 ring release what lies before it. Batch i and the step are pure functions, so a resumed run gives the same bits as one
 that was never stopped. The SAEs of a sweep (`sae.sweep`) are one state and one step; one that diverges does not stop
-the others, and is not saved once its weights are no numbers. Left out: devices of several hosts.
+the others, and is not saved once its weights are no numbers. Several processes (`sae.hosts`) take the same steps, each
+with its part of the batch and of the state; the first of them measures, logs and saves.
 """
 
 import math
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +29,14 @@ from jaxtyping import Array, Float
 
 from activations.errors import DeviceMemoryError, InterruptedRunError, NumericsError, SaekitError
 from activations.ring import POLL_S
+from sae import hosts
 from sae.artefact import SaeArtefact
 from sae.checkpoints import Checkpoints, States
 from sae.config import TrainConfig
 from sae.feed import DeviceActivations, InFlight, feed
 from sae.jax_view import JaxSae
 from sae.kernels import why_not_triton
-from sae.log import Row, run_log
+from sae.log import Row, Write, run_log
 from sae.metrics import Evaluation, density_histogram
 from sae.provenance import provenance
 from sae.run import Job, Run, prepare
@@ -50,7 +53,7 @@ from sae.step import (
     where_tokens_go,
 )
 from sae.sweep import is_sweep, make_sweep_step, owned, points, stack, widest
-from sae.watch import live_view
+from sae.watch import View, live_view
 from sae.wiring import side_by_side
 
 DIVERGED = 1e3
@@ -85,24 +88,37 @@ def train(config: TrainConfig) -> TrainResult:
 
     Raises: MissingArtefactError, HookPointError, ShapeError, ConfigError or MismatchError before anything is written;
     NumericsError naming the last good checkpoint; DeviceMemoryError saying which settings to lower;
-    InterruptedRunError after Ctrl-C, with a checkpoint kept.
+    InterruptedRunError after Ctrl-C, with a checkpoint kept. Of several processes also HostLostError if one never came.
     """
+    with hosts.together():
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> TrainResult:
     run = prepare(config)
-    _say_what_is_missing(config)
-    config.out.mkdir(parents=True, exist_ok=True)
+    hosts.agree(_told(run))
     with Checkpoints(config, run.store.fingerprint) as checkpoints:
-        config.save(config.out / "config.yaml")
+        if hosts.is_first():
+            _say_what_is_missing(config)
+            config.save(config.out / "config.yaml")
         resumed_from = checkpoints.last
-        if resumed_from < run.n_steps or not run.is_saved():
+        unsaved = [name for name, job in run.jobs.items() if resumed_from < run.n_steps or not job.path.exists()]
+        if unsaved:
             with _device_memory(config):
                 states, tok_s = _loop(run, checkpoints)
-                for name, job in run.jobs.items():
-                    if resumed_from < run.n_steps or not job.path.exists():
-                        _save(run, job, run.state(name, states), tok_s)
+                for name in unsaved:
+                    _save(run, run.jobs[name], run.state(name, states), tok_s)
         run.order.finish()
+    hosts.meet("saved")
     saved = {name: SaeArtefact.load(job.path) for name, job in run.jobs.items() if job.path.exists()}
     saes = {name: TrainedSae(sae, run.jobs[name].path, sae.metadata["metrics"]) for name, sae in saved.items()}
     return TrainResult(saes, run.n_steps, resumed_from)
+
+
+def _told(run: Run) -> dict[str, Any]:
+    """What processes that train together have to have in common."""
+    versions = {"jax": jax.__version__, "saekit": version("saekit")}
+    return run.config.model_dump(mode="json", exclude={"store"}) | versions | {"store": run.store.fingerprint}
 
 
 def _say_what_is_missing(config: TrainConfig) -> None:
@@ -114,9 +130,18 @@ def _save(run: Run, job: Job, state: TrainState, tok_s: float) -> None:
     config, n_tokens = job.config, run.n_steps * run.config.batch_size
     if is_sweep(run.config) and not _is_finite(state):
         return
+    state = _to_read(state)
+    if not hosts.is_first():
+        return
     metrics = {**evaluate(run, job, state).summary(), "train_tok_s": tok_s, "train_tokens": n_tokens}
     sae, about = assemble(config.sae, state), provenance(config, job.wiring, run.store, run.stats, metrics)
     sae.to_artefact(job.plan.scaling, about).save(job.path)
+
+
+def _to_read(state: TrainState) -> TrainState:
+    """The state with weights that this process can read, all of which have to ask."""
+    params, statistics = hosts.whole((state.params, state.statistics))
+    return state._replace(params=params, statistics=statistics)
 
 
 def evaluate(run: Run, job: Job, state: TrainState) -> Evaluation:
@@ -169,12 +194,10 @@ def _loop(run: Run, checkpoints: Checkpoints) -> tuple[States, float]:
     config, n_steps, first = run.config, run.n_steps, checkpoints.last
     states, said = checkpoints.restore(_first_states(run)), set[str]()
     step, speed, in_flight = _step(run), Speed(config.batch_size), InFlight()
-    heading = "SAE" if is_sweep(config) else "hook point"
     lrs = {name: schedule(config, plan) for name, plan in _plans(run).items()}
     with (
-        run_log(config, first) as log,
+        _reports(run, first) as (log, view),
         _ctrl_c() as stopped,
-        live_view("train", list(run.jobs), n_steps, first, config.batch_size, heading) as view,
         feed(run.order, first, n_steps, where_tokens_go(config)) as batches,
     ):
         for i in range(first + 1, n_steps + 1):
@@ -183,7 +206,7 @@ def _loop(run: Run, checkpoints: Checkpoints) -> tuple[States, float]:
             in_flight.add(metrics)
             view.step(i)
             speed.count(metrics)
-            last, stop = i == n_steps, stopped.is_set()
+            last, stop = i == n_steps, hosts.stop_after(i, stopped.is_set())
             measure, keep = last or i % config.eval_every == 0, last or stop or i % config.checkpoint_every == 0
             if measure or keep or i % config.log_every == 0:
                 pace = {"tok_s": speed.tok_s, "eta_s": speed.eta_s(n_steps - i)}
@@ -195,7 +218,8 @@ def _loop(run: Run, checkpoints: Checkpoints) -> tuple[States, float]:
                     if name in bad and (not is_sweep(config) or len(bad) == len(measured)):
                         raise _diverged(name, row, checkpoints)
                     if measure and name not in bad:
-                        row = {**row, **_held_out(evaluate(run, job, run.state(name, states)))}
+                        state = _to_read(run.state(name, states))
+                        row = {**row, **(_held_out(evaluate(run, job, state)) if hosts.is_first() else {})}
                     if measure or i % config.log_every == 0:
                         log(row)
                         view.row(row)
@@ -206,6 +230,30 @@ def _loop(run: Run, checkpoints: Checkpoints) -> tuple[States, float]:
                 raise _interrupted(run, i)
         run.order.release(checkpoints.last)
     return states, speed.tok_s
+
+
+@contextmanager
+def _reports(run: Run, first: int) -> Iterator[tuple[Write, View]]:
+    """The log and the view of a run; those of other processes than the first do nothing."""
+    config, heading = run.config, "SAE" if is_sweep(run.config) else "hook point"
+    if not hosts.is_first():
+        yield _Unseen().row, _Unseen()
+        return
+    with (
+        run_log(config, first) as log,
+        live_view("train", list(run.jobs), run.n_steps, first, config.batch_size, heading) as view,
+    ):
+        yield log, view
+
+
+class _Unseen:
+    """A view that shows nothing."""
+
+    def step(self, i: int) -> None:
+        pass
+
+    def row(self, row: Row) -> None:
+        pass
 
 
 def _step_all(run: Run, step: Step, states: States, batch: DeviceActivations) -> dict[str, StepMetrics]:
@@ -341,6 +389,8 @@ def _ctrl_c() -> Iterator[threading.Event]:
     def on_signal(*_: object) -> None:
         stopped.set()
         signal.signal(signal.SIGINT, before)
+        if hosts.several():
+            signal.raise_signal(signal.SIGTERM)  # of which JAX tells the other processes
 
     signal.signal(signal.SIGINT, on_signal)
     try:

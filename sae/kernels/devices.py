@@ -8,7 +8,8 @@ gradients.
 
 Arrays have the same meaning on a grid as on one device, and XLA divides what is written about them. Kernels are
 written for one device: `on_each` runs one on what each device has, and inside it the functions below let devices agree.
-On one device all of them do nothing. Left out: devices of several hosts.
+On one device all of them do nothing. Devices may be those of several processes (`sae.hosts`), which run one program;
+along `latent` they exchange a few numbers a token, along `data` weights and gradients.
 """
 
 from collections.abc import Callable
@@ -39,11 +40,15 @@ grid_in_use: ContextVar[Mesh | None] = ContextVar("grid_in_use", default=None)
 def make_grid(latent: int, data: int) -> Mesh | None:
     """The grid of the first latent * data devices, or None for one device.
 
-    Raises: ConfigError if there are not so many.
+    Raises: ConfigError if there are not so many, or if there are others that belong to several processes.
     """
+    there = jax.devices()
+    if jax.process_count() > 1 and latent * data != len(there):
+        where = "compute.latent_parallel * compute.data_parallel"
+        expected = f"the {len(there)} devices of all {jax.process_count()} processes"
+        raise ConfigError(where, expected=expected, got=latent * data, fix="Set them so, or start fewer processes.")
     if latent * data == 1:
         return None
-    there = jax.devices()
     if len(there) < latent * data:
         where, fix = "compute.latent_parallel * compute.data_parallel", "Lower them, or make more devices visible."
         expected = f"at most the {len(there)} {there[0].platform} devices that JAX sees"

@@ -1,0 +1,292 @@
+"""Several processes, on one host or on many, that take one training run together.
+
+1. `join` finds out from the environment whether there are others, and connects JAX to them before anything uses JAX.
+2. `agree` compares what the processes were told, and stops all of them where it differs. 3. `together` holds a line to
+the others open while they train: a process that fails says why, one that dies is missed, and either way the others end
+with one line and exit code 1. 4. A signal to stop, given to one, stops all after the same step (`stop_after`).
+
+Process 0 alone writes logs and the SAE; all write checkpoints (orbax), to a folder that they share. With one process
+all of this does nothing. The network is trusted, as JAX itself trusts it. Left out: which device keeps what
+(`sae.kernels.devices`), starting the processes (`steer.launch` does, with Ray).
+"""
+
+import atexit
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cache
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Listener, wait
+from typing import Any, NamedTuple
+
+import jax
+from jax._src.distributed import global_state
+from jax.experimental import multihost_utils
+
+from activations.errors import ConfigError, HostLostError, InterruptedRunError, MismatchError, SaekitError
+
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+JOIN_S, AGREE_S, END_S = 300, 600, 60
+"""seconds to wait for the others: at the start, until their stores are read, and for word of the one that died"""
+IDLE_S, PROBE_S, PROBES = 10, 5, 3
+"""a host that is gone without a word is missed after IDLE_S + PROBE_S * PROBES seconds"""
+SOUNDS = ("Gloo", "NCCL", "oordination")
+"""in messages of JAX when another process has gone"""
+BYE = "bye"
+
+
+class Place(NamedTuple):
+    """What a process is told of the run."""
+
+    coordinator: str
+    n_processes: int
+    process: int
+
+
+def is_first() -> bool:
+    """Whether this process writes what only one may write."""
+    return jax.process_index() == 0
+
+
+def several() -> bool:
+    """Whether there are other processes."""
+    return jax.process_count() > 1
+
+
+def place(environment: Mapping[str, str]) -> Place | None:
+    """What the plain variables say; None where they say nothing, or that there is one process.
+
+    >>> place({"JAX_COORDINATOR_ADDRESS": "n0:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"})
+    Place(coordinator='n0:1234', n_processes=2, process=1)
+
+    Raises: ConfigError if some are missing or are no such numbers.
+    """
+    given = {name: environment[name] for name in VARIABLES if environment.get(name)}
+    if not given.keys() & set(VARIABLES[1:]):
+        return None
+    expected = f"{', '.join(VARIABLES)}: all or none"
+    if missing := set(VARIABLES) - given.keys():
+        fix = "Set all three, or unset them to train in one process."
+        raise ConfigError("environment", expected=expected, got=f"no {', '.join(sorted(missing))}", fix=fix)
+    address, n, process = given.values()
+    if not (n.isdecimal() and process.isdecimal() and int(process) < int(n) and address.rpartition(":")[2].isdecimal()):
+        expected = "HOST:PORT, the number of processes, and this one's number, from 0"
+        fix = "Number the processes 0 to JAX_NUM_PROCESSES - 1."
+        raise ConfigError(", ".join(VARIABLES), expected=expected, got=f"{address}, {n}, {process}", fix=fix)
+    return Place(address, int(n), int(process)) if int(n) > 1 else None
+
+
+def join() -> None:
+    """Connect to the other processes, if the environment says that there are some; once in the life of a process.
+
+    Raises: ConfigError if the environment is wrong, or JAX was used already; HostLostError if not all come in time.
+    """
+    if jax.distributed.is_initialized():
+        return
+    mine, environment = place(os.environ), os.environ
+    is_slurm = all(name in environment for name in SLURM) and int(environment["SLURM_NTASKS"]) > 1
+    if mine is None and not is_slurm:
+        return
+    # Otherwise JAX aborts a process that has failed, as it leaves; who is missing is ours to find out (`together`).
+    jax.config.update("jax_enable_recoverability", True)
+    address, n, number = mine or (None, None, None)
+    method = "slurm" if mine is None else "deactivate"
+    try:
+        jax.distributed.initialize(address, n, number, cluster_detection_method=method, initialization_timeout=JOIN_S)
+    except RuntimeError as error:
+        if "must be called before" in str(error):
+            fix = "Call train before other work with JAX, or unset the variables."
+            expected, got = "a process that is new to JAX", "one that used it"
+            raise ConfigError("environment", expected=expected, got=got, fix=fix) from error
+        fix = "Start all of them, with one address that they reach; the port must be free."
+        got = " ".join(str(error).split())[:200]
+        raise HostLostError("joining", expected="all processes within 5 minutes", got=got, fix=fix) from error
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Train with the other processes, if there are any, and end when one of them does.
+
+    While it lasts, a process whose partner fails or dies writes one line to stderr and exits with 1 at once, since its
+    main thread may be waiting for that partner, where no exception reaches it.
+    """
+    join()
+    if not several():
+        yield
+        return
+    watch = _watch()
+    watch.begin()
+    try:
+        yield
+        meet("the end")
+    except InterruptedRunError:
+        meet("the stop")  # all of them stop
+        raise
+    except SaekitError as error:
+        watch.tell(str(error))
+        raise
+    except Exception as error:  # maybe only the sound of another process dying, of which the watch knows more
+        if any(word in str(error) for word in SOUNDS):
+            watch.wait()
+        watch.tell(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        raise
+    finally:
+        watch.active = False
+
+
+class _Watch:
+    """A thread that learns of the end of other processes: each has a line to process 0, which passes on what it hears.
+
+    A line that ends without a goodbye is a process that died. Raises: HostLostError if one of them does not call.
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+        """whether to end when another process does"""
+        self._lost = ""
+        self._lines = self._listen() if is_first() else [self._call()]
+        self._thread = threading.Thread(target=self._hear, daemon=True)
+        self._thread.start()
+        atexit.register(self._leave)
+
+    def begin(self) -> None:
+        """From now on, end when another process does, or has."""
+        self.active = True
+        if self._lost:
+            self._stop(self._lost)
+
+    def _listen(self) -> list[Any]:
+        key = secrets.token_hex(16)
+        # On all addresses: which of them the others reach is theirs to know.
+        with Listener(("0.0.0.0", 0), backlog=jax.process_count(), authkey=key.encode()) as listener:
+            _client().key_value_set("saekit/watch", json.dumps([listener.address[1], key]))
+            lines: list[Any] = []
+            while len(lines) < jax.process_count() - 1:
+                with suppress(OSError, EOFError, AuthenticationError):  # a stranger
+                    lines.append(_kept_alive(listener.accept()))
+        return lines
+
+    def _call(self) -> Any:
+        port, key = json.loads(_client().blocking_key_value_get("saekit/watch", JOIN_S * 1000))
+        assert global_state.coordinator_address is not None
+        host = global_state.coordinator_address.rpartition(":")[0].strip("[]")
+        return _kept_alive(Client((host, port), authkey=key.encode()))
+
+    def _hear(self) -> None:
+        silent, lines = list(self._lines), list(self._lines)
+        while lines:
+            ready: Any = wait(lines)
+            for line in ready:
+                try:
+                    said = line.recv_bytes().decode("utf-8", errors="replace")
+                except (OSError, EOFError):
+                    said = "it died, or its host did" if line in silent else BYE
+                    lines.remove(line)
+                if said == BYE:
+                    silent = [other for other in silent if other is not line]
+                elif self.active:
+                    self._stop(said)
+                else:
+                    self._lost = self._lost or said
+
+    def _stop(self, reason: str) -> None:
+        self.tell(reason)
+        error = HostLostError(
+            f"process {jax.process_index()} of {jax.process_count()}",
+            expected="all processes to go on",
+            got=f"the end of one: {reason.rstrip('.')}",
+            fix="Start all of them again, as many as you like: the run resumes from its last checkpoint.",
+        )
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+        os._exit(1)
+
+    def tell(self, reason: str) -> None:
+        """Say to the others why this process ends."""
+        for line in self._lines:
+            with suppress(OSError):
+                line.send_bytes(reason.encode())
+
+    def wait(self) -> None:
+        """Wait a while for the others to end, which may end this process."""
+        self._thread.join(END_S)
+
+    def _leave(self) -> None:
+        """Say goodbye; process 0 ends last, since JAX aborts a process that leaves when process 0 is gone."""
+        self.tell(BYE)
+        if is_first():
+            self.wait()
+
+
+@cache
+def _watch() -> _Watch:
+    """That of this process."""
+    return _Watch()
+
+
+def _count() -> Iterator[int]:
+    n = 0
+    while True:
+        yield n
+        n += 1
+
+
+_numbers = _count()
+"""of what all processes do in the same order, so that names in JAX's key-value store are used once"""
+
+
+def _client() -> Any:
+    return global_state.client
+
+
+def _kept_alive(line: Any) -> Any:
+    """A line that ends a while after its other host is gone without a word."""
+    with socket.socket(fileno=os.dup(line.fileno())) as there:
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in {"TCP_KEEPIDLE": IDLE_S, "TCP_KEEPINTVL": PROBE_S, "TCP_KEEPCNT": PROBES}.items():
+            there.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return line
+
+
+def meet(where: str) -> None:
+    """Wait until all processes are here."""
+    if several():
+        _client().wait_at_barrier(f"saekit/{next(_numbers)}/{where}", AGREE_S * 1000)
+
+
+def agree(told: Mapping[str, Any]) -> None:
+    """Compare what each process was told.
+
+    Raises: MismatchError, in all of them, that names what differs from process 0.
+    """
+    if not several():
+        return
+    folder = f"saekit/told/{next(_numbers)}"
+    _client().key_value_set(f"{folder}/{jax.process_index()}", json.dumps(told))
+    meet("told")
+    first, *others = (json.loads(_client().key_value_try_get(f"{folder}/{i}")) for i in range(jax.process_count()))
+    for i, other in enumerate(others, start=1):
+        differing = sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
+        if differing:
+            raise MismatchError(
+                f"process {i} of {jax.process_count()}",
+                expected="what process 0 has: " + ", ".join(f"{key}={first.get(key)}" for key in differing),
+                got=", ".join(f"{key}={other.get(key)}" for key in differing),
+                fix="Start all processes with one config, on one store or copies of it, with the same versions.",
+            )
+
+
+def stop_after(step: int, is_asked: bool) -> bool:
+    """Whether to stop after this step, which all processes ask after each step, and of which all get one answer."""
+    return multihost_utils.reached_preemption_sync_point(step) if several() else is_asked
+
+
+def whole(tree: Any) -> Any:
+    """The arrays of a tree in main memory, for which all processes have to ask; with one process, as they are."""
+    return multihost_utils.process_allgather(tree, tiled=True) if several() else tree

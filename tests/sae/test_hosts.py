@@ -1,0 +1,280 @@
+"""Several processes take one run together: real ones, on loopback, each with CPU devices of its own."""
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from activations.errors import ConfigError, SaekitError
+from activations.store import ActivationStore
+from sae.architectures import ARCHITECTURES
+from sae.artefact import SaeArtefact
+from sae.config import ComputeConfig, SaeConfig, TrainConfig
+from sae.feed import Share
+from sae.hosts import Place, place
+from sae.kernels.devices import BY_TOKEN, make_grid
+from sae.log import read_log
+from sae.run import _check_alone
+from sae.train import train
+from tests.sae.runs import HOOK, OTHERS, WIRINGS, short_run
+
+MakeStore = Callable[..., ActivationStore]
+STEPS, LONG = 10, 40
+SPLIT = ("batchtopk", "jumprelu")
+"""The other tests train topk. All ARCHITECTURES pass, in three minutes; tests/sae/kernels/test_devices.py has them."""
+GRID = ComputeConfig(data_parallel=2, latent_parallel=2)
+
+
+@pytest.fixture
+def store(make_store: MakeStore) -> ActivationStore:
+    return make_store(hook_points=(HOOK, *OTHERS))
+
+
+def config_of(
+    store: ActivationStore, out: Path, n_steps: int = STEPS, name: str = "topk", **changes: Any
+) -> TrainConfig:
+    sae = SaeConfig(architecture=name, d_sae=48, k=4, aux_k=8, groups=(0.25, 0.75))
+    hook_points = (WIRINGS[ARCHITECTURES[name].reads],)
+    settings = {"lr": 0.01, "eval_every": 20, "checkpoint_every": 10, "hook_points": hook_points, **changes}
+    return short_run(store, out, n_steps, sae=sae, **settings)
+
+
+def run(configs: list[TrainConfig], environment: dict[str, str], said: Path) -> None:
+    """One process: train after another config; it exits as the command line does."""
+    os.environ.update(environment)
+    file = os.open(said, os.O_CREAT | os.O_WRONLY)
+    os.dup2(file, 2)
+    try:
+        for config in configs:
+            train(config)
+    except SaekitError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+        sys.exit(1)
+
+
+def plain(address: str, n: int, i: int) -> dict[str, str]:
+    return {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(n), "JAX_PROCESS_ID": str(i)}
+
+
+def slurm(address: str, n: int, i: int) -> dict[str, str]:
+    """What srun sets for a task, as far as JAX reads it; a real job's number gives the port."""
+    port = address.rpartition(":")[2]
+    task = {"SLURM_NTASKS": str(n), "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+    return {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "JAX_COORDINATOR_PORT": port, **task}
+
+
+class Processes:
+    """Processes that train together."""
+
+    def __init__(
+        self,
+        start: Callable[..., Any],
+        configs: list[list[TrainConfig]],
+        n_devices: int,
+        folder: Path,
+        variables: Callable[[str, int, int], dict[str, str]] = plain,
+    ):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._said = [folder / f"said_{i}" for i in range(len(configs))]
+        flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={n_devices}")
+        self.all = [
+            start(run, configs[i], {"XLA_FLAGS": flags, **variables(address, len(configs), i)}, said)
+            for i, said in enumerate(self._said)
+        ]
+
+    def end(self) -> list[int]:
+        """Exit codes, once all have ended."""
+        for process in self.all:
+            process.join(120)
+        return [process.exitcode for process in self.all]
+
+    def said(self, i: int) -> str:
+        return self._said[i].read_text(errors="replace")
+
+
+def logged(out: Path) -> int:
+    rows = read_log(out / "train.jsonl")
+    return rows[-1]["step"] if rows else 0
+
+
+def wait_for(out: Path, step: int, processes: Processes) -> None:
+    while logged(out) < step:
+        assert all(process.is_alive() for process in processes.all), [processes.said(i) for i in range(2)]
+        time.sleep(0.01)
+
+
+def saved(out: Path) -> SaeArtefact:
+    return SaeArtefact.load(out / "sae")
+
+
+def same(mine: TrainConfig, wanted: TrainConfig) -> None:
+    """The same weights and the same log, but for rounding: sums over devices have another order."""
+    for name, tensor in saved(wanted.out).tensors().items():
+        np.testing.assert_allclose(saved(mine.out).tensors()[name], tensor, rtol=2e-3, atol=2e-5, err_msg=name)
+    rows, expected = read_log(mine.out / "train.jsonl"), read_log(wanted.out / "train.jsonl")
+    assert [row["step"] for row in rows] == [row["step"] for row in expected], "once each: one process logs"
+    for row, other in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    assert rows[-1]["holdout_fvu"] == pytest.approx(expected[-1]["holdout_fvu"], rel=1e-3)
+
+
+def test_two_processes_take_the_steps_of_one(
+    store: ActivationStore, tmp_path: Path, start_process: Callable[..., Any]
+) -> None:
+    """One run after the other in the same two processes of two devices each, on three grids."""
+    whole = [config_of(store, tmp_path / name, name=name) for name in SPLIT]
+    split = [config.model_copy(update={"out": tmp_path / f"{config.out}_split"}) for config in whole]
+    grids = [GRID, ComputeConfig(data_parallel=4), ComputeConfig(latent_parallel=4)]
+    split = [config.model_copy(update={"compute": grids[i % 3]}) for i, config in enumerate(split)]
+    processes = Processes(start_process, [split, split], 2, tmp_path / "said")
+    for config in whole:
+        train(config)
+    assert processes.end() == [0, 0], processes.said(0) + processes.said(1)
+    for mine, wanted in zip(split, whole, strict=True):
+        same(mine, wanted)
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_killed_process_ends_the_others_and_the_run_resumes_on_another_number(
+    dies: int, store: ActivationStore, tmp_path: Path, start_process: Callable[..., Any]
+) -> None:
+    whole = config_of(store, tmp_path / "whole", LONG)
+    train(whole)
+    broken = whole.model_copy(update={"out": tmp_path / "broken"})
+    two = broken.model_copy(update={"compute": GRID})
+    processes = Processes(start_process, [[two], [two]], 2, tmp_path / "first")
+    wait_for(broken.out, 15, processes)
+    processes.all[dies].kill()
+    codes = processes.end()
+    assert codes[dies] == -signal.SIGKILL
+    assert codes[1 - dies] in ((1,) if dies == 1 else (1, -signal.SIGABRT)), "with process 0, JAX may be first to abort"
+    said = processes.said(1 - dies)
+    assert f"process {1 - dies} of 2: expected all processes to go on, got the end of one: it died" in said
+    assert "the run resumes from its last checkpoint" in said
+    if dies == 0:
+        assert train(broken).resumed_from in (10, 20, 30)
+    else:
+        three = broken.model_copy(update={"compute": ComputeConfig(latent_parallel=3)})
+        processes = Processes(start_process, [[three]] * 3, 1, tmp_path / "second")
+        assert processes.end() == [0, 0, 0], processes.said(0)
+    same(broken, whole)
+
+
+def test_a_run_moves_from_one_process_to_two_that_a_signal_to_one_stops(
+    store: ActivationStore, tmp_path: Path, start_process: Callable[..., Any]
+) -> None:
+    whole = config_of(store, tmp_path / "whole", LONG)
+    moved = whole.model_copy(update={"out": tmp_path / "moved"})
+    alone = start_process(run, [moved], {}, tmp_path / "said_alone")
+    while logged(moved.out) < 5:
+        time.sleep(0.01)
+    alone.kill()
+    alone.join()
+    train(whole)
+    two = moved.model_copy(update={"compute": GRID})
+    processes = Processes(start_process, [[two], [two]], 2, tmp_path / "first")
+    wait_for(moved.out, 10, processes)
+    os.kill(processes.all[1].pid, signal.SIGINT)  # which becomes the SIGTERM that JAX hears
+    assert processes.end() == [1, 1]
+    stops = [next(line for line in processes.said(i).splitlines() if "a stop after" in line) for i in range(2)]
+    assert stops[0] == stops[1]
+    stopped = int(stops[0].partition("a stop after ")[2].partition(".")[0])
+    assert train(moved).resumed_from == stopped, "all kept the same step"
+    same(moved, whole)
+
+
+def test_processes_that_were_told_different_things_say_so(
+    store: ActivationStore, make_store: MakeStore, tmp_path: Path, start_process: Callable[..., Any]
+) -> None:
+    mine = config_of(store, tmp_path / "out", compute=ComputeConfig(data_parallel=2))
+    other = make_store("other", hook_points=(HOOK, *OTHERS), seed=1)
+    for changes, named in (({"lr": 0.02}, "lr=0.01"), ({"store": other.path}, "store=")):
+        theirs = mine.model_copy(update=changes)
+        processes = Processes(start_process, [[mine], [theirs]], 1, tmp_path / named)
+        assert processes.end() == [1, 1]
+        for i in range(2):
+            said = processes.said(i)
+            assert f"process 1 of 2: expected what process 0 has: {named}" in said
+    assert not mine.out.exists()
+
+
+def test_slurm_starts_processes_that_have_copies_of_the_store(
+    store: ActivationStore, make_store: MakeStore, tmp_path: Path, start_process: Callable[..., Any]
+) -> None:
+    """And a process that fails alone says why; the others repeat it."""
+    copy = make_store("copy", hook_points=(HOOK, *OTHERS))
+    mine = config_of(store, tmp_path / "out", compute=ComputeConfig(data_parallel=2))
+    theirs = mine.model_copy(update={"store": copy.path})
+    processes = Processes(start_process, [[mine], [theirs]], 1, tmp_path, slurm)
+    assert processes.end() == [0, 0], processes.said(0) + processes.said(1)
+    assert saved(mine.out).d_sae == 48
+    lost = mine.model_copy(update={"store": tmp_path / "nowhere"})
+    processes = Processes(start_process, [[mine], [lost]], 1, tmp_path / "lost")
+    assert processes.end() == [1, 1]
+    assert "got the end of one:" in processes.said(0)
+    assert "nowhere" in processes.said(0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "no JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_PROCESS_ID": "0"}, "no JAX_NUM_PROCESSES"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "got a:1, 2, 2"),
+        ({"JAX_COORDINATOR_ADDRESS": "a", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, "HOST:PORT"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "1"}, "HOST:PORT"),
+    ],
+)
+def test_variables_that_are_wrong(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        place(environment)
+
+
+def test_variables_that_say_there_is_one_process() -> None:
+    one = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
+    assert place(one) is None
+    assert place({}) is None
+    assert place(one | {"JAX_NUM_PROCESSES": "3"}) == Place("a:1", 3, 0)
+
+
+def test_a_ring_has_one_trainer(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(store, tmp_path)
+    _check_alone(config)
+    monkeypatch.setattr("sae.hosts.several", lambda: True)
+    with pytest.raises(ConfigError, match="expected a whole store, got a ring, with several processes"):
+        _check_alone(config)
+
+
+class Elsewhere(jax.sharding.Sharding):
+    """A sharding over more devices than are here, of which this process has some."""
+
+    def __init__(self, parts: list[slice]):
+        self._parts = parts
+
+    @property
+    def is_fully_addressable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return False
+
+    def addressable_devices_indices_map(self, global_shape: tuple[int, ...]) -> Any:
+        return {i: (part,) for i, part in enumerate(self._parts)}
+
+
+def test_a_process_gathers_only_the_tokens_of_its_devices() -> None:
+    share = Share.of(Elsewhere([slice(4, 8), slice(12, 16), slice(4, 8)]), 16)
+    np.testing.assert_array_equal(share.tokens, [4, 5, 6, 7, 12, 13, 14, 15])
+    grid = make_grid(2, 2)
+    assert grid is not None
+    here = Share.of(jax.sharding.NamedSharding(grid, BY_TOKEN), 16)
+    assert here.tokens == slice(None), "alone, all of them"
