@@ -104,7 +104,7 @@ def steers(variant: str, n: int, n_layers: int) -> list[dict[str, Any] | None]:
         if variant == "gated":
             item["gate"] = {"on": 0.03, "off": 0.02, "tokens": 2}
         is_steered = variant in ("all", "layers", "gated") or (variant == "half" and i % 2 == 0)
-        return {"library": "drawn", "steer": [item]} if is_steered else None
+        return {"steer": [item]} if is_steered else None
 
     return [one(i) for i in range(n)]
 

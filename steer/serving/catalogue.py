@@ -79,14 +79,16 @@ class Shelved:
 class Catalogue:
     """All libraries of a server."""
 
-    def __init__(self, shelves: Sequence[Shelved], loaded: LoadedModel):
+    def __init__(self, shelves: Sequence[Shelved], loaded: LoadedModel, advice: str):
         self._shelves = {shelf.name: shelf for shelf in shelves}
-        self._loaded = loaded
+        self._loaded, self._advice = loaded, advice
 
     @classmethod
-    def open(cls, libraries: Sequence[str], loaded: LoadedModel) -> "Catalogue":
+    def open(cls, libraries: Sequence[str], loaded: LoadedModel, advice: str = "See GET /v1/steering.") -> "Catalogue":
         """Open libraries by path or installed name, for a model.
 
+        Args:
+          advice: what somebody is told who asks for what there is not.
         Raises: as `Library.open` does; MismatchError for a library of other weights, CorruptArtefactError for a
           signature that is not of it, ConfigError for two of one name.
         """
@@ -100,7 +102,12 @@ class Catalogue:
             signed = check_signature(path, path, manifest, trusted)
             shelves[name] = Shelved(name, path, library, manifest["content_sha256"], str(signed))
             _check_model(shelves[name], loaded)
-        return cls([*shelves.values()], loaded)
+        return cls([*shelves.values()], loaded, advice)
+
+    @property
+    def shelves(self) -> list[Shelved]:
+        """The libraries."""
+        return [*self._shelves.values()]
 
     # --- what is asked for -------------------------------------------------------------------------------------------
 
@@ -154,8 +161,8 @@ class Catalogue:
         if not having:
             known = [name for shelf in self._shelves.values() for name in _names(shelf.library)]
             expected = f"one of {', '.join(known[:20])}" + (" ..." if len(known) > 20 else "") if known else "a library"
-            got = f"'{ref[:100]}'" if known else "none: this server has no library"
-            raise UnknownNameError(where, expected=expected, got=got, fix="See GET /v1/steering.")
+            got = f"'{ref[:100]}'" if known else "none: it was started without libraries"
+            raise UnknownNameError(where, expected=expected, got=got, fix=self._advice)
         return having[0], ref
 
     def _latent(self, where: str, ref: str) -> tuple[Shelved, int]:
@@ -166,7 +173,7 @@ class Catalogue:
             names = ", ".join(f"{shelf.name}/N" for shelf in shelves)
             expected = f"one of {names}" if names else "a library with its SAE in it"
             got = f"'{ref[:100]}'" if names else "none"
-            raise UnknownNameError(where, expected=expected, got=got, fix="See GET /v1/steering.")
+            raise UnknownNameError(where, expected=expected, got=got, fix=self._advice)
         if not (number.isascii() and number.isdigit() and len(number) < 10):
             fix = "Give its index."
             raise UnknownNameError(where, expected="the index of a latent", got=f"'{number[:100]}'", fix=fix)

@@ -1,8 +1,9 @@
 """The libraries that an engine steers with, and what a request makes of them.
 
-Flow: 1. libraries are opened once, when the engine starts, and refused if their vectors are of other weights; 2. their
-hook points are where the model gets tables; 3. a request becomes interventions, which `steer.plan` checks and turns
-into slots, just as it does for the transformers runtime.
+Flow: 1. libraries are opened once, when the engine starts, and refused if they are of other weights; 2. their hook
+points are where the model gets tables; 3. a request becomes interventions, both by `steer.serving.catalogue`, as for
+`saekit serve`; 4. what vLLM cannot do is refused; 5. `steer.plan` turns the rest into slots, as it does for the
+transformers runtime.
 
 vLLM's model is not the one of transformers, so a `LoadedModel` is stood in for by what its config tells. Left out:
 roles, phases and tool calls in scopes, SAEs whose threshold depends on the token (TopK), hook points other than
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from activations.errors import ConfigError, MismatchError, UnknownNameError
+from activations.errors import ConfigError
 from activations.families import family_of_config
 from activations.fingerprints import cache_dir
 from activations.hook_points import HookPoint
@@ -25,8 +26,9 @@ from activations.models import LoadedModel, fingerprint_folder, read_config
 from steer.gates import Gate, gates_of
 from steer.operations import Intervention
 from steer.plan import Contents, Plan
-from steer.vllm.items import Shelf, interventions_of, open_shelf, record_of
-from steer.vllm.request import Request
+from steer.serving import catalogue as serving
+from steer.serving.items import Asked
+from steer.vllm.request import key_of
 
 MAX_GATES = 4
 """gates of one request"""
@@ -56,38 +58,32 @@ class Catalogue:
 
         Args:
           n_slots: room that a request has in each lane.
-        Raises: ConfigError for two of one name, MismatchError for one of another model; as `Library.open` does.
+        Raises: as `steer.serving.catalogue.Catalogue.open` does.
         """
         self.model, self.n_slots = model, n_slots
-        self._shelves: dict[str, Shelf] = {}
-        for each in libraries:
-            shelf = open_shelf(each)
-            if shelf.name in self._shelves:
-                fix = "Leave one out, or give it another name."
-                raise ConfigError(f"library '{shelf.name}'", expected="one of this name", got="two", fix=fix)
-            self._check_model(shelf)
-            self._shelves[shelf.name] = shelf
+        self._shared = serving.Catalogue.open(libraries, model, advice="Ask for what the engine was started with.")
 
     @property
     def hashes(self) -> dict[str, str]:
         """Name -> content hash."""
-        return {name: shelf.content_sha256 for name, shelf in self._shelves.items()}
+        return {shelf.name: shelf.content_sha256 for shelf in self._shared.shelves}
 
     @property
     def points(self) -> list[HookPoint]:
         """Where anything may be read or act, in the order of a pass; those that cannot be steered here left out."""
-        names = {v.hook_point for shelf in self._shelves.values() for v in shelf.library.vectors.values()}
-        for shelf in self._shelves.values():
-            names |= {str(g.readout.hook_point) for v in shelf.library.vectors.values() for g in gates_of(v.gate)}
-            names |= {shelf.library.sae.hook_point} if shelf.library.sae is not None else set()
+        libraries = [shelf.library for shelf in self._shared.shelves]
+        vectors = [vector for library in libraries for vector in library.vectors.values()]
+        names = {vector.hook_point for vector in vectors}
+        names |= {str(gate.readout.hook_point) for vector in vectors for gate in gates_of(vector.gate)}
+        names |= {library.sae.hook_point for library in libraries if library.sae is not None}
         points = [HookPoint.parse(name) for name in names if re.fullmatch(rf"{SITE}\.\d+", name)]
         return sorted((p for p in points if p.layer < self.model.n_layers), key=lambda point: point.depth)
 
-    def key(self, request: Request) -> str:
+    def key(self, request: Asked) -> str:
         """What makes two requests steer in the same way."""
-        return request.key(self._shelf(request).content_sha256)
+        return key_of(request, self.hashes)
 
-    def prepare(self, request: Request, n_prompt: int) -> Prepared:
+    def prepare(self, request: Asked, n_prompt: int) -> Prepared:
         """Raises: as `steer.plan.Plan` does, and for what this backend cannot do."""
         interventions = self.interventions(request)
         for each in interventions:
@@ -109,37 +105,14 @@ class Catalogue:
         bounds = dict.fromkeys(each.scope.bounds(n_prompt) for each in interventions)
         return Prepared(contents, plan.gates, list(bounds))
 
-    def interventions(self, request: Request) -> list[Intervention]:
-        """What a request asks for. Raises: UnknownNameError for a library, vector or latent that there is not."""
-        shelf = self._shelf(request)
-        return [each for number, item in enumerate(request.steer, 1) for each in interventions_of(shelf, number, item)]
+    def interventions(self, request: Asked) -> list[Intervention]:
+        """What a request asks for. Raises: as `steer.serving.catalogue.Catalogue.prepare` does."""
+        return self._shared.prepare([request]).interventions
 
-    def record(self, request: Request) -> dict[str, Any]:
-        """What a request is steered by, to be kept with its answer: hashes, operations and coefficients."""
-        shelf = self._shelf(request)
-        return {
-            "key": self.key(request),
-            "library": {"name": shelf.name, "content_sha256": shelf.content_sha256},
-            "steer": [entry for item in request.steer for entry in record_of(shelf, item)],
-            "budget": request.budget,
-        }
-
-    def _shelf(self, request: Request) -> Shelf:
-        if request.library not in self._shelves:
-            expected = f"one of {', '.join(self._shelves) or 'none: the engine was started without libraries'}"
-            fix = "Correct the name, or start the engine with that library."
-            raise UnknownNameError("library", expected=expected, got=repr(request.library), fix=fix)
-        return self._shelves[request.library]
-
-    def _check_model(self, shelf: Shelf) -> None:
-        for vector in shelf.library.vectors.values():
-            if vector.model.fingerprint != self.model.fingerprint:
-                raise MismatchError(
-                    f"library '{shelf.name}': vector '{vector.name}'",
-                    expected=f"one of the weights that vLLM serves, {self.model.fingerprint[:12]}",
-                    got=f"one of {vector.model.id}, {vector.model.fingerprint[:12]}",
-                    fix="Serve the model that it was made from, from the folder that saekit read it from.",
-                )
+    def record(self, request: Asked) -> dict[str, Any]:
+        """What a request is steered by, to be kept with its answer: its key, the server's account, and its budget."""
+        found = self._shared.prepare([request])
+        return {"key": self.key(request), "steering": found.account, "budget": found.budget}
 
 
 def model_of(folder: Path, config: Any) -> LoadedModel:

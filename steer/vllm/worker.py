@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from activations.errors import ConfigError
 from activations.hook_points import HookPoint
+from steer.serving.items import Asked
 from steer.vllm.catalogue import Prepared
 from steer.vllm.plugin import NAME, catalogue_of
-from steer.vllm.request import Request
 from steer.vllm.rows import Fired, Rows, describe
 from steer.vllm.tables import Site, Sizes
 
@@ -68,9 +68,9 @@ def attach(runner: Any) -> None:
 
     @lru_cache(_PREPARED)
     def prepared(request: str, n_prompt: int) -> Prepared:
-        return catalogue.prepare(Request.model_validate_json(request), n_prompt)
+        return catalogue.prepare(Asked.model_validate_json(request), n_prompt)
 
-    _wrap_runner(runner, rows, lambda request, n: prepared(Request.model_validate(request).model_dump_json(), n))
+    _wrap_runner(runner, rows, lambda request, n: prepared(Asked.model_validate(request).model_dump_json(), n))
 
 
 def _sizes(config: Any, runner: Any, d_model: int) -> Sizes:

@@ -39,28 +39,28 @@ PROMPTS = (
     "My friend and I decided to write a story about the old lighthouse near the sea, and",
     "The capital of France is",
 )
+SHIPPED = "smollm2-135m"
 LONG = "The island had one road and two bridges. " * 12
 GATE = {"on": 0.1, "off": 0.05, "tokens": 2}
 CASES: dict[str, tuple[str, list[dict[str, Any]] | None]] = {
     "unsteered": (PROMPTS[0], None),
     "add": (PROMPTS[0], [{"vector": "bright", "dose": 0.5}]),
     "ablate": (PROMPTS[1], [{"vector": "formal"}]),
-    "clamp": (PROMPTS[2], [{"vector": "bright", "operation": "clamp", "dose": 0.3}]),
+    "latent added": (PROMPTS[2], [{"latent": 7504, "dose": 0.5}]),
     "gated": (PROMPTS[1], [{"vector": "bright", "dose": 0.6, "gate": GATE}]),
     "several": (PROMPTS[1], [{"vector": "bright", "dose": 0.3}, {"vector": "formal"}, {"vector": "turned"},
                              {"vector": "window"}]),
     "prompt only": (PROMPTS[1], [{"vector": "early"}]),
     "generated only": (PROMPTS[1], [{"vector": "late"}]),
-    "latent clamped": (PROMPTS[0], [{"latent": 7504, "operation": "clamp", "value": 40.0}]),
-    "latent off": (PROMPTS[0], [{"latent": 7504, "operation": "scale", "value": 0.0}]),
+    "latent clamped": (PROMPTS[0], [{"latent": 7504, "clamp": 40.0}]),
+    "latent off": (PROMPTS[0], [{"latent": f"{SHIPPED}/7504", "scale": 0}]),
     "unsteered too": (PROMPTS[1], None),
 }  # fmt: skip
 REFUSED = {
-    "unknown": ([{"vector": "nothing"}], "vector 'nothing'"),
+    "unknown": ([{"vector": "nothing"}], "'nothing'"),
     "oversized": ([{"vector": "bright", "dose": 9}], "expected a dose of at most 2, got 9"),
     "a role": ([{"vector": "bright", "scope": "assistant"}], "roles, phases or tool calls"),
 }
-SHIPPED = "smollm2-135m"
 Answer = dict[str, Any]
 
 
@@ -71,9 +71,7 @@ def made(model: LoadedModel, name: str, layer: int, norm: float, **changes: Any)
 
 
 def request(case: tuple[str, list[dict[str, Any]] | None]) -> dict[str, Any] | None:
-    if case[1] is None:
-        return None
-    return {"library": SHIPPED if "latent" in case[1][0] else "tried", "steer": case[1]}
+    return None if case[1] is None else {"steer": case[1]}
 
 
 def asked(model: LoadedModel, prompt: str, steer: dict[str, Any] | None, tokens: int = TOKENS) -> dict[str, Any]:
@@ -256,7 +254,7 @@ def small(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Load
     return load_model(str(folder), device="cpu", dtype="float32")
 
 
-def test_two_workers_with_a_compiled_model_steer_as_one_does(run: Any, small: LoadedModel, tmp_path: Path) -> None:
+def test_two_workers_steer_as_one_does(run: Any, small: LoadedModel, tmp_path: Path) -> None:
     vectors = [
         made(small, "plus", 0, 8.0, coefficient=6.0),
         made(small, "out", 1, 20.0, operation="ablate", coefficient=1.0, scope="generated"),
@@ -264,9 +262,9 @@ def test_two_workers_with_a_compiled_model_steer_as_one_does(run: Any, small: Lo
     Library(vectors={each.name: each for each in vectors}, about=About(name="two")).save(tmp_path / "two")
     gated = {"vector": "plus", "gate": {"on": 0.1, "off": 0.05}}
     items: list[list[dict[str, Any]]] = [[{"vector": "plus"}], [{"vector": "out"}, gated]]
-    steers = [None, *({"library": "two", "steer": each} for each in items)]
+    steers = [None, *({"steer": each} for each in items)]
     batch = [asked(small, "The river ran past the mill", steer, 16) for steer in steers]
-    options = {"tensor_parallel_size": 2, "enforce_eager": False, "max_num_seqs": 4}
+    options = {"tensor_parallel_size": 2, "max_num_seqs": 4}
     (((line), _),) = run(
         Path(small.spec), [str(tmp_path / "two")], {"options": options, "batches": [batch]}, processes=True
     )

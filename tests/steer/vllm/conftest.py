@@ -5,10 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from activations.models import LoadedModel
+from sae.artefact import SaeArtefact
+from steer.config import AddConfig
 from steer.gates import Gate, probe
 from steer.library import Library
+from steer.library_edit import add
 from steer.pack import About
 from steer.vectors import SteeringVector
 from steer.vllm.catalogue import Catalogue
@@ -32,10 +36,8 @@ def made(tiny: LoadedModel) -> Callable[..., SteeringVector]:
 
 
 @pytest.fixture(scope="session")
-def library(made: Callable[..., SteeringVector], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Vectors of every operation and scope that there is under vLLM, and one of a scope that there is not."""
-    import torch
-
+def library(tiny: LoadedModel, made: Callable[..., SteeringVector], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Vectors of every operation and scope that there is under vLLM, one of a scope that there is not, and an SAE."""
     folder = tmp_path_factory.mktemp("libraries") / "small"
     probing = made("read", 0)
     gate = Gate(probe(torch.from_numpy(probing.direction), 0.1, "resid_post.0"), 0.2, -0.2, 2, "probing")
@@ -46,6 +48,12 @@ def library(made: Callable[..., SteeringVector], tmp_path_factory: pytest.TempPa
         made("chat", scope="assistant"),
     ]  # fmt: skip
     Library(vectors={each.name: each for each in vectors}, about=About(name="small")).save(folder)
+    rng, d = np.random.default_rng(0), tiny.d_model
+    enc, dec = (rng.standard_normal(shape).astype(np.float32) / d**0.5 for shape in ((d, 8), (8, d)))
+    about = {"hook_point": "resid_post.1", "model": tiny.ref.model_dump()}
+    zeros = [np.zeros(n, np.float32) for n in (8, d)]
+    SaeArtefact("standard", enc, zeros[0], dec, zeros[1], metadata=about).save(folder.parent / "sae")
+    add(AddConfig(library=folder, sae=folder.parent / "sae", embed=True))
     return folder
 
 

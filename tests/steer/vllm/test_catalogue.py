@@ -8,21 +8,22 @@ from typing import Any
 
 import pytest
 
-from activations.errors import ConfigError, MismatchError, MissingArtefactError, SaekitError, UnknownNameError
+from activations.errors import ConfigError, MismatchError, SaekitError, UnknownNameError
 from activations.models import LoadedModel
 from steer.library import Library
 from steer.pack import About
+from steer.serving.items import Asked
 from steer.vllm.catalogue import Catalogue, model_of
 from steer.vllm.plugin import block_key
-from steer.vllm.request import Request, read_request
+from steer.vllm.request import read_request
 
 
-def asked(*items: dict[str, Any], **more: Any) -> Request:
-    return read_request({"library": "small", "steer": [*items], **more})
+def asked(*items: dict[str, Any], **more: Any) -> Asked:
+    return read_request({"steer": [*items], **more})
 
 
 def test_a_request_is_read_from_an_object_and_from_a_string() -> None:
-    given = {"library": "small", "steer": [{"vector": "plus", "dose": 0.5, "gate": {"on": 0.3}}]}
+    given = {"steer": [{"vector": "plus", "dose": 0.5, "gate": {"on": 0.3}}, {"latent": 3, "clamp": 2}], "budget": 1}
     assert read_request(given) == read_request(json.dumps(given))
 
 
@@ -30,11 +31,12 @@ def test_a_request_is_read_from_an_object_and_from_a_string() -> None:
     ("given", "said"),
     [
         ("{", "no JSON"),
-        ({"library": "small"}, "steer: Field required"),
-        ({"library": "small", "steer": []}, "at least 1"),
-        ({"library": "small", "steer": [{"vector": "plus"}], "key": "x"}, "key: Extra inputs"),
-        ({"library": "small", "steer": [{"vector": "plus", "dose": 1e9}]}, "less than or equal to 16"),
-        ({"library": "small", "steer": [{"vector": "plus", "dose": float("nan")}]}, "dose"),
+        ({"library": "small", "steer": [{"vector": "plus"}]}, "library: Extra inputs"),
+        ({"steer": [{"vector": "plus"}], "key": "x"}, "key: Extra inputs"),
+        ({"steer": [{"vector": "plus"}] * 9}, "at most 8"),
+        ({"steer": [{"vector": "plus", "dose": 1e9}]}, "less than or equal to 16"),
+        ({"steer": [{"vector": "plus", "dose": float("nan")}]}, "dose"),
+        ({"steer": [{"vector": "plus", "dose": "0.5"}]}, "dose: .*valid number"),
         ([1], "valid dictionary"),
     ],
 )
@@ -46,13 +48,13 @@ def test_what_is_no_request_is_refused_with_what_is_wrong(given: Any, said: str)
 @pytest.mark.parametrize(
     ("item", "error", "said"),
     [
-        ({"vector": "none"}, UnknownNameError, "one of plus, out"),
+        ({"vector": "none"}, UnknownNameError, "one of chat, .*plus, some"),
         ({}, ConfigError, "a vector or a latent"),
         ({"vector": "plus", "latent": 1}, ConfigError, "both or neither"),
-        ({"latent": 3}, MissingArtefactError, "an SAE"),
+        ({"latent": 3}, ConfigError, "a dose, clamp or scale"),
+        ({"latent": 8, "scale": 0}, UnknownNameError, "0 to 7"),
         ({"vector": "plus", "dose": 9}, ConfigError, "a dose of at most 2"),
-        ({"vector": "plus", "operation": "clamp"}, ConfigError, "a dose"),
-        ({"vector": "plus", "operation": "scale", "value": 0}, ConfigError, "a latent alone"),
+        ({"vector": "plus", "clamp": 1}, ConfigError, "of a latent"),
         ({"vector": "chat"}, ConfigError, "roles, phases or tool calls"),
         ({"vector": "plus", "scope": "no-tool-calls"}, ConfigError, "roles, phases or tool calls"),
         ({"vector": "plus", "scope": "sometimes"}, UnknownNameError, "words among"),
@@ -74,13 +76,14 @@ def test_more_of_a_kind_than_there_is_room_for_is_refused(catalogue: Catalogue) 
 
 
 def test_a_library_is_a_name_that_the_engine_was_started_with(catalogue: Catalogue, library: Path) -> None:
+    assert len(catalogue.interventions(asked({"vector": "small/plus"}, {"latent": "small/3", "scale": 0}))) == 2
     for name in (str(library), "../small", "smollm2-135m"):
-        with pytest.raises(UnknownNameError, match="one of small"):
-            catalogue.interventions(read_request({"library": name, "steer": [{"vector": "plus"}]}))
+        with pytest.raises(UnknownNameError, match="engine was started with"):
+            catalogue.interventions(asked({"vector": f"{name}/plus"}))
 
 
 def test_a_library_of_other_weights_does_not_start(tiny: LoadedModel, library: Path) -> None:
-    with pytest.raises(MismatchError, match="weights that vLLM serves"):
+    with pytest.raises(MismatchError, match="of other weights"):
         Catalogue(replace(tiny, fingerprint="0" * 64), [str(library)], 4)
     with pytest.raises(ConfigError, match="one of this name"):
         Catalogue(tiny, [str(library)] * 2, 4)
@@ -101,9 +104,12 @@ def test_a_budget_is_kept(catalogue: Catalogue) -> None:
 
 def test_the_key_is_of_content_and_of_all_that_is_asked_for(tiny: LoadedModel, catalogue: Catalogue, tmp_path: Path,
                                                             library: Path) -> None:  # fmt: skip
-    one = asked({"vector": "plus"})
-    others = [asked({"vector": "out"}), asked({"vector": "plus", "dose": 0.1}), asked({"vector": "plus"}, budget=1)]
-    assert len({catalogue.key(each) for each in (one, *others)}) == 4
+    one, gates = asked({"vector": "plus"}), [{"on": on, "tokens": n} for on, n in ((0.1, 1), (0.2, 1), (0.2, 2))]
+    items = [{"vector": "out"}, {"latent": 3, "clamp": 2}, {"latent": 3, "scale": 2}]
+    uses = [{"dose": 0.1}, {"operation": "ablate"}, {"scope": "prompt"}, *({"gate": gate} for gate in gates)]
+    others = [*items, *({"vector": "plus", **use} for use in uses)]
+    keys = {catalogue.key(each) for each in (one, asked({"vector": "plus"}, budget=1), *map(asked, others))}
+    assert len(keys) == 2 + len(others)
     vectors = Library.open(library).vectors
     vectors["plus"] = replace(vectors["plus"], coefficient=2.1)
     Library(vectors=vectors, about=About(name="small")).save(tmp_path / "small")
@@ -111,10 +117,14 @@ def test_the_key_is_of_content_and_of_all_that_is_asked_for(tiny: LoadedModel, c
 
 
 def test_a_record_says_what_steered(catalogue: Catalogue) -> None:
-    record = catalogue.record(asked({"vector": "pair", "dose": 0.5}, {"vector": "out"}))
-    assert record["library"] == {"name": "small", "content_sha256": catalogue.hashes["small"]}
-    assert [(e["hook_point"], e["operation"], e["coefficient"]) for e in record["steer"]] == [
-        ("resid_post.1", "add", 2.0), ("resid_post.2", "add", 2.0), ("resid_post.1", "ablate", 1.0)
+    request = asked({"vector": "pair", "dose": 0.5}, {"vector": "out"}, {"latent": 3, "clamp": 2}, budget=1)
+    record, hashes = catalogue.record(request), catalogue.hashes
+    assert (record["key"], record["budget"]) == (catalogue.key(request), 1)
+    assert {(each["library"], each["library_sha256"]) for each in record["steering"]} == {*hashes.items()}
+    assert [(e["item"], e["hook_point"], e["operation"], e.get("coefficient", e.get("value")))
+            for e in record["steering"]] == [
+        (1, "resid_post.1", "add", 2.0), (1, "resid_post.2", "add", 2.0), (2, "resid_post.1", "ablate", 1.0),
+        (3, "resid_post.1", "clamp", 2.0),
     ]  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from activations.hook_points import HookPoint
 from activations.hooks import capture, run_until
 from activations.models import LoadedModel
 from steer.runtime import steering
+from steer.serving.items import Asked
 from steer.vllm.catalogue import Catalogue
-from steer.vllm.request import Request, read_request
+from steer.vllm.request import read_request
 from steer.vllm.rows import Room, Rows
 from steer.vllm.tables import Sizes
 
@@ -25,12 +26,12 @@ TEXTS = [
 ITEMS: list[list[dict[str, Any]]] = [
     [], [{"vector": "plus", "dose": 0.7}, {"vector": "some"}], [{"vector": "gated", "dose": 1.5}, {"vector": "out"}],
     [{"vector": "late"}, {"vector": "turn", "dose": 0.5}], [{"vector": "early"}],
-    [{"vector": "plus", "operation": "clamp", "dose": 0.3, "gate": {"on": 0.2, "off": 0.1, "tokens": 3}}],
+    [{"latent": 3, "clamp": 5.0, "gate": {"on": 0.2, "off": 0.1, "tokens": 3}}],
 ]  # fmt: skip
 
 
-def request(items: list[dict[str, Any]]) -> Request:
-    return read_request({"library": "small", "steer": items})
+def request(items: list[dict[str, Any]]) -> Asked:
+    return read_request({"steer": items})
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,7 @@ def expected(tiny: LoadedModel, catalogue: Catalogue) -> list[dict[str, Any]]:
         with capture(tiny.model, tiny.family, [READ, POINT]) as plain:
             run_until(tiny.model, {"input_ids": ids})
             before = {point: plain[point][0].clone() for point in (READ, POINT)}
-        given = catalogue.interventions(request(items)) if items else []
-        with steering(tiny, given, prompt_lengths=[n_prompt]) as steered:
+        with steering(tiny, catalogue.interventions(request(items)), prompt_lengths=[n_prompt]) as steered:
             with capture(tiny.model, tiny.family, [POINT]) as moved:
                 run_until(tiny.model, {"input_ids": ids})
             fired = steered.fired()
@@ -58,8 +58,7 @@ def rows_for(tiny: LoadedModel, catalogue: Catalogue, n_captured: int) -> Rows:
 
 def keep(rows: Rows, catalogue: Catalogue, expected: Sequence[dict[str, Any]], which: Sequence[int]) -> None:
     for i in which:
-        if ITEMS[i]:
-            rows.keep(f"r{i}-12345678", lambda: catalogue.prepare(request(ITEMS[i]), expected[i]["n_prompt"]))  # noqa: B023
+        rows.keep(f"r{i}-12345678", lambda: catalogue.prepare(request(ITEMS[i]), expected[i]["n_prompt"]))  # noqa: B023
 
 
 def run(
@@ -106,7 +105,7 @@ def test_a_mixed_batch_equals_each_request_by_itself(
         if each["fired"] and any(each["fired"][0].values()):
             assert rows.fired(f"r{i}") == each["fired"][0]
     assert {name: len(found) > 0 for i in (2, 5) for name, found in (rows.fired(f"r{i}") or {}).items()} == {
-        "1 probing": True, "1 plus": True
+        "1 probing": True, "1 latent-3": True
     }  # fmt: skip
 
 
