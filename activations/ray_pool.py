@@ -58,7 +58,7 @@ def connected(address: str) -> Iterator[None]:
             f"ray '{address}'",
             expected="local, or HOST:PORT of a Ray cluster that answers",
             got=first_line(error),
-            fix="Start one with: ray start --head --port 6379, and set RAY_AUTH_MODE=token here if it asks for a token.",
+            fix="Start one with: ray start --head --port 6379; set RAY_AUTH_MODE=token here if it asks for a token.",
         ) from error
     try:
         yield
@@ -85,7 +85,7 @@ def share(
 
     Args:
       machines: the resources of each, by Ray's names.
-      workers: as many, or auto: one for each GPU, or where none is used one for each machine.
+      workers: as many, or auto: one for each GPU, or where none is used as many as there are machines.
       device: the torch device of the config.
     Raises: ConfigError if the machines have not as much.
 
