@@ -18,7 +18,7 @@ AnyConfig = TypeVar("AnyConfig", bound="Config")
 StorePath = Annotated[str, BeforeValidator(lambda where: str(where) if isinstance(where, Path) else where)]
 """where an activation store is: a path, or s3://BUCKET/PREFIX"""
 RAY_DESCRIPTION = "run on Ray: local, or the address of a cluster, HOST:PORT; none: in this process"
-RAY_WORKERS_DESCRIPTION = "ray: workers; auto: one for each GPU, or without GPUs one for each machine"
+RAY_WORKERS_DESCRIPTION = "ray: workers; auto: one for each GPU, or without GPUs as many as there are machines"
 
 
 class Config(BaseModel):

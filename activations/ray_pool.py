@@ -85,7 +85,7 @@ def share(
 
     Args:
       machines: the resources of each, by Ray's names.
-      workers: as many, or auto: one for each GPU, or where none is used one for each machine.
+      workers: as many, or auto: one for each GPU, or where none is used as many as there are machines.
       device: the torch device of the config.
     Raises: ConfigError if the machines have not as much.
 
