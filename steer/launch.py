@@ -7,7 +7,7 @@
 `sae.hosts` reads; what they say comes here through Ray. 4. Ctrl-C here stops all of them after the same step, with a
 checkpoint. Exits with 1 if a process does not end well; run it again, and the run resumes.
 
-Ray is no dependency of saekit: install it on every node. Left out: trying again by itself.
+Ray comes with the extra `ray`, and is needed on every node. Left out: trying again by itself.
 """
 
 import argparse

@@ -1,6 +1,5 @@
 """The launcher: what it says without Ray, and real processes through a real Ray of this machine."""
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,6 @@ def test_a_cluster_that_is_too_small() -> None:
         _check_room({"CPU": 8.0, "GPU": 16.0}, {"CPU": 2.0, "GPU": 8.0}, 3)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 def test_processes_that_ray_starts_train_together(
     make_store: Callable[..., ActivationStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
