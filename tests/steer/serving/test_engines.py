@@ -224,7 +224,9 @@ def test_an_engine_that_fails_says_so_and_that_it_is_no_longer_alive(served: Loa
                     pass
         finally:
             handle.remove()
-        await asyncio.sleep(0)
+        async with asyncio.timeout(30):
+            while engine.is_alive:  # whoever waits hears of it a little before the loop has ended
+                await asyncio.sleep(0.01)
 
     asyncio.run(run())
     assert not engine.is_alive
