@@ -1,7 +1,9 @@
-"""A socket that a server of ours listens on, and whether others than this machine reach it."""
+"""A socket that a server of ours listens on, whether others than this machine reach it, and saying where it is."""
 
 import ipaddress
+import json
 import socket
+import sys
 
 from activations.errors import ConfigError
 
@@ -31,3 +33,19 @@ def address_of(host: str, listener: socket.socket) -> str:
     """What a browser calls it."""
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{listener.getsockname()[1]}"
+
+
+def say(what: str, address: str, secrets: str, *, host: str, as_json: bool) -> None:
+    """Say where it answers: on standard output as one JSON object, for programs, or else in words on standard error.
+
+    Args:
+      what: answers there.
+      secrets: what goes over the network unprotected, if `host` is not this machine alone.
+    """
+    if as_json:
+        sys.stdout.write(json.dumps({"address": address}) + "\n")
+        sys.stdout.flush()
+    else:
+        sys.stderr.write(f"{what} on {address}\nCtrl-C stops it.\n")
+    if not is_loopback(host):
+        sys.stderr.write(f"{secrets} cross the network as they are: put a proxy with TLS in front.\n")

@@ -5,9 +5,7 @@ while the web browser starts, which waits for an answer meanwhile. The address c
 browser sends to nobody; the page trades it for a cookie.
 """
 
-import json
 import signal
-import sys
 import webbrowser
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -21,7 +19,7 @@ from steer.browser.people import opening_page, own_name, own_token, single, stat
 from steer.browser.roles import Account, AccountOf
 from steer.browser.sources import Opened, open_paths
 from steer.browser.team import Team, sqlite_url
-from steer.listening import LOOPBACK, address_of, is_loopback, listen
+from steer.listening import LOOPBACK, address_of, is_loopback, listen, say
 from steer.uncollected import uncollected
 
 if TYPE_CHECKING:
@@ -50,7 +48,10 @@ def browse(config: BrowseConfig, *, as_json: bool = False) -> None:
             team = stack.enter_context(closing(Team(url, own, token)))
         names = {*LOOPBACK, config.host, *config.hosts}
         account_of = team.account_of if team else single(own, token)
-        _say(f"{address_of(config.host, listener)}/#token={token}", config, as_json)
+        address = f"{address_of(config.host, listener)}/#token={token}"
+        say("saekit browser", address, "Tokens and text", host=config.host, as_json=as_json)
+        if config.open:
+            webbrowser.open(opening_page(address))
         with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
             with _uninterrupted():
                 server = _server(config, opened, account_of, names, team)
@@ -80,18 +81,6 @@ def _server(
         meaning = Meaning(opened, config.embedding, config.device) if config.embedding else None
         app = create_app(opened, account_of, names, model, team, config.database, meaning)
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
-
-
-def _say(address: str, config: BrowseConfig, as_json: bool) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps({"address": address}) + "\n")
-        sys.stdout.flush()
-    else:
-        sys.stderr.write(f"saekit browser on {address}\nCtrl-C stops it.\n")
-    if not is_loopback(config.host):
-        sys.stderr.write("Tokens and text cross the network as they are: put a proxy with TLS in front.\n")
-    if config.open:
-        webbrowser.open(opening_page(address))
 
 
 def _model_of(opened: Opened) -> str | None:

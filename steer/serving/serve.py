@@ -4,13 +4,11 @@ Flow: 1. keys, address and libraries are looked at before anything is loaded tha
 3. listen, and say where; 4. answer. A signal to stop lets answers end for CLOSING_S seconds.
 """
 
-import json
-import sys
 from contextlib import closing, suppress
 
 from activations.errors import ConfigError
 from activations.models import LoadedModel, Status, load_model
-from steer.listening import LOOPBACK, address_of, is_loopback, listen
+from steer.listening import LOOPBACK, address_of, is_loopback, listen, say
 from steer.serving.catalogue import Catalogue
 from steer.serving.config import ServeConfig
 from steer.serving.engine import Engine
@@ -45,13 +43,7 @@ def serve(config: ServeConfig, *, as_json: bool = False, on_status: Status | Non
         server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=CLOSING_S)
         )
-        if as_json:
-            sys.stdout.write(json.dumps({"address": address}) + "\n")
-            sys.stdout.flush()
-        else:
-            sys.stderr.write(f"saekit serves {loaded.id} on {address}\nCtrl-C stops it.\n")
-        if not is_loopback(config.host):
-            sys.stderr.write("Keys and text cross the network as they are: put a proxy with TLS in front.\n")
+        say(f"saekit serves {loaded.id}", address, "Keys and text", host=config.host, as_json=as_json)
         with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
             server.run(sockets=[listener])
 
