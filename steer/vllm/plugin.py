@@ -11,8 +11,7 @@ Without SAEKIT_VLLM_LIBRARIES it does nothing at all. With it:
 4. in each worker, blocks of the model are steered (`steer.vllm.worker`).
 
 A gate depends on all tokens before, so a gated request reads nothing from the prefix cache. Left out: engines of which
-parts of one forward pass lie in several places: pipeline and context parallelism, microbatches; vLLM's second model
-runner, in place of which the first is chosen.
+parts of one forward pass lie in several places: pipeline and context parallelism, microbatches.
 """
 
 import json
@@ -42,9 +41,6 @@ def register() -> None:
     if not os.environ.get(LIBRARIES) or "registered" in _done:
         return
     _done.add("registered")
-    if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
-        fix = "Leave VLLM_USE_V2_MODEL_RUNNER out."
-        raise ConfigError("vLLM", expected="its first model runner, under steering", got="the second", fix=fix)
     processor = import_module("vllm.v1.engine.input_processor").InputProcessor
     _wrap(import_module("vllm.engine.arg_utils").EngineArgs, "create_engine_config", _configured)
     _wrap(processor, "__init__", _with_catalogue)

@@ -9,7 +9,7 @@ out: checks of requests (`steer.vllm.plugin`).
 """
 
 import logging
-from functools import lru_cache, partial, wraps
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from steer.serving.items import Asked
 from steer.vllm.catalogue import Prepared
 from steer.vllm.plugin import NAME, catalogue_of
 from steer.vllm.rows import Fired, Rows, describe
+from steer.vllm.runners import follow
 from steer.vllm.tables import Site, Sizes
 
 log = logging.getLogger("vllm.saekit")
@@ -70,7 +71,7 @@ def attach(runner: Any) -> None:
     def prepared(request: str, n_prompt: int) -> Prepared:
         return catalogue.prepare(Asked.model_validate_json(request), n_prompt)
 
-    _wrap_runner(runner, rows, lambda request, n: prepared(Asked.model_validate(request).model_dump_json(), n))
+    follow(runner, rows, lambda request, n: prepared(Asked.model_validate(request).model_dump_json(), n))
 
 
 def _sizes(config: Any, runner: Any, d_model: int) -> Sizes:
@@ -107,28 +108,3 @@ def _steer_block(block: nn.Module, layer: int) -> None:
         return output
 
     block.__class__ = type(f"Steered{plain.__name__}", (plain,), {"forward": forward})
-
-
-def _wrap_runner(runner: Any, rows: Rows, prepared: Any) -> None:
-    update_states, prepare_inputs = runner._update_states, runner._prepare_inputs
-
-    @wraps(update_states)
-    def updated(scheduled: Any) -> Any:
-        result = update_states(scheduled)
-        rows.release(scheduled.finished_req_ids, finished=True)
-        rows.release(scheduled.preempted_req_ids or (), finished=False)
-        rows.release(scheduled.scheduled_cached_reqs.resumed_req_ids, finished=False)
-        for request in runner.input_batch.req_ids:
-            state = runner.requests[request]
-            steering = (getattr(state.sampling_params, "extra_args", None) or {}).get(NAME)
-            if steering is not None:
-                rows.keep(request, partial(prepared, steering["request"], state.num_prompt_tokens))
-        return result
-
-    @wraps(prepare_inputs)
-    def filled(scheduled: Any, counts: Any, *args: Any, **kwargs: Any) -> Any:
-        result = prepare_inputs(scheduled, counts, *args, **kwargs)
-        rows.prepare(runner.input_batch.req_ids, counts, lambda n: runner.positions[:n])
-        return result
-
-    runner._update_states, runner._prepare_inputs = updated, filled

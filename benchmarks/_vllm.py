@@ -1,0 +1,31 @@
+"""What benchmarks of vLLM share: a random model in a folder, which vLLM and transformers both read."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from _decoding import SHAPES
+
+MODELS: dict[str, dict[str, Any]] = {
+    "checked": dict(
+        vocab_size=2048, hidden_size=512, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.08,
+    ),
+    **SHAPES,
+}  # fmt: skip
+"""shapes of Llamas; the first has logits that are far enough apart to be told from rounding"""
+
+
+def save_random(name: str, folder: Path, dtype: torch.dtype) -> Path:
+    """A Llama with random weights and a tokenizer of words, in the format of Hugging Face."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**MODELS[name], bos_token_id=None, eos_token_id=0, pad_token_id=0)
+    LlamaForCausalLM(config).to(dtype=dtype).save_pretrained(folder)  # type: ignore[call-arg]
+    words = {"<end>": 0, **{f"w{i}": i for i in range(1, config.vocab_size)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
+    return folder

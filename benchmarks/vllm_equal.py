@@ -1,0 +1,164 @@
+"""Are steered answers under vLLM those of the transformers backend, on a GPU too?
+
+    python benchmarks/vllm_equal.py                      both of vLLM's model runners, with CUDA graphs and without
+    python benchmarks/vllm_equal.py --record             also appends the line to results/<device>.csv
+
+A random Llama in float32 answers one batch of requests of all kinds under vLLM: unsteered, added, ablated, rotated,
+gated, clamped, limited to the prompt or to the answer. Then the transformers backend, on the same device, goes over
+the same tokens. Prints one JSON line. By runner and way of execution: the largest difference of the chosen tokens'
+logprobs, `plain` where nothing is steered, which is how far the two are apart anyway, and `steered` where something
+is; how many `tokens` differ, and for how many requests the places where gates `fired`. Without a GPU it compares the
+first runner without graphs, as `tests/peers/test_vllm.py` does in the suite.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _results import device_name, record
+from _vllm import save_random
+
+from activations.models import LoadedModel, load_model
+from sae.artefact import SaeArtefact
+from steer.config import AddConfig
+from steer.library import Library
+from steer.library_edit import add
+from steer.pack import About
+from steer.runtime import steering
+from steer.vectors import SteeringVector
+from steer.vllm.catalogue import Catalogue
+from steer.vllm.request import read_request
+
+ROOT = Path(__file__).resolve().parents[1]
+NORM = 20.0
+GATE = {"on": 0.02, "off": 0.0, "tokens": 2}
+KINDS: dict[str, list[dict[str, Any]] | None] = {
+    "plain": None,
+    "added": [{"vector": "plus"}],
+    "ablated": [{"vector": "out"}],
+    "rotated": [{"vector": "turn"}],
+    "gated": [{"vector": "plus", "gate": GATE}],
+    "several": [{"vector": "plus", "dose": 0.4}, {"vector": "out"}, {"vector": "turn"}, {"vector": "late"}],
+    "prompt": [{"vector": "early"}],
+    "answer": [{"vector": "late"}],
+    "clamped": [{"latent": 3, "clamp": 8.0}],
+    "gated latent": [{"latent": 5, "clamp": 12.0, "gate": {"on": 0.2, "off": 0.1, "tokens": 3}}],
+}
+RUNNERS = {"first": "0", "second": "1"}
+
+
+def made_library(model: LoadedModel, folder: Path) -> Path:
+    """Random vectors of all kinds, and an SAE."""
+    rng, d = np.random.default_rng(0), model.d_model
+    at = model.n_layers // 2
+
+    def vector(name: str, layer: int, **changes: Any) -> SteeringVector:
+        drawn = rng.standard_normal(d).astype(np.float32)
+        fields = {"coefficient": 10.0, **changes}
+        direction = drawn / np.linalg.norm(drawn)
+        return SteeringVector(name, direction, f"resid_post.{layer}", model.ref, NORM, {"kind": "random"}, **fields)
+
+    vectors = [
+        vector("plus", at), vector("out", at, operation="ablate", coefficient=1.0),
+        vector("turn", at, operation="rotate"), vector("early", 1, scope="prompt"),
+        vector("late", at + 1, scope="generated"),
+    ]  # fmt: skip
+    Library(vectors={each.name: each for each in vectors}, about=About(name="drawn")).save(folder)
+    enc, dec = (rng.standard_normal(shape).astype(np.float32) / d**0.5 for shape in ((d, 8), (8, d)))
+    about = {"hook_point": f"resid_post.{at}", "model": model.ref.model_dump()}
+    zeros = [np.zeros(n, np.float32) for n in (8, d)]
+    SaeArtefact("standard", enc, zeros[0], dec, zeros[1], metadata=about).save(folder.parent / "sae")
+    add(AddConfig(library=folder, sae=folder.parent / "sae", embed=True))
+    return folder
+
+
+def answers(job: dict[str, Any], runner: str, folder: Path) -> list[list[dict[str, Any]]]:
+    """What vLLM answers, by engine."""
+    (folder / "job.json").write_text(json.dumps(job))
+    python = os.environ.get("VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [python, str(ROOT / "tests" / "peers" / "check_vllm.py"), str(folder / "job.json")], capture_output=True,
+        text=True, env={**os.environ, "PYTHONPATH": path, "VLLM_USE_V2_MODEL_RUNNER": RUNNERS[runner]}, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr[-4000:])
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [line["answers"] for line in lines if "answers" in line]
+
+
+def compared(
+    model: LoadedModel, catalogue: Catalogue, batch: list[dict[str, Any]], found: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """By how much they differ."""
+    line: dict[str, Any] = {"plain": 0.0, "steered": 0.0, "tokens": 0, "fired": 0}
+    for given, answer in zip(batch, found, strict=True):
+        n, steer = len(given["ids"]), given["steer"]
+        interventions = [] if steer is None else catalogue.interventions(read_request(steer))
+        ids = torch.tensor([given["ids"] + answer["ids"]], device=model.device)
+        with torch.inference_mode(), steering(model, interventions, prompt_lengths=[n]) as steered:
+            rows = model.model(input_ids=ids[:, :-1]).logits[0, n - 1 :].float().log_softmax(-1).cpu()
+            fired = steered.fired() or [None]
+        best = rows.max(-1)
+        far = (best.values - torch.tensor(answer["logprobs"])).abs().max().item()
+        name = "plain" if steer is None else "steered"
+        line[name] = max(line[name], far)
+        line["tokens"] += int((best.indices != torch.tensor(answer["ids"])).sum())
+        line["fired"] += answer["fired"] != fired
+    return line
+
+
+def main() -> None:
+    """Read the arguments, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=40)
+    parser.add_argument("--attention", default="TRITON_ATTN", help="vLLM's attention on a GPU, one that has float32")
+    parser.add_argument("--record", action="store_true")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    line: dict[str, Any] = {"requests": arguments.requests, "answered": arguments.tokens}
+    with tempfile.TemporaryDirectory() as folder:
+        line |= compare(arguments, device, Path(folder))
+    line["device"] = device_name(device)
+    sys.stdout.write(json.dumps(line) + "\n")
+    if arguments.record:
+        record("vllm_equal", line)
+
+
+def compare(arguments: argparse.Namespace, device: str, folder: Path) -> dict[str, Any]:
+    """What is told of each runner and way."""
+    source = save_random("checked", folder / "model", torch.float32)
+    model = load_model(str(source), device=device, dtype="float32")
+    library = made_library(model, folder / "drawn")
+    catalogue = Catalogue(model, [str(library)], 4)
+    rng, kinds = random.Random(0), [*KINDS.values()]
+    batch = [
+        {"ids": [rng.randrange(1, 2048) for _ in range(rng.randrange(8, 90))], "tokens": arguments.tokens,
+         "steer": None if (items := kinds[i % len(kinds)]) is None else {"steer": items}}
+        for i in range(arguments.requests)
+    ]  # fmt: skip
+    on_gpu = {"attention_backend": arguments.attention, "gpu_memory_utilization": 0.3} if device == "cuda" else {}
+    ways = {"eager": True, "graphs": False} if device == "cuda" else {"eager": True}
+    engines = [
+        {"options": {**on_gpu, "max_num_seqs": 64, "enforce_eager": is_eager}, "batches": [batch]}
+        for is_eager in ways.values()
+    ]
+    job = {"model": str(source), "libraries": [str(library)], "engines": engines}
+    line = {}
+    for runner in RUNNERS if device == "cuda" else ["first"]:
+        for way, found in zip(ways, answers(job, runner, folder), strict=True):
+            line[f"{runner} {way}"] = compared(model, catalogue, batch, found)
+    return line
+
+
+if __name__ == "__main__":
+    main()
