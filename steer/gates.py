@@ -238,9 +238,15 @@ def moves(
     return torch.where(first, 0, torch.where((index < 0)[..., None, None], state, moved))
 
 
-def composed(moved: Int[Tensor, "batch pos gate state"]) -> Int[Tensor, "batch pos gate state"]:
-    """What all tokens up to each one, together, make of each state."""
-    shift, length = 1, moved.shape[1]
+def composed(
+    moved: Int[Tensor, "batch pos gate state"], longest: int | None = None
+) -> Int[Tensor, "batch pos gate state"]:
+    """What all tokens up to each one, together, make of each state.
+
+    Args:
+      longest: tokens behind which one makes one state of all, whatever came before; none: all.
+    """
+    shift, length = 1, moved.shape[1] if longest is None else min(longest, moved.shape[1])
     while shift < length:  # moved[t] becomes the map over tokens t - 2 * shift + 1 to t
         later = moved[:, shift:].gather(-1, moved[:, :-shift])
         moved = torch.cat([moved[:, :shift], later], dim=1)

@@ -43,7 +43,7 @@ from activations.hooks import edit
 from activations.models import LoadedModel
 from steer.decoding import refusing
 from steer.gates import Gate, GateTable, gate_table, read, run_gates
-from steer.plan import RESERVE, Budget, Interventions, Plan
+from steer.plan import RESERVE, Budget, Contents, Interventions, Plan
 from steer.scopes import NONE, LatchTable, latch_table, run_latches
 from steer.tables import Lane, applied
 
@@ -80,15 +80,22 @@ def steering(
       budget, or a scope whose markers the model's chat template does not have; and, from `loaded.model.generate`, for
       beam search or assisted decoding that cannot be followed.
     """
+    with torch.inference_mode(False):
+        plan = Plan(loaded, interventions, rows, prompt_lengths, reserve, force, budget)
+        steered = Steering(loaded, plan, max_batch).to(loaded.device)
+        steered.set(interventions, rows=rows, prompt_lengths=prompt_lengths)
+    with running(steered):
+        yield steered
+
+
+@contextmanager
+def running(steered: "Steering") -> Iterator[None]:
+    """Steer every forward pass of its model inside the context."""
     with ExitStack() as stack:
-        with torch.inference_mode(False):
-            plan = Plan(loaded, interventions, rows, prompt_lengths, reserve, force, budget)
-            steered = Steering(loaded, plan, max_batch).to(loaded.device)
-            steered.set(interventions, rows=rows, prompt_lengths=prompt_lengths)
         stack.enter_context(_seen_by_the_compiler(steered))
         stack.enter_context(steered.attached())
         stack.callback(steered.set)  # what was compiled inside may be run outside
-        yield steered
+        yield
 
 
 @contextmanager
@@ -142,7 +149,10 @@ class Steering(nn.Module):
 
         Raises: as `steering`, and ConfigError for more than there was room made for at the start.
         """
-        contents = self._plan.contents(interventions, rows, prompt_lengths)
+        self.fill(self._plan.contents(interventions, rows, prompt_lengths))
+
+    def fill(self, contents: Contents) -> None:
+        """Steer with what `Plan.contents` made, from the next token on. Raises: ConfigError if there is no room."""
         room = {lane.key: lane.n_slots for lane in self._lanes}
         for key, slots in contents.items():
             n = max(map(len, slots))
@@ -194,16 +204,6 @@ class Steering(nn.Module):
             return
         inputs = dict(zip(self._inputs, args, strict=False)) | kwargs
         self.begin(token_index(inputs), inputs.get("input_ids"))
-
-    @property
-    def has_flags(self) -> bool:
-        """Whether a pass leaves something for the next one: gates, or latches of scopes."""
-        return self._has_flags
-
-    @property
-    def lanes(self) -> list[Lane]:
-        """Its tables."""
-        return self._lanes
 
     @property
     def rests(self) -> bool:

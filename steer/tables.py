@@ -127,15 +127,27 @@ class Lane(nn.Module):
             for name, tensor in new.items():
                 self.get_buffer(name).index_copy_(1, at, tensor.to(self.low.device))
 
-    def first(self, n_slots: int) -> "Lane":
-        """Its first slots alone, in the very same memory."""
+    def first(self, n_slots: int, n_clauses: int | None = None) -> "Lane":
+        """Its first slots alone, and the first clauses of each, in the very same memory."""
         view = copy.copy(self)
         view._buffers = {
             name: buffer if buffer is None or buffer.ndim < 2 else buffer[:, :n_slots]
             for name, buffer in self._buffers.items()
         }
+        view.need, view.veto = view.need[:, :, :n_clauses], view.veto[:, :, :n_clauses]
         view.n_slots = n_slots
         return view
+
+    def grown(self, n_slots: int) -> "Lane":
+        """The same with room for more slots, which act on nothing."""
+        n_rows, _, n_clauses, n_flags = self.need.shape
+        new = Lane(self.key, n_slots, n_rows, n_clauses, n_flags, self.writes.shape[-1], self.encoder)
+        new.to(self.low.device)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.ndim > 1:
+                new.get_buffer(name)[:, : self.n_slots] = buffer
+        new.is_empty = self.is_empty
+        return new
 
     def mask(
         self, index: Int[Tensor, "batch pos"], flags: Bool[Tensor, "batch pos flag"]

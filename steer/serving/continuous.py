@@ -9,6 +9,7 @@ run eagerly, as hooks ask for. Left out: models that the library cannot batch so
 """
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,10 +39,11 @@ class Continuous:
         self.loaded = loaded
         self._tickets: dict[str, Ticket] = {}
         self._cache_tokens = cache_tokens // PAGE * PAGE
-        self._steering = PackedSteering(loaded, self._spans)
+        n_tokens = max(batch_tokens, max_running)
+        self._steering = PackedSteering(loaded, self._spans, max_running=max_running, n_tokens=n_tokens)
         self._open = ExitStack()
         settings = ContinuousBatchingConfig(
-            page_size=PAGE, num_blocks=cache_tokens // PAGE, max_batch_tokens=max(batch_tokens, max_running),
+            page_size=PAGE, num_blocks=cache_tokens // PAGE, max_batch_tokens=n_tokens,
             max_requests_per_batch=max_running, allow_block_sharing=False, use_async_batching=False,
             use_cuda_graph=False,
         )  # fmt: skip
@@ -79,10 +81,10 @@ class Continuous:
         ticket = ticket_of(self.loaded, job, self.most_tokens)
         self._tickets[job.id] = ticket
         self._manager.register_result_handler(job.id, lambda output: self._ended(ticket, output))
-        ticket.on_cancel = lambda: self._cancel(job.id)
+        ticket.on_cancel = lambda: self._cancel(ticket)
         added = self._manager.add_request(job.ids, request_id=job.id, max_new_tokens=job.sampling.max_tokens)
         if added is None:
-            self._forget(job.id)
+            self._forget(ticket)
             raise EngineError("engine", expected="an engine that works", got="one that has stopped", fix="Restart it.")
         return ticket
 
@@ -91,31 +93,39 @@ class Continuous:
             self._manager.stop(block=True, timeout=CLOSING_S, hard_stop=True)
         self._open.close()
 
-    def _cancel(self, id_: str) -> None:
-        if self._tickets.get(id_) is not None:
-            self._manager.cancel_request(id_)
-            self._forget(id_)
+    def _cancel(self, ticket: Ticket) -> None:
+        if ticket.job.id in self._tickets:
+            self._manager.cancel_request(ticket.job.id)
+            self._forget(ticket)
 
-    def _forget(self, id_: str) -> None:
-        self._tickets.pop(id_, None)
-        self._manager.output_router.result_handlers.pop(id_, None)
+    def _forget(self, ticket: Ticket) -> None:
+        if self._tickets.pop(ticket.job.id, None) is not None:
+            self._steering.release(ticket)
+        self._manager.output_router.result_handlers.pop(ticket.job.id, None)
 
     def _ended(self, ticket: Ticket, output: Any) -> None:
         """In the event loop, of a request that has ended or failed."""
-        self._tickets.pop(ticket.job.id, None)
+        self._forget(ticket)
         if output.error is not None:
             got = str(output.error).splitlines()[0][:200]
             ticket.failed(EngineError("engine", expected="an answer", got=got, fix="Try again."))
 
     def _spans(self) -> list[Span]:
         """Whose tokens are where in the pass that begins."""
-        spans, start = [], 0
-        for request in self._manager.batch_processor.inputs_and_outputs.requests_in_batch:
-            ticket = self._tickets.get(request.state.request_id)
-            stop = start + request.query_length
-            spans.append(Span(start, stop, None if ticket is None else ticket.steered))
-            start = stop
-        return spans
+        return [
+            Span(
+                self._tickets.get(request.state.request_id), request.query_length,
+                request.state.position_offset - request.query_length, partial(_ids, request),
+            )
+            for request in self._manager.batch_processor.inputs_and_outputs.requests_in_batch
+        ]  # fmt: skip
+
+
+def _ids(request: Any) -> list[int]:
+    """The tokens of a request in the pass that begins, which its state is already behind."""
+    state, stop = request.state, request.state.position_offset
+    start, n_given = stop - request.query_length, len(state.initial_tokens)
+    return state.initial_tokens[start:stop] + state.generated_tokens[max(0, start - n_given) : max(0, stop - n_given)]
 
 
 class _Picking(ContinuousBatchingLogitsProcessor):

@@ -13,7 +13,7 @@ from steer.serving.answers import Kind, Shape
 from steer.serving.bodies import ChatRequest, CompletionRequest
 from steer.serving.catalogue import Catalogue, Prepared
 from steer.serving.config import ServeConfig
-from steer.serving.engine import Engine, Job, steering_of
+from steer.serving.engine import Engine, Job, planned_of
 from steer.serving.items import Asked
 from steer.serving.sampling import Sampling
 
@@ -46,7 +46,7 @@ class Desk:
         self._vocabulary = len(loaded.tokenizer)
         for name, preset in config.presets.items():
             prepared = catalogue.prepare([preset], config.budget)
-            steering_of(loaded, Job(name, [0], Sampling(1), prepared.interventions, prepared.budget))
+            planned_of(loaded, Job(name, [0], Sampling(1), prepared.interventions, prepared.budget))
 
     @property
     def models(self) -> dict[str, Asked]:

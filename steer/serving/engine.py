@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from activations.errors import ConfigError, SaekitError
 from activations.models import LoadedModel
+from steer.packed.prepared import Prepared, prepared
 from steer.plan import Interventions, Plan
 from steer.runtime import Steering
 from steer.serving.sampling import Sampler, Sampling, Step
@@ -34,6 +35,23 @@ class Job:
     budget: float | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """What a job is steered with, checked."""
+
+    plan: Plan
+    prepared: Prepared
+
+    def steering(self, loaded: LoadedModel) -> Steering:
+        """What steers it by itself, on the model's device."""
+        import torch
+
+        with torch.inference_mode(False):
+            steered = Steering(loaded, self.plan, 1).to(loaded.device)
+            steered.fill(self.prepared.contents)
+        return steered
+
+
 @dataclass(eq=False)
 class Ticket:
     """An answer that is being written."""
@@ -42,8 +60,10 @@ class Ticket:
     loop: asyncio.AbstractEventLoop
     ends: frozenset[int]
     """tokens that end an answer"""
-    steered: Steering | None
+    planned: Planned | None
     """what steers it; none: nothing"""
+    fired_on: Callable[[], dict[str, list[int]]] = dict
+    """tells by gate on which tokens it was open; an engine's"""
     on_cancel: Callable[[], None] = lambda: None
     """told when no more tokens are needed"""
     stop: threading.Event = field(default_factory=threading.Event)
@@ -89,13 +109,12 @@ class Ticket:
 
     def fired(self) -> dict[str, list[int]]:
         """By gate: on which tokens it was open, by their index in prompt and answer."""
-        found = self.steered.fired() if self.steered is not None else []
-        return found[0] if found else {}
+        return self.fired_on()
 
     def scales(self) -> dict[str, float]:
         """By hook point: what is left of what was asked for, where the budget is less."""
-        found = self.steered.scales() if self.steered is not None else []
-        return {str(point): share for point, share in found[0].items()} if found else {}
+        found = self.planned.prepared.scales if self.planned is not None else {}
+        return {str(point): share for point, share in found.items()}
 
 
 _News = tuple[Ticket, Sequence[Step | SaekitError | None]]
@@ -164,21 +183,14 @@ def ticket_of(loaded: LoadedModel, job: Job, most_tokens: int) -> Ticket:
             got=f"{len(job.ids)}, and up to {job.sampling.max_tokens} of the answer",
             fix="Shorten the prompt, or ask for fewer tokens.",
         )
-    return Ticket(job, asyncio.get_running_loop(), ends_of(loaded), steering_of(loaded, job))
+    return Ticket(job, asyncio.get_running_loop(), ends_of(loaded), planned_of(loaded, job))
 
 
-def steering_of(loaded: LoadedModel, job: Job) -> Steering | None:
-    """What steers one answer, on its device; none: nothing. Raises: as `steer.runtime.steering` does."""
-    import torch
-
+def planned_of(loaded: LoadedModel, job: Job) -> Planned | None:
+    """What steers one answer; none: nothing. Raises: as `steer.runtime.steering` does."""
     if not job.interventions:
         return None
-    with torch.inference_mode(False):
-        lengths = [len(job.ids)]
-        plan = Plan(loaded, job.interventions, None, lengths, (), False, job.budget)
-        steered = Steering(loaded, plan, 1).to(loaded.device)
-        steered.set(job.interventions, prompt_lengths=lengths)
-    return steered
+    return Planned(*prepared(loaded, job.interventions, len(job.ids), job.budget))
 
 
 def ends_of(loaded: LoadedModel) -> frozenset[int]:

@@ -5,7 +5,8 @@ Left out: several answers at once (`steer.serving.continuous`).
 
 import queue
 import threading
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +15,7 @@ from torch import Tensor
 from activations.errors import EngineError, SaekitError
 from activations.generate import chosen
 from activations.models import LoadedModel
-from steer.runtime import steering
+from steer.runtime import running
 from steer.serving.engine import Job, Ticket, context_of, hand_over, ticket_of
 from steer.serving.sampling import Step, pick
 
@@ -68,8 +69,7 @@ class OneByOne:
             steps.extend(pick([ticket.sampler], scores))
             return torch.tensor([steps[-1].token], device=scores.device)
 
-        with steering(self.loaded, job.interventions, prompt_lengths=[len(job.ids)], budget=job.budget) as steered:
-            ticket.steered = steered if job.interventions else None
+        with self._steering(ticket):
             made = chosen(self.loaded, [job.ids], choose, max_new_tokens=job.sampling.max_tokens, do_sample=False)
             with closing(made) as tokens:  # type: ignore[type-var]
                 for _ in tokens:
@@ -78,3 +78,14 @@ class OneByOne:
                     hand_over([(ticket, steps[-1])])
                     if ticket.is_last(steps[-1]):
                         return
+
+    @contextmanager
+    def _steering(self, ticket: Ticket) -> Iterator[None]:
+        """As the ticket says, and it tells of it afterwards."""
+        if ticket.planned is None:
+            yield
+            return
+        steered = ticket.planned.steering(self.loaded)
+        ticket.fired_on = lambda: (steered.fired() or [{}])[0]
+        with running(steered):
+            yield

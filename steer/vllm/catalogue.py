@@ -7,14 +7,14 @@ transformers runtime.
 
 vLLM's model is not the one of transformers, so a `LoadedModel` is stood in for by what its config tells. Left out:
 roles, phases and tool calls in scopes, SAEs whose threshold depends on the token (TopK), hook points other than
-`resid_post`, and gates that need more room than MAX_GATES, MAX_CLAUSES and MAX_AGE: each is refused with the reason.
+`resid_post`, and gates that need more room than `steer.packed.prepared` has: each is refused with the reason.
 """
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -23,31 +23,14 @@ from activations.families import family_of_config
 from activations.fingerprints import cache_dir
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel, fingerprint_folder, read_config
-from steer.gates import Gate, gates_of
+from steer.gates import gates_of
 from steer.operations import Intervention
-from steer.plan import Contents, Plan
+from steer.packed.prepared import Prepared, check_room, prepared
 from steer.serving import catalogue as serving
 from steer.serving.items import Asked
 from steer.vllm.request import key_of
 
-MAX_GATES = 4
-"""gates of one request"""
-MAX_CLAUSES = 4
-"""alternatives of one condition"""
-MAX_AGE = 16
-"""most tokens that a gate may be asked to stay open for at least"""
 SITE = "resid_post"
-
-
-class Prepared(NamedTuple):
-    """What a request comes to, for a prompt of so many tokens."""
-
-    contents: Contents
-    """lane -> its slots, as the only row"""
-    gates: list[Gate]
-    """in the order of the flags that slots ask for"""
-    bounds: list[tuple[int, int]]
-    """lowest index, and the index behind the highest one, of every scope"""
 
 
 class Catalogue:
@@ -88,22 +71,14 @@ class Catalogue:
         interventions = self.interventions(request)
         for each in interventions:
             check_supported(each)
-        plan = Plan(self.model, (), [interventions], [n_prompt], (), False, request.budget)
-        contents = plan.contents((), [interventions], [n_prompt])
-        if len(plan.gates) > MAX_GATES:
-            fix = "Leave some out."
-            raise ConfigError("gates", expected=f"at most {MAX_GATES} a request", got=len(plan.gates), fix=fix)
-        for lane, (slots,) in contents.items():
+        _, found = prepared(self.model, interventions, n_prompt, request.budget)
+        check_room(found)
+        for lane, (slots,) in found.contents.items():
             if len(slots) > self.n_slots:
                 expected = f"at most {self.n_slots} operations of one kind there, as the engine was started"
                 fix = "Steer with fewer, or start it with a larger SAEKIT_VLLM_SLOTS."
                 raise ConfigError(f"steering at {lane.acts}", expected=expected, got=len(slots), fix=fix)
-        for row in (row for rows in contents.values() for row in rows[0]):
-            if len(row.where.clauses) > MAX_CLAUSES:
-                got, fix = len(row.where.clauses), "Simplify the condition."
-                raise ConfigError("gate", expected=f"at most {MAX_CLAUSES} alternatives", got=got, fix=fix)
-        bounds = dict.fromkeys(each.scope.bounds(n_prompt) for each in interventions)
-        return Prepared(contents, plan.gates, list(bounds))
+        return found
 
     def interventions(self, request: Asked) -> list[Intervention]:
         """What a request asks for. Raises: as `steer.serving.catalogue.Catalogue.prepare` does."""
@@ -169,7 +144,3 @@ def check_supported(each: Intervention) -> None:
         if point is not None and point.site != SITE:
             fix = "Use the transformers backend."
             raise ConfigError(str(each), expected=f"{SITE}, under vLLM", got=point, fix=fix)
-    for gate in gates_of(each.gate):
-        if gate.min_tokens > MAX_AGE:
-            got, fix = gate.min_tokens, "Ask for fewer."
-            raise ConfigError(f"gate '{gate.name}'", expected=f"at most {MAX_AGE} tokens", got=got, fix=fix)

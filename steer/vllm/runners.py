@@ -4,16 +4,16 @@ vLLM has two model runners, and this module is all that knows of either: the fir
 says the order of a batch itself; the second, which vLLM prefers on a GPU, hands each request over once, also one that
 comes back after it was preempted, and makes a batch anew for every pass.
 
-Left out: what is done with it (`steer.vllm.rows`).
+Left out: what is done with it (`steer.packed.rows`).
 """
 
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
-from steer.vllm.catalogue import Prepared
+from steer.packed.prepared import Prepared
+from steer.packed.rows import Rows
 from steer.vllm.request import NAME
-from steer.vllm.rows import Rows
 
 Prepare = Callable[[dict[str, Any], int], Prepared]
 """what a request asks for, and the tokens of its prompt -> what it comes to"""

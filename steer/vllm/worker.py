@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from activations.errors import ConfigError
 from activations.hook_points import HookPoint
+from steer.packed.prepared import Prepared
+from steer.packed.rows import Fired, Rows, describe
+from steer.packed.tables import Site, Sizes
 from steer.serving.items import Asked
-from steer.vllm.catalogue import Prepared
 from steer.vllm.plugin import NAME, catalogue_of
-from steer.vllm.rows import Fired, Rows, describe
 from steer.vllm.runners import follow
-from steer.vllm.tables import Site, Sizes
 
 log = logging.getLogger("vllm.saekit")
 SITES: dict[int, Site] = {}

@@ -12,11 +12,11 @@ from activations.hook_points import HookPoint
 from activations.hooks import capture, run_until
 from activations.models import LoadedModel
 from steer.runtime import steering
+from steer.packed.rows import Room, Rows
+from steer.packed.tables import Sizes
 from steer.serving.items import Asked
 from steer.vllm.catalogue import Catalogue
 from steer.vllm.request import read_request
-from steer.vllm.rows import Room, Rows
-from steer.vllm.tables import Sizes
 
 READ, POINT = HookPoint("resid_post", 0), HookPoint("resid_post", 1)
 TEXTS = [
@@ -130,8 +130,8 @@ def test_room_that_is_given_back_steers_nobody_and_is_taken_again(
     whole = {i: (0, len(expected[i]["moved"])) for i in (1, 2)}
     first = run(rows, expected, whole, 1.0)
     rows.release([f"r{i}-12345678" for i in whole], finished=True)
-    assert not any(site.used or site.gated_rows for site in rows.sites.values())
-    assert not rows.batch.is_gated
+    assert not any(site.acting or site.gated_rows for site in rows.sites.values())
+    assert rows.batch.n_flags == 0
     for got, i in zip(run(rows, expected, whole, 1.0), whole, strict=True):
         assert torch.equal(got, expected[i][POINT])
     assert rows.fired("r2") == expected[2]["fired"][0]

@@ -1,0 +1,273 @@
+"""Which request has which slots and gates, while it runs.
+
+Flow of a step: 1. what finished or was preempted gives its room back; 2. a request that is scheduled and steered gets a
+number, and with all others that are new, slots and gates; 3. every token of the pass gets the number of its request and
+its position; 4. latches, which depend on token ids alone, go over them on the host (`steer.packed.latches`).
+
+A request that was preempted is computed again from its first token that is not cached, with the same positions, and so
+steered as before; its gates start anew with it. Left out: where an engine calls this (`steer.vllm.worker`,
+`steer.serving.packed`).
+"""
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from activations.hook_points import HookPoint
+from steer.gates import Gate, gate_table
+from steer.packed.latches import Latched, Part
+from steer.packed.prepared import MAX_FLAGS, Prepared
+from steer.packed.tables import LOG_TOKENS, NOBODY, OWNER, Batch, Site, Sizes
+from steer.scopes import Latch
+from steer.tables import LaneKey, Row
+
+KEPT = 1024
+"""finished requests of which it is known where their gates fired"""
+Fired = dict[str, list[int]]
+"""gate -> positions of the tokens on which it was open"""
+
+
+class Room:
+    """Numbers from 0 on, the lowest that is free first, so that those in use lie together."""
+
+    def __init__(self) -> None:
+        self._free: list[int] = []
+        self._taken: set[int] = set()
+
+    def take(self, n: int) -> list[int]:
+        """So many numbers."""
+        found = []
+        for _ in range(n):
+            found.append(heapq.heappop(self._free) if self._free else len(self._taken))
+            self._taken.add(found[-1])
+        return found
+
+    def give(self, numbers: Iterable[int]) -> None:
+        """Give them back."""
+        for number in numbers:
+            self._taken.remove(number)
+            heapq.heappush(self._free, number)
+
+    @property
+    def end(self) -> int:
+        """Behind the highest that is in use."""
+        return max(self._taken, default=-1) + 1
+
+
+@dataclass
+class Held:
+    """What a request has."""
+
+    number: int
+    latches: tuple[Latch, ...]
+    gates: list[Gate]
+    n_flags: int
+    n_clauses: int
+    slots: dict[LaneKey, list[int]] = field(default_factory=dict)
+    gate_row: int = NOBODY
+
+
+class Rows:
+    """The requests that are steered."""
+
+    def __init__(self, points: Sequence[HookPoint], sizes: Sizes):
+        """Make all tables, empty. Args: points: those that have some from the start."""
+        self.batch = Batch(sizes)
+        self.sites = {point: Site(point, self.batch) for point in points}
+        self._rows: dict[str, Held] = {}
+        self._new: list[tuple[Held, Prepared]] = []
+        self._room: dict[LaneKey, Room] = {}
+        self._gate_room, self._next, self._n_clauses = Room(), 1, 1
+        self._gate_room.take(1)  # that of nobody
+        self._latched = Latched()
+        self._finished: OrderedDict[str, Fired] = OrderedDict()
+
+    def to(self, device: torch.device) -> "Rows":
+        """Move the tables to the model's device."""
+        for module in (self.batch, *self.sites.values()):
+            module.to(device)
+        return self
+
+    @property
+    def n_bytes(self) -> int:
+        """What the tables take."""
+        modules = (self.batch, *self.sites.values())
+        return sum(buffer.nbytes for module in modules for buffer in module.buffers())
+
+    # --- requests come and go ----------------------------------------------------------------------------------------
+
+    def __contains__(self, request: str) -> bool:
+        """Whether it has what it needs."""
+        return request in self._rows
+
+    def keep(self, request: str, prepare: Callable[[], Prepared]) -> None:
+        """Give a request what it needs, unless it has it."""
+        if request in self._rows:
+            return
+        prepared = prepare()
+        held = self._rows[request] = Held(
+            self._next, tuple(prepared.latches), prepared.gates, prepared.n_flags, prepared.n_clauses
+        )  # fmt: skip
+        self._next = self._next % (2**30) + 1
+        if prepared.gates:
+            (held.gate_row,) = self._gate_room.take(1)
+        self._new.append((held, prepared))
+
+    def release(self, requests: Iterable[str], *, finished: bool) -> None:
+        """Take back what requests have."""
+        for request in requests:
+            held = self._rows.get(request)
+            if held is None:
+                continue
+            self._settle()
+            if finished and held.gates:
+                self._finished[request] = self._fired(held)
+                while len(self._finished) > KEPT:
+                    self._finished.popitem(last=False)
+            del self._rows[request]
+            self._forget(held)
+
+    def fired(self, request: str) -> Fired | None:
+        """Where the gates of a request fired, while it runs and for a while after; none: not known, or no gates."""
+        # vLLM puts a dash and eight digits behind the names that its users give to requests.
+        for name in (request, *(name for name in (*self._rows, *self._finished) if name[:-9] == request)):
+            if name in self._rows:
+                held = self._rows[name]
+                return self._fired(held) if held.gates else None
+            if name in self._finished:
+                return self._finished[name]
+        return None
+
+    def _settle(self) -> None:
+        """Write what new requests need into the tables, all of it at once."""
+        new, self._new = self._new, []
+        if not new:
+            return
+        slots: dict[LaneKey, tuple[list[int], list[Row]]] = {}
+        for held, prepared in new:
+            for key, (rows,) in prepared.contents.items():
+                places = held.slots[key] = self._room.setdefault(key, Room()).take(len(rows))
+                at, put = slots.setdefault(key, ([], []))
+                at.extend(places)
+                put.extend(_owned(row, held.number) for row in rows)
+        with torch.inference_mode(False), torch.no_grad():
+            for key, (places, rows) in slots.items():
+                self._put(key, places, rows)
+            gated = [held for held, _ in new if held.gates]
+            if gated:
+                self._set_gates(gated)
+        self._measure()
+
+    def _measure(self) -> None:
+        """How many columns of flags, and clauses of conditions, have to be looked at."""
+        self.batch.n_flags = max((held.n_flags for held in self._rows.values()), default=0)
+        n_clauses = max((held.n_clauses for held in self._rows.values()), default=1)
+        if n_clauses != self._n_clauses:
+            self._n_clauses = n_clauses
+            for key in self._room:
+                self._use(key)
+
+    def _put(self, key: LaneKey, places: Sequence[int], rows: Sequence[Row]) -> None:
+        site = self._site(key.acts)
+        site.make_room(key, self._room[key].end)
+        if rows:
+            site.lane(key).put(places, rows)
+        self._use(key)
+
+    def _use(self, key: LaneKey) -> None:
+        n_slots = self._room[key].end
+        lane = self._site(key.acts).lane(key).first(n_slots, self._n_clauses) if n_slots else None
+        for point in {key.acts, key.reads or key.acts}:
+            self._site(point).use(key, lane)
+
+    def _site(self, point: HookPoint) -> Site:
+        if point not in self.sites:
+            self.sites[point] = Site(point, self.batch).to(self.batch.index.device)
+        return self.sites[point]
+
+    def _set_gates(self, several: Sequence[Held]) -> None:
+        """Of new requests."""
+        n_rows = max(held.gate_row for held in several) + 1
+        self.batch.make_room(n_rows)
+        gates = [
+            (gate, (held.gate_row, len(held.latches) + i)) for held in several for i, gate in enumerate(held.gates)
+        ]
+        for point in dict.fromkeys(gate.readout.hook_point for gate, _ in gates):
+            own = [(gate, place) for gate, place in gates if gate.readout.hook_point == point]
+            site = self._site(point)
+            site.set_gates([place for _, place in own], gate_table([gate for gate, _ in own]))
+            site.gated_rows = max(site.gated_rows, *(row + 1 for _, (row, _) in own))
+
+    def _forget(self, held: Held) -> None:
+        for key, places in held.slots.items():
+            self._room[key].give(places)  # where they acted on nobody else, and where the next one overwrites them
+            self._use(key)
+        self._latched.forget(held.number)
+        self._measure()
+        if held.gate_row == NOBODY:
+            return
+        self._gate_room.give([held.gate_row])
+        self.batch.log[held.gate_row] = False
+        rows = [(each.gate_row, {gate.readout.hook_point for gate in each.gates}) for each in self._rows.values()]
+        for point in {gate.readout.hook_point for gate in held.gates}:
+            self.sites[point].here[held.gate_row] = False
+            self.sites[point].gated_rows = max((row + 1 for row, points in rows if point in points), default=0)
+
+    def _fired(self, held: Held) -> Fired:
+        log = self.batch.log[held.gate_row, :LOG_TOKENS].cpu()
+        first = len(held.latches)
+        return {gate.name: log[:, first + i].nonzero()[:, 0].tolist() for i, gate in enumerate(held.gates)}
+
+    # --- in front of a pass ------------------------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        requests: Sequence[str],
+        counts: Sequence[int],
+        positions: Callable[[int], Tensor],
+        text: Callable[[int], tuple[int, Sequence[int]]] | None = None,
+    ) -> None:
+        """Say whose the tokens of the next pass are.
+
+        Args:
+          requests: of the batch, in its order, each with so many tokens.
+          positions: of the first so many tokens, on the device.
+          text: position of the first token, and the ids, of one request's part of the pass, by its place in the batch;
+            for those that have latches.
+        """
+        self._settle()
+        rows = [self._rows.get(request) for request in requests]
+        if not any(rows):
+            self.batch.rest()
+            return
+        lengths = np.asarray(counts, dtype=np.int64)
+        given, ends = np.zeros((4, int(lengths.sum())), dtype=np.int64), np.cumsum(lengths)
+        given[0] = np.repeat([0 if row is None else row.number for row in rows], lengths)
+        given[1] = np.repeat([NOBODY if row is None else row.gate_row for row in rows], lengths)
+        given[2, ends - lengths], given[3, ends - 1] = 1, 1
+        position = positions(given.shape[1]).long()
+        self.batch.fill(torch.from_numpy(given).to(position.device), position, int(lengths.max()))
+        latched = [(i, row) for i, row in enumerate(rows) if row is not None and row.latches]
+        if latched and text is not None:
+            parts = [Part(row.number, row.latches, *text(i)) for i, row in latched]
+            flags = torch.zeros(given.shape[1], MAX_FLAGS, dtype=torch.bool)
+            for (i, _), inside in zip(latched, self._latched.run(parts), strict=True):
+                flags[ends[i] - lengths[i] : ends[i], : inside.shape[1]] = inside
+            self.batch.flags[0, : len(flags)] = flags.to(position.device)
+
+
+def _owned(row: Row, number: int) -> Row:
+    """The same, on tokens of one request alone."""
+    low, high = (number * OWNER + min(bound, OWNER - 1) for bound in (row.where.low, row.where.high))
+    return row._replace(where=row.where._replace(low=low, high=high))
+
+
+def describe(rows: Rows) -> dict[str, Any]:
+    """What the tables take, for the log."""
+    return {"hook points": [str(point) for point in rows.sites], "MB": round(rows.n_bytes / 1e6, 1)}
