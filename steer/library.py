@@ -214,15 +214,20 @@ def group_name(name: str) -> str:
 
 def grouped(vectors: Mapping[str, SteeringVector]) -> dict[str, list[SteeringVector]]:
     """By name, what `Library.find` finds of it: vectors NAME@HOOK_POINT under NAME, unless another is called so."""
-    names = dict.fromkeys(name if group_name(name) in vectors else group_name(name) for name in vectors)
-    return {name: _of_name(vectors, name) for name in names}
+    found: dict[str, list[SteeringVector]] = {}
+    for name, vector in vectors.items():
+        found.setdefault(name if group_name(name) in vectors else group_name(name), []).append(vector)
+    return {name: _in_order(several) for name, several in found.items()}
 
 
 def _of_name(vectors: Mapping[str, SteeringVector], name: str) -> list[SteeringVector]:
     if name in vectors:
         return [vectors[name]]
-    parts = [vector for each, vector in vectors.items() if each.startswith(f"{name}@")]
-    return sorted(parts, key=lambda vector: HookPoint.parse(vector.hook_point).depth)
+    return _in_order([vector for each, vector in vectors.items() if each.startswith(f"{name}@")])
+
+
+def _in_order(vectors: list[SteeringVector]) -> list[SteeringVector]:
+    return sorted(vectors, key=lambda vector: HookPoint.parse(vector.hook_point).depth)
 
 
 def _read_arrays(path: Path, tensors: bytes) -> dict[str, np.ndarray]:

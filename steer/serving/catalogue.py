@@ -12,6 +12,7 @@ import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,12 @@ class Shelved:
     signature: str
     _sae: SaeArtefact | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @cached_property
+    def names(self) -> dict[str, None]:
+        """What can be asked for by name."""
+        library = self.library
+        return dict.fromkeys([*grouped(library.vectors), *library.vectors, *(kit.name for kit in library.kits)])
 
     def sae(self) -> SaeArtefact:
         """The SAE that is in it, read when it is first asked for. Raises: MissingArtefactError if there is none."""
@@ -154,12 +161,12 @@ class Catalogue:
         first, slash, rest = ref.partition("/")
         if slash and first in self._shelves:
             return self._shelves[first], rest
-        having = [shelf for shelf in self._shelves.values() if ref in _names(shelf.library)]
+        having = [shelf for shelf in self._shelves.values() if ref in shelf.names]
         if len(having) > 1:
             names = " or ".join(f"{shelf.name}/{ref}" for shelf in having)
             raise ConfigError(where, expected=names, got=f"'{ref}', which both have", fix="Say which.")
         if not having:
-            known = [name for shelf in self._shelves.values() for name in _names(shelf.library)]
+            known = [name for shelf in self._shelves.values() for name in shelf.names]
             expected = f"one of {', '.join(known[:20])}" + (" ..." if len(known) > 20 else "") if known else "a library"
             got = f"'{ref[:100]}'" if known else "none: it was started without libraries"
             raise UnknownNameError(where, expected=expected, got=got, fix=self._advice)
@@ -196,11 +203,6 @@ def _check_model(shelf: Shelved, loaded: LoadedModel) -> None:
             got=f"some of other weights, {min(made_for - {loaded.fingerprint})[:12]}",
             fix="Serve the model that it was made from, or leave it out.",
         )
-
-
-def _names(library: Library) -> list[str]:
-    """What can be asked for by name."""
-    return list(dict.fromkeys([*grouped(library.vectors), *library.vectors, *(kit.name for kit in library.kits)]))
 
 
 def _used(
