@@ -19,6 +19,7 @@ Left out: which request has which slots (`steer.packed.rows`).
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,11 @@ LOG_TOKENS = 4096
 """tokens of a request of which the log tells whether gates were open"""
 NOBODY = 0
 """row of gates that is of no request"""
+
+
+def has_kernel(value: Tensor) -> bool:
+    """Whether a tensor is where `steer.packed.kernel` runs."""
+    return value.is_cuda and find_spec("triton") is not None
 
 
 class Sizes(NamedTuple):
@@ -200,6 +206,9 @@ class Site(nn.Module):
         """Steer the residual stream, which is `hidden`, or the sum of both; what changes is written into `hidden`."""
         if self._rests(len(hidden)):
             return
+        if self._has_kernel(hidden[None]):
+            self._launch(hidden, residual)
+            return
         value = hidden[None] if residual is None else hidden[None].float() + residual[None].float()
         moved = self.steered(value)
         # Not `moved - residual`: what nothing acts on keeps its bits, and so do the parts of what does.
@@ -210,13 +219,15 @@ class Site(nn.Module):
         batch, n = self._batch[0], value.shape[1]
         if self._rests(n):
             return value
-        is_whole = n <= batch.sizes.n_captured
+        if self._has_kernel(value):
+            moved = value.clone()
+            self._launch(moved[0], None)
+            return moved
         x, index = value.float(), batch.index[:, :n]
-        n_rows = len(batch.ages) if is_whole else self.gated_rows
+        acting, n_rows = self._lanes_and_rows(n)
         if n_rows:
             self._move_gates(x, n, n_rows)
-        acting = self.all if is_whole else [*self.acting.values()]
-        for lane in acting if is_whole else self.reading.values():
+        for lane in acting if n <= batch.sizes.n_captured else self.reading.values():
             if lane.key.reads is not None:
                 batch.readings[lane.key] = lane.read(x)
         if not acting:
@@ -224,6 +235,35 @@ class Site(nn.Module):
         readings = [batch.readings.pop(lane.key, None) for lane in acting]
         flags = batch.flags[:, :n, : self._width(n)]
         return applied(value, acting, readings, index, flags)
+
+    def _has_kernel(self, value: Float[Tensor, "1 pos d_model"]) -> bool:
+        """Whether one kernel does all that is done here in this pass."""
+        if not (has_kernel(value) and value.is_contiguous()):
+            return False
+        from steer.packed.kernel import can_run
+
+        n = value.shape[1]
+        lanes, n_rows = self._lanes_and_rows(n)
+        others = [] if n <= self._batch[0].sizes.n_captured else [*self.reading.values()]
+        return can_run([*lanes, *others], min(n, self._batch[0].longest) if n_rows else 0)
+
+    def _launch(self, hidden: Float[Tensor, "pos d_model"], residual: Float[Tensor, "pos d_model"] | None) -> None:
+        from steer.packed.kernel import run
+
+        run(
+            hidden,
+            residual,
+            *self._lanes_and_rows(len(hidden)),
+            self._batch[0],
+            dict(self.named_buffers(recurse=False)),
+        )
+
+    def _lanes_and_rows(self, n: int) -> tuple[list[Lane], int]:
+        """The lanes that act in a pass over so many tokens, and rows of gates of which some may be read."""
+        batch = self._batch[0]
+        if n <= batch.sizes.n_captured:
+            return self.all, len(batch.ages)
+        return [*self.acting.values()], self.gated_rows
 
     def _rests(self, n: int) -> bool:
         batch = self._batch[0]

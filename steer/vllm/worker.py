@@ -65,6 +65,7 @@ def attach(runner: Any) -> None:
     for point, site in rows.sites.items():
         SITES[point.layer] = site
         _steer_block(_block(catalogue.model.family, runner.model, point.layer), point.layer)
+    _try(rows, config.model_config.dtype)
     log.info("saekit's tables: %s", describe(rows))
 
     @lru_cache(_PREPARED)
@@ -72,6 +73,14 @@ def attach(runner: Any) -> None:
         return catalogue.prepare(Asked.model_validate_json(request), n_prompt)
 
     follow(runner, rows, lambda request, n: prepared(Asked.model_validate(request).model_dump_json(), n))
+
+
+def _try(rows: Rows, dtype: torch.dtype) -> None:
+    """Steer one token that is nobody's: a kernel may be compiled now, but not while a graph is captured."""
+    for site in rows.sites.values():
+        hidden = torch.zeros(1, rows.batch.sizes.d_model, dtype=dtype, device=rows.batch.index.device)
+        for residual in (None, hidden.clone()):
+            site.act(hidden, residual)
 
 
 def _sizes(config: Any, runner: Any, d_model: int) -> Sizes:

@@ -1,4 +1,7 @@
-"""Tokens of many requests behind each other are steered as each request is by itself."""
+"""Tokens of many requests behind each other are steered as each request is by itself.
+
+Every test runs with operations of PyTorch and with the kernel, in Triton's interpreter.
+"""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -11,9 +14,10 @@ from torch import Tensor
 from activations.hook_points import HookPoint
 from activations.hooks import capture, run_until
 from activations.models import LoadedModel
-from steer.runtime import steering
+from steer.packed import tables
 from steer.packed.rows import Room, Rows
 from steer.packed.tables import Sizes
+from steer.runtime import steering
 from steer.serving.items import Asked
 from steer.vllm.catalogue import Catalogue
 from steer.vllm.request import read_request
@@ -28,6 +32,14 @@ ITEMS: list[list[dict[str, Any]]] = [
     [{"vector": "late"}, {"vector": "turn", "dose": 0.5}], [{"vector": "early"}],
     [{"latent": 3, "clamp": 5.0, "gate": {"on": 0.2, "off": 0.1, "tokens": 3}}],
 ]  # fmt: skip
+
+
+@pytest.fixture(params=["operations", "kernel"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "kernel":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(tables, "has_kernel", lambda value: True)
+    return request.param
 
 
 def request(items: list[dict[str, Any]]) -> Asked:
