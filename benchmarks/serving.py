@@ -11,6 +11,7 @@ In one process that keeps both loops, in turns, `--repeats` times each; told are
     idle         our engine, nothing steered
     one_vector   every answer steered with one vector
     mixed        answers steered with another vector each, ablated, clamped and gated, and a quarter not at all
+    gated        every answer steered with another vector while a gate of its own is open
     one_by_one   the engine that writes one answer after the other, nothing steered (once)
 
 Prints one JSON line: tokens written a second, and the ratios to `stock` of the same turn. Greedy; no token ends an
@@ -76,20 +77,25 @@ def make_jobs(loaded: LoadedModel, n: int, n_tokens: int) -> dict[str, list[Job]
     directions = torch.nn.functional.normalize(torch.randn(n, loaded.d_model, generator=gen), dim=1)
     how = Sampling(n_tokens, temperature=0.0, bias=dict.fromkeys(ends_of(loaded), -100.0))
 
+    def gate(u: torch.Tensor) -> Gate:
+        return Gate(cosine(u, str(point)), 0.0, -0.05, 2)
+
     def mixed(i: int) -> list[Intervention]:
         u = directions[i]
-        gate = Gate(cosine(u, str(point)), 0.0, -0.05, 2)
         kinds = [
             [], [Intervention(Add(u, 1.0), point)], [Intervention(Ablate(u), point), Intervention(Add(u, 1.0), point)],
-            [Intervention(Clamp(u, 1.0, 1.0), point), Intervention(Ablate(directions[0]), point, gate=gate)],
+            [Intervention(Clamp(u, 1.0, 1.0), point), Intervention(Ablate(directions[0]), point, gate=gate(u))],
         ]  # fmt: skip
         return kinds[i % len(kinds)]
 
     prompts = [[5 + (7 * i + j) % 200 for j in range(24 * (1 + i % 3))] for i in range(n)]
-    steers = {"idle": lambda i: [], "one_vector": lambda i: [Intervention(Add(directions[0], 1.0), point)]}
+    steers = {
+        "idle": lambda i: [], "one_vector": lambda i: [Intervention(Add(directions[0], 1.0), point)], "mixed": mixed,
+        "gated": lambda i: [Intervention(Add(directions[i], 1.0), point, gate=gate(directions[i]))],
+    }  # fmt: skip
     return {
         name: [Job(f"{name}-{i}", ids, how, steer(i)) for i, ids in enumerate(prompts)]
-        for name, steer in {**steers, "mixed": mixed}.items()
+        for name, steer in steers.items()
     }
 
 

@@ -89,7 +89,7 @@ def _compiled(*counts: str) -> Callable[[Callable[..., Any]], Any]:
 
     Triton reads the source of a function, so it gets that and not what tests put around it to check its types.
     """
-    return lambda function: triton.jit(unwrap(function), do_not_specialize=counts)
+    return lambda function: triton.jit(unwrap(function), do_not_specialize=[*counts])
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def _sum(
     reads, bias, threshold, gain, floor, ceiling, strength,
     reading: tl.constexpr, slots: tl.constexpr, d_model: tl.constexpr, block: tl.constexpr,
     n_flags: tl.constexpr, n_clauses: tl.constexpr,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """What the slots of one lane write on a token, and how many of them act."""
     at, slot = tl.arange(0, block), tl.arange(0, slots)
     inside, is_slot = at < d_model, slot < n

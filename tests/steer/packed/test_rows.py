@@ -64,7 +64,10 @@ def expected(tiny: LoadedModel, catalogue: Catalogue) -> list[dict[str, Any]]:
     return found
 
 
-def rows_for(tiny: LoadedModel, catalogue: Catalogue, n_captured: int) -> Rows:
+def rows_for(tiny: LoadedModel, catalogue: Catalogue, n_captured: int | None) -> Rows:
+    """With all room from the start, for graphs of so many tokens; none: with next to nothing, so that it grows."""
+    if n_captured is None:
+        return Rows([], Sizes(tiny.d_model, 256, 1, 0, 0))
     return Rows(catalogue.points, Sizes(tiny.d_model, 256, len(TEXTS), 4, n_captured))
 
 
@@ -83,7 +86,8 @@ def run(
     for point in (READ, POINT):
         whole = torch.cat([expected[i][point][low:high] for i, (low, high) in spans.items()])
         hidden, residual = share * whole, whole - share * whole
-        rows.sites[point].act(hidden, residual)
+        if point in rows.sites:
+            rows.sites[point].act(hidden, residual)
     return [*(hidden + residual).split(counts)]
 
 
@@ -101,10 +105,10 @@ def chunks(lengths: Sequence[int], sizes: Sequence[int]) -> list[dict[int, tuple
     return passes
 
 
-@pytest.mark.parametrize("n_captured", [0, 256])
+@pytest.mark.parametrize("n_captured", [0, 256, None])
 @pytest.mark.parametrize("sizes", [[256], [1], [3, 0, 7, 2]])
 def test_a_mixed_batch_equals_each_request_by_itself(
-    tiny: LoadedModel, catalogue: Catalogue, expected: list[dict[str, Any]], sizes: list[int], n_captured: int
+    tiny: LoadedModel, catalogue: Catalogue, expected: list[dict[str, Any]], sizes: list[int], n_captured: int | None
 ) -> None:
     rows = rows_for(tiny, catalogue, n_captured)
     keep(rows, catalogue, expected, range(len(TEXTS)))
@@ -124,7 +128,7 @@ def test_a_mixed_batch_equals_each_request_by_itself(
 def test_what_is_not_steered_keeps_its_bits(
     tiny: LoadedModel, catalogue: Catalogue, expected: list[dict[str, Any]]
 ) -> None:
-    for n_captured in (0, 256):
+    for n_captured in (0, 256, None):
         rows = rows_for(tiny, catalogue, n_captured)
         keep(rows, catalogue, expected, [1])
         spans = {0: (0, len(expected[0]["moved"])), 1: (0, 5)}
@@ -137,7 +141,7 @@ def test_what_is_not_steered_keeps_its_bits(
 def test_room_that_is_given_back_steers_nobody_and_is_taken_again(
     tiny: LoadedModel, catalogue: Catalogue, expected: list[dict[str, Any]]
 ) -> None:
-    rows = rows_for(tiny, catalogue, 0)
+    rows = rows_for(tiny, catalogue, None)
     keep(rows, catalogue, expected, [1, 2])
     whole = {i: (0, len(expected[i]["moved"])) for i in (1, 2)}
     first = run(rows, expected, whole, 1.0)
@@ -147,9 +151,26 @@ def test_room_that_is_given_back_steers_nobody_and_is_taken_again(
     for got, i in zip(run(rows, expected, whole, 1.0), whole, strict=True):
         assert torch.equal(got, expected[i][POINT])
     assert rows.fired("r2") == expected[2]["fired"][0]
+    keep(rows, catalogue, expected, [5])
+    assert rows.fired("r5") == {"1 latent-3": []}, "of those who had its room before, nothing is told"
+    rows.release(["r5-12345678"], finished=True)
     keep(rows, catalogue, expected, [2, 1])
     for got, again in zip(first, run(rows, expected, whole, 1.0), strict=True):
         torch.testing.assert_close(got, again, atol=1e-6, rtol=0)
+
+
+def test_room_grows_while_gates_are_open(
+    tiny: LoadedModel, catalogue: Catalogue, expected: list[dict[str, Any]]
+) -> None:
+    rows = rows_for(tiny, catalogue, None)
+    keep(rows, catalogue, expected, [2])
+    (first,) = run(rows, expected, {2: (0, 5)}, 1.0)
+    keep(rows, catalogue, expected, range(len(TEXTS)))
+    rest = run(rows, expected, {i: (5 if i == 2 else 0, len(each["moved"])) for i, each in enumerate(expected)}, 1.0)
+    rest[2] = torch.cat([first, rest[2]])
+    for got, each in zip(rest, expected, strict=True):
+        torch.testing.assert_close(got, each["moved"], atol=2e-5, rtol=0)
+    assert rows.fired("r2") == expected[2]["fired"][0]
 
 
 def test_a_preempted_request_starts_anew(

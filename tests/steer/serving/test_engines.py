@@ -1,6 +1,8 @@
 """Both engines write what the model writes by itself: alone or beside others, steered each by its own."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,20 +12,25 @@ import pytest
 import torch
 
 from activations.errors import ConfigError, EngineError, MismatchError
+from activations.hook_points import HookPoint
 from activations.models import LoadedModel
+from steer.gates import Gate, energy
 from steer.library import find_vectors, load_library
-from steer.operations import Ablate, Clamp, Intervention, Rotate
-from steer.runtime import steering
+from steer.operations import Ablate, Add, Clamp, Intervention, Rotate
+from steer.runtime import Steering, steering
 from steer.scopes import Scope
 from steer.serving.catalogue import Catalogue
 from steer.serving.continuous import Continuous
-from steer.serving.engine import Engine, Job
+from steer.serving.engine import Engine, Job, Planned
 from steer.serving.items import Asked
 from steer.serving.one_by_one import OneByOne
 from steer.serving.sampling import Sampling, Step
 from tests.steer.serving.conftest import written
 
+CHAT = "<|im_start|>user\nhi there<|im_end|>\n<|im_start|>assistant\n"
 TEXTS = ["The river", "The river ran past the mill and on to the sea, " * 6, "a", "def add(a, b):\n"]
+GATED = ("either", "elsewhere", "many", "patient")
+CHATS = ("chat", "assistant", "chatty")
 N = 12
 Make = Callable[..., Engine]
 
@@ -41,14 +48,17 @@ def make(request: pytest.FixtureRequest) -> Any:
 
 
 def steers(loaded: LoadedModel, library: Path) -> dict[str, list[Intervention]]:
-    """All kinds of steering that a request may ask for."""
+    """All kinds of steering that a request may ask for; for the last two there is no room in common tables."""
     vectors = load_library(library)
     up, gated = vectors["up"], vectors["gated"]
     direction = torch.from_numpy(up.direction)
     point = Intervention.of(up).hook_point
+    gates = [Gate(energy(direction, "resid_post.1"), 0.1 + 0.05 * i, min_tokens=2, name=f"g{i}") for i in range(6)]
+    patient = replace(gates[1], min_tokens=20)
     catalogue = Catalogue.open([str(library)], loaded)
     return {
         "none": [],
+        "chat": [],
         "add": [Intervention.of(up)],
         "away": [Intervention.of(up, -3.0)],
         "zero": [Intervention.of(up, 0.0)],
@@ -60,11 +70,16 @@ def steers(loaded: LoadedModel, library: Path) -> dict[str, list[Intervention]]:
         "generated": [Intervention.of(up, 5.0, scope=Scope.parse("generated"))],
         "window": [Intervention.of(up, 5.0, scope=Scope.parse("after:3 before:9"))],
         "assistant": [Intervention.of(up, 5.0, scope=Scope.parse("assistant"))],
+        "chatty": [Intervention.of(up, 5.0, scope=Scope.parse("assistant"), gate=gates[0] & ~gates[3])],
+        "either": [Intervention.of(up, 6.0, gate=(gates[4] | ~gates[1]))],
+        "elsewhere": [Intervention(Add(direction, 6.0), HookPoint.parse("attn_out.2"), gate=gates[2])],
         "group": [Intervention.of(vector) for vector in find_vectors(library, "tone")],
         "kit": [Intervention.of(vector) for vector in find_vectors(library, "both")],
         "latents": catalogue.prepare(
             [Asked.model_validate({"steer": [{"latent": 3, "clamp": 4.0}, {"latent": 5, "scale": 0.0}]})]
         ).interventions,
+        "many": [Intervention.of(up, 6.0, gate=gates[0] & gates[1] & gates[2] & ~gates[3] & ~gates[5])],
+        "patient": [Intervention.of(up, 6.0, gate=patient)],
     }
 
 
@@ -72,8 +87,9 @@ def jobs_of(loaded: LoadedModel, library: Path, **sampling: Any) -> list[Job]:
     every = steers(loaded, library)
     how = Sampling(**{"max_tokens": N, "temperature": 0.0, "n_top": 3} | sampling)
     return [
-        Job(f"{name}-{i}", loaded.tokenizer(text)["input_ids"], replace(how, seed=i), interventions)
+        Job(f"{name}-{i}", loaded.tokenizer(head + text)["input_ids"], replace(how, seed=i), interventions)
         for name, interventions in every.items()
+        for head in [CHAT if name in CHATS else ""]
         for i, text in enumerate(TEXTS)
     ]
 
@@ -114,8 +130,10 @@ def test_every_answer_is_the_one_of_a_plain_loop_whatever_is_beside_it(
         assert one, job.id
         assert_alike(one, other)
     texts = {job.id: [step.token for step in one] for job, one in zip(jobs, found, strict=True)}
-    for name in ("add", "away", "rotate", "ablate", "clamp", "gated", "generated", "kit", "latents"):
+    for name in ("add", "away", "rotate", "ablate", "clamp", "gated", "generated", "kit", "latents", *GATED):
         assert any(texts[f"{name}-{i}"] != texts[f"none-{i}"] for i in range(len(TEXTS))), name
+    for name in ("assistant", "chatty"):
+        assert any(texts[f"{name}-{i}"] != texts[f"chat-{i}"] for i in range(len(TEXTS))), name
     assert all(texts[f"zero-{i}"] == texts[f"none-{i}"] for i in range(len(TEXTS)))
 
 
@@ -141,28 +159,59 @@ def test_answers_that_must_give_way_to_others_come_out_the_same(served: LoadedMo
 
 
 def test_where_gates_were_open_and_what_a_budget_left_is_told(make: Make, served: LoadedModel, library: Path) -> None:
-    gated = steers(served, library)["gated"]
-    ids = served.tokenizer(TEXTS[1])["input_ids"]
-    jobs = [Job("g", ids, Sampling(N, temperature=0.0), gated), Job("b", ids, Sampling(N, temperature=0.0), gated, 0.5)]
+    every = jobs_of(served, library, bias={served.tokenizer.eos_token_id: -100.0})
+    jobs = [job for job in every if job.id in [f"{name}-1" for name in ("gated", "chatty", *GATED)]]
+    jobs.append(Job("budget", jobs[0].ids, jobs[0].sampling, jobs[0].interventions, 0.5))
 
-    async def both(engine: Engine) -> list[Any]:
+    async def told(engine: Engine, job: Job) -> tuple[list[int], dict[str, list[int]], dict[str, float]]:
+        ticket = engine.submit(job)
+        tokens = [step.token async for step in ticket]
+        return tokens, ticket.fired(), ticket.scales()
+
+    async def all_of_them(engine: Engine) -> list[Any]:
         engine.start()
-        found = []
-        for job in jobs:
-            ticket = engine.submit(job)
-            n = len([step async for step in ticket])
-            found.append((n, ticket.fired(), ticket.scales()))
-        await asyncio.to_thread(engine.close)
+        try:
+            found = await asyncio.gather(*(told(engine, job) for job in jobs))
+            return [*found, await told(engine, replace(jobs[0], id="again"))]  # in the room that others gave back
+        finally:
+            await asyncio.to_thread(engine.close)
+
+    *found, again = asyncio.run(all_of_them(make(served)))
+    for job, (tokens, fired, scales) in zip(jobs, found, strict=True):
+        with steering(served, job.interventions, prompt_lengths=[len(job.ids)], budget=job.budget) as steered:
+            with torch.no_grad():
+                served.model(input_ids=torch.tensor([[*job.ids, *tokens[:-1]]]), use_cache=False)
+            (whole,) = steered.fired()
+        assert fired == whole, job.id
+        assert any(fired.values())
+        assert scales == ({"resid_post.2": pytest.approx(0.5 / 0.75)} if job.id == "budget" else {})
+    assert again == found[0]
+
+
+def test_an_answer_that_has_ended_leaves_nothing_that_steers_it_alone(
+    served: LoadedModel, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, original = list[Any](), Planned.steering
+
+    def noted(planned: Planned, loaded: LoadedModel) -> Steering:
+        found = original(planned, loaded)
+        made.append(weakref.ref(found))
         return found
 
-    (n, fired, scales), (_, _, scaled) = asyncio.run(both(make(served)))
-    with steering(served, gated) as steered, torch.no_grad():
-        served.model(input_ids=torch.tensor([ids]), use_cache=False)
-        (whole,) = steered.fired()
-    assert [i for i in fired["own"] if i < len(ids)] == whole["own"] != []
-    assert max(fired["own"]) < len(ids) + n
-    assert scales == {}
-    assert scaled == {"resid_post.2": pytest.approx(0.5 / 0.75)}
+    async def run(engine: Engine, jobs: list[Job]) -> None:
+        engine.start()
+        try:
+            for job in jobs:
+                async for _ in engine.submit(job):
+                    pass
+            gc.collect()
+            assert [each() for each in made] == [None, None]
+        finally:
+            await asyncio.to_thread(engine.close)
+
+    monkeypatch.setattr(Planned, "steering", noted)
+    every = {job.id: job for job in jobs_of(served, library, max_tokens=2)}
+    asyncio.run(run(continuous(served), [every[name] for name in ("many-0", "patient-1", "none-0", "none-1")]))
 
 
 def test_a_cancelled_answer_stops_and_the_others_go_on(make: Make, served: LoadedModel) -> None:

@@ -1,0 +1,68 @@
+"""Refusals in the shape of OpenAI's API: {"error": {message, type, param, code, detail}}.
+
+detail has where, expected, got and fix. Left out: what is refused, and when.
+"""
+
+import json
+from typing import Any
+
+from fastapi import HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette import exceptions
+
+from activations.errors import EngineError, SaekitError
+from steer.browser.guard import detail_of, refusal
+from steer.serving.desk import UnknownModelError
+
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+def answer_of(refused: exceptions.HTTPException) -> JSONResponse:
+    """A refusal in the shape of OpenAI's API."""
+    return JSONResponse(_error_of(refused), refused.status_code, refused.headers)
+
+
+def _error_of(refused: exceptions.HTTPException) -> dict[str, Any]:
+    detail: Any = refused.detail
+    kind = TYPES.get(refused.status_code, "server_error" if refused.status_code >= 500 else "invalid_request_error")
+    if not isinstance(detail, dict):
+        return {"error": {"message": str(detail), "type": kind, "param": None, "code": None, "detail": None}}
+    code = detail.pop("code", None)
+    message = f"{detail['where']}: expected {detail['expected']}, got {detail['got']}. {detail['fix']}"
+    return {"error": {"message": message, "type": kind, "param": detail["where"], "code": code, "detail": detail}}
+
+
+def event_of(refused: exceptions.HTTPException) -> str:
+    """The same as an event of a stream."""
+    return f"data: {json.dumps(_error_of(refused))}\n\n"
+
+
+def late() -> HTTPException:
+    """Of an answer that took too long."""
+    fix = "Ask for fewer tokens, or try again later."
+    return refusal(504, "server", expected="an answer in time", got="a part of one", fix=fix)
+
+
+def refusal_of(error: SaekitError) -> HTTPException:
+    """What an error is over HTTP."""
+    status = 404 if isinstance(error, UnknownModelError) else 500 if isinstance(error, EngineError) else 400
+    code = "model_not_found" if status == 404 else None
+    return HTTPException(status, {**detail_of(error), "code": code})
+
+
+async def as_answer(request: Request, error: Exception) -> JSONResponse:
+    """What the application makes of anything that a route raises."""
+    if isinstance(error, SaekitError):
+        return answer_of(refusal_of(error))
+    if isinstance(error, exceptions.HTTPException):
+        return answer_of(error)
+    if isinstance(error, UnicodeEncodeError):  # JSON can spell half a character, which nothing can read
+        got = repr(error.object)[:100]
+        return answer_of(refusal(400, "request", expected="text of whole characters", got=got, fix="Correct it."))
+    if not isinstance(error, RequestValidationError):
+        got, fix = type(error).__name__, "Tell whoever runs the server."
+        return answer_of(refusal(500, "server", expected="an answer", got=got, fix=fix))
+    first = error.errors()[0]
+    where, got = ".".join(str(part) for part in first["loc"][1:]) or "body", repr(first.get("input"))[:100]
+    return answer_of(refusal(400, where, expected=first["msg"], got=got, fix="Correct it."))
