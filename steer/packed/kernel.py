@@ -13,7 +13,7 @@ read elsewhere than they act, which `can_run` refuses; what goes into the tables
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from inspect import unwrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -22,10 +22,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer.packed.prepared import MAX_AGE, MAX_CLAUSES, MAX_FLAGS
+from steer.packed.tables import LOG_TOKENS, NOBODY, Batch
 from steer.tables import Lane, LaneKey
 
-if TYPE_CHECKING:
-    from steer.packed.tables import Batch
+# Triton's own annotations take a block for a number.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
 
 MOST_GATED = 512
 """tokens of a request up to which gates are gone over one by one; more take the scan of PyTorch, in log2(pos) steps"""
@@ -53,7 +54,7 @@ def run(
     residual: Float[Tensor, "pos d_model"] | None,
     lanes: Sequence[Lane],
     n_gated_rows: int,
-    batch: "Batch",
+    batch: Batch,
     gates: Mapping[str, Tensor],
 ) -> None:
     """Steer the residual stream, `hidden` or the sum of both; what changes is written into `hidden`.
@@ -79,7 +80,7 @@ def run(
             batch.ages, _plain(batch.log), n_gated_rows,
             **{name.removeprefix("gate_"): _plain(tensor) for name, tensor in gates.items()}, **tables,
             has_residual=residual is not None, d_model=d_model, block=triton.next_power_of_2(d_model),
-            log_tokens=batch.log.shape[1] - 1, n_flags=MAX_FLAGS, n_clauses=MAX_CLAUSES, max_age=MAX_AGE,
+            log_tokens=LOG_TOKENS, n_flags=MAX_FLAGS, n_clauses=MAX_CLAUSES, max_age=MAX_AGE, nobody=NOBODY,
             num_warps=4 if d_model <= 2048 else 8,
         )  # fmt: skip
 
@@ -96,7 +97,7 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
-@_compiled("n")
+@_compiled()
 def _sum(
     x, now, up, writes, constant, low, high, need, veto, n,
     reads, bias, threshold, gain, floor, ceiling, strength,
@@ -143,7 +144,7 @@ def _steer(
     reads_reads, reads_bias, reads_threshold, reads_gain, reads_floor, reads_ceiling, reads_strength, reads_n,
     adds_block: tl.constexpr, keeps_block: tl.constexpr, reads_block: tl.constexpr,
     has_residual: tl.constexpr, d_model: tl.constexpr, block: tl.constexpr, log_tokens: tl.constexpr,
-    n_flags: tl.constexpr, n_clauses: tl.constexpr, max_age: tl.constexpr,
+    n_flags: tl.constexpr, n_clauses: tl.constexpr, max_age: tl.constexpr, nobody: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     if tl.load(index + token) < 0:
@@ -151,8 +152,8 @@ def _steer(
     at, columns = tl.arange(0, block), tl.arange(0, n_flags)
     inside = at < d_model
     gate_row = tl.load(row + token)
-    is_row = gate_row < n_gated_rows
-    is_here = tl.load(here + gate_row * n_flags + columns, mask=is_row & (columns < n_flags), other=0) != 0
+    gate_row = tl.where(gate_row < n_gated_rows, gate_row, nobody)  # where no gate is
+    is_here = tl.load(here + gate_row * n_flags + columns) != 0
     is_gated = tl.sum(is_here.to(tl.int32), 0) > 0
     if is_gated & (tl.load(first + token) == 0):
         return
