@@ -123,7 +123,7 @@ class Stock:
     def __init__(self, model: Any, settings: dict[str, int]):
         config = ContinuousBatchingConfig(
             page_size=PAGE, num_blocks=settings["cache_tokens"] // PAGE, max_batch_tokens=settings["batch_tokens"],
-            max_requests_per_batch=settings["max_running"], allow_block_sharing=False, use_async_batching=False,
+            max_requests_per_batch=settings["max_running"], allow_block_sharing=True, use_async_batching=False,
             use_cuda_graph=False,
         )  # fmt: skip
         how = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)

@@ -108,18 +108,23 @@ class Lane(nn.Module):
         for r, row in enumerate(rows):
             for k, (slot, where) in enumerate(row):
                 _write(new, (r, k), slot, where)
+                for name, value in _numbers(slot, where).items():
+                    new[name][r, k] = value
         with torch.inference_mode(False), torch.no_grad():
             for name, buffer in self.named_buffers(recurse=False):
                 buffer.copy_(new[name])
         self.is_empty = not any(rows)
 
     def put(self, places: Sequence[int], rows: Sequence[Row]) -> None:
-        """Rewrite some slots of the only row of the table, and no others."""
+        """Rewrite some slots of the only row of the table, and no others; at least one."""
+        numbers = [_numbers(slot, where) for slot, where in rows]
         new = {
-            name: torch.zeros((1, len(places), *buffer.shape[2:]), dtype=buffer.dtype)
-            for name, buffer in self.named_buffers(recurse=False)
-            if buffer.ndim > 1
+            name: torch.tensor([[each[name] for each in numbers]], dtype=self.get_buffer(name).dtype)
+            for name in numbers[0]
         }
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.ndim > 1 and name not in new:
+                new[name] = torch.zeros((1, len(places), *buffer.shape[2:]), dtype=buffer.dtype)
         for k, (slot, where) in enumerate(rows):
             _write(new, (0, k), slot, where)
         with torch.inference_mode(False), torch.no_grad():
@@ -193,11 +198,9 @@ def _encoder(sae: SaeArtefact) -> nn.Linear:
     return linear
 
 
-def _write(new: Mapping[str, Tensor], at: tuple[int, int], slot: Slot, where: Where) -> None:
-    new["writes"][at] = slot.writes
-    if slot.reads is not None:
-        new["reads"][at] = slot.reads
-    for name, value in {
+def _numbers(slot: Slot, where: Where) -> dict[str, float]:
+    """What is one number of a slot, by the name of its buffer."""
+    return {
         "constant": slot.constant,
         "bias": slot.bias,
         "threshold": slot.threshold,
@@ -208,8 +211,14 @@ def _write(new: Mapping[str, Tensor], at: tuple[int, int], slot: Slot, where: Wh
         "latent": slot.latent,
         "low": where.low,
         "high": where.high,
-    }.items():
-        new[name][at] = value
+    }
+
+
+def _write(new: Mapping[str, Tensor], at: tuple[int, int], slot: Slot, where: Where) -> None:
+    """What is more of it."""
+    new["writes"][at] = slot.writes
+    if slot.reads is not None:
+        new["reads"][at] = slot.reads
     if new["need"].shape[-1] == 0:
         return
     new["need"][at], new["veto"][at] = True, True  # which contradicts itself: a clause that never holds

@@ -4,8 +4,8 @@ Flow: 1. a job becomes a request of the library's manager, which schedules passe
 pass `steer.serving.packed` steers every request by its own; 3. `_Picking`, a logits processor of the library's own
 kind, draws the next token of each request by its own seed and hands it to its ticket.
 
-Prefixes are not shared between requests, since what is in the cache of a steered prompt is of no use to another. Passes
-run eagerly, as hooks ask for. Left out: models that the library cannot batch so (`steer.serving.one_by_one`).
+Prompts that begin alike share that part of the cache where nothing steers them (`steer.serving.prefixes`). Passes run
+eagerly, as hooks ask for. Left out: models that the library cannot batch so (`steer.serving.one_by_one`).
 """
 
 from contextlib import ExitStack
@@ -21,6 +21,7 @@ from activations.errors import EngineError, ModelError
 from activations.models import LoadedModel
 from steer.serving.engine import Job, Ticket, context_of, ends_of, hand_over, ticket_of
 from steer.serving.packed import PackedSteering, Span
+from steer.serving.prefixes import share_where_plain
 from steer.serving.sampling import pick
 
 PAGE = 64
@@ -44,7 +45,7 @@ class Continuous:
         self._open = ExitStack()
         settings = ContinuousBatchingConfig(
             page_size=PAGE, num_blocks=cache_tokens // PAGE, max_batch_tokens=n_tokens,
-            max_requests_per_batch=max_running, allow_block_sharing=False, use_async_batching=False,
+            max_requests_per_batch=max_running, allow_block_sharing=True, use_async_batching=False,
             use_cuda_graph=False,
         )  # fmt: skip
         greedy = GenerationConfig(do_sample=False, eos_token_id=[*ends_of(loaded)] or -1, pad_token_id=0)
@@ -57,6 +58,7 @@ class Continuous:
                 got=str(error).splitlines()[0][:200],
                 fix="Serve it with --set backend=one_by_one",
             ) from error
+        share_where_plain(manager, self._is_plain)
         picking = _Picking(self._tickets)
         processors = manager.logit_processor
         processors.logits_processor.append(picking)
@@ -109,6 +111,11 @@ class Continuous:
         if output.error is not None:
             got = str(output.error).splitlines()[0][:200]
             ticket.failed(EngineError("engine", expected="an answer", got=got, fix="Try again."))
+
+    def _is_plain(self, id_: str) -> bool:
+        """Whether nothing steers a request; of one that has ended it is not known."""
+        ticket = self._tickets.get(id_)
+        return ticket is not None and ticket.planned is None
 
     def _spans(self) -> list[Span]:
         """Whose tokens are where in the pass that begins."""

@@ -9,6 +9,8 @@ from contextlib import closing, suppress
 from activations.errors import ConfigError
 from activations.models import LoadedModel, Status, load_model
 from steer.listening import LOOPBACK, address_of, is_loopback, listen, say
+from steer.manifest import read_manifest
+from steer.packs.installed import resolve
 from steer.serving.catalogue import Catalogue
 from steer.serving.config import ServeConfig
 from steer.serving.engine import Engine
@@ -33,6 +35,8 @@ def serve(config: ServeConfig, *, as_json: bool = False, on_status: Status | Non
     if not keys.are_needed and not is_loopback(config.host):
         fix = "Leave host as it is and use a tunnel (ssh -L), or give a file of keys."
         raise ConfigError("host", expected="a loopback address without keys", got=config.host, fix=fix)
+    for library in config.libraries:
+        read_manifest(resolve(library))
     with closing(listen(config.host, config.port)) as listener:
         loaded = load_model(config.model, device=config.device, dtype=config.dtype, on_status=on_status)
         catalogue = Catalogue.open(config.libraries, loaded)

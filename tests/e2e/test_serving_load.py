@@ -44,14 +44,19 @@ def start(*settings: str) -> tuple[subprocess.Popen[str], str]:
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    process, found = start(
+def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    process, address = start(
         "libraries=smollm2-135m", "dtype=float32", "name=smollm2", "device=cpu", f"max_running={N_CLIENTS}",
         "presets={formal: {steer: [{vector: formal_vs_casual}]}}",
     )  # fmt: skip
-    yield found
+    yield process, address
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) in (0, -signal.SIGTERM)
+
+
+@pytest.fixture
+def address(server: tuple[subprocess.Popen[str], str]) -> str:
+    return server[1]
 
 
 def requests() -> list[dict[str, Any]]:
@@ -137,8 +142,8 @@ def test_answers_of_64_clients_are_those_of_each_alone_whatever_others_do(addres
     assert health["status"] == "ok"
 
 
-def test_a_server_that_is_told_to_stop_lets_an_answer_end() -> None:
-    process, address = start("dtype=float32", "name=smollm2", "device=cpu")
+def test_a_server_that_is_told_to_stop_lets_an_answer_end(server: tuple[subprocess.Popen[str], str]) -> None:
+    process, address = server  # the last that is asked of it
     body = {"model": "smollm2", "messages": [{"role": "user", "content": "Count."}], "max_tokens": 20, "stream": True}
     with OpenAI(base_url=address, api_key="none", max_retries=0) as client:
         stream = client.chat.completions.create(**body, logit_bias={"2": -100})  # type: ignore[call-overload]
