@@ -5,20 +5,21 @@
         ...
     ticket.cancel()                          at any time, also when it has ended
 
-An engine runs in a thread of its own and reaches whoever waits through the event loop that it was asked from. Left out:
-requests, limits and text (`steer.serving.app`); engines (`one_by_one`, `continuous`).
+An engine runs in a thread or processes of its own and reaches whoever waits through the event loop that it was asked
+from. Left out: requests, limits and text (`steer.serving.app`); engines (`one_by_one`, `continuous`, `on_vllm`).
 """
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from activations.errors import ConfigError, SaekitError
 from activations.models import LoadedModel
 from steer.plan import Interventions, Plan
 from steer.runtime import Steering
+from steer.serving.items import Asked
 from steer.serving.sampling import Sampler, Sampling, Step
 
 
@@ -32,6 +33,17 @@ class Job:
     sampling: Sampling
     interventions: Interventions = ()
     budget: float | None = None
+    asked: Asked = field(default_factory=Asked)
+    """interventions and budget in the words of requests, for an engine that finds them itself"""
+
+
+class Account(NamedTuple):
+    """What became of an answer's steering."""
+
+    fired: dict[str, list[int]]
+    """by gate: on which tokens it was open, by their index in prompt and answer"""
+    scaled: dict[str, float]
+    """by hook point: what is left of what was asked for, where the budget is less"""
 
 
 @dataclass(eq=False)
@@ -46,6 +58,8 @@ class Ticket:
     """what steers it; none: nothing"""
     on_cancel: Callable[[], None] = lambda: None
     """told when no more tokens are needed"""
+    on_account: Callable[[], Awaitable[Account]] | None = None
+    """says what became of the steering; none: `steered` does"""
     stop: threading.Event = field(default_factory=threading.Event)
     n_written: int = 0
     _steps: asyncio.Queue[Step | SaekitError | None] = field(default_factory=asyncio.Queue)
@@ -87,15 +101,15 @@ class Ticket:
         self.stop.set()
         self.on_cancel()
 
-    def fired(self) -> dict[str, list[int]]:
-        """By gate: on which tokens it was open, by their index in prompt and answer."""
-        found = self.steered.fired() if self.steered is not None else []
-        return found[0] if found else {}
-
-    def scales(self) -> dict[str, float]:
-        """By hook point: what is left of what was asked for, where the budget is less."""
-        found = self.steered.scales() if self.steered is not None else []
-        return {str(point): share for point, share in found[0].items()} if found else {}
+    async def account(self) -> Account:
+        """What became of the steering so far. Raises: EngineError."""
+        if self.on_account is not None:
+            return await self.on_account()
+        if self.steered is None:
+            return Account({}, {})
+        fired, scales = self.steered.fired(), self.steered.scales()
+        scaled = {str(point): share for point, share in scales[0].items()} if scales else {}
+        return Account(fired[0] if fired else {}, scaled)
 
 
 _News = tuple[Ticket, Sequence[Step | SaekitError | None]]
@@ -133,10 +147,15 @@ class Engine(Protocol):
         """Begin to work."""
         ...
 
+    def check(self, job: Job) -> None:
+        """Raise for a job that cannot be done: ConfigError for a prompt that does not fit, and as
+        `steer.runtime.steering` does."""
+        ...
+
     def submit(self, job: Job) -> Ticket:
         """Write an answer, behind those that were asked for before. To be called from an event loop.
 
-        Raises: ConfigError for a prompt that does not fit; as `steer.runtime.steering` does.
+        Raises: as `check` does; EngineError if it no longer works.
         """
         ...
 
@@ -155,8 +174,8 @@ class Engine(Protocol):
         ...
 
 
-def ticket_of(loaded: LoadedModel, job: Job, most_tokens: int) -> Ticket:
-    """A ticket for a job that can be done. Raises: as `Engine.submit` does."""
+def check_length(job: Job, most_tokens: int) -> None:
+    """Raise ConfigError for a job that is longer than an engine can do."""
     if len(job.ids) + job.sampling.max_tokens > most_tokens:
         raise ConfigError(
             "prompt",
@@ -164,6 +183,11 @@ def ticket_of(loaded: LoadedModel, job: Job, most_tokens: int) -> Ticket:
             got=f"{len(job.ids)}, and up to {job.sampling.max_tokens} of the answer",
             fix="Shorten the prompt, or ask for fewer tokens.",
         )
+
+
+def ticket_of(loaded: LoadedModel, job: Job, most_tokens: int) -> Ticket:
+    """A ticket for a job that can be done. Raises: as `Engine.check` does."""
+    check_length(job, most_tokens)
     return Ticket(job, asyncio.get_running_loop(), ends_of(loaded), steering_of(loaded, job))
 
 

@@ -34,7 +34,7 @@ def serve(config: ServeConfig, *, as_json: bool = False, on_status: Status | Non
         fix = "Leave host as it is and use a tunnel (ssh -L), or give a file of keys."
         raise ConfigError("host", expected="a loopback address without keys", got=config.host, fix=fix)
     with closing(listen(config.host, config.port)) as listener:
-        loaded = load_model(config.model, device=config.device, dtype=config.dtype, on_status=on_status)
+        loaded = _model_of(config, on_status)
         catalogue = Catalogue.open(config.libraries, loaded)
         # A page that reaches the server by a name of its own (DNS rebinding) has no key.
         names = None if keys.are_needed else {*LOOPBACK, config.host, *config.hosts}
@@ -48,8 +48,21 @@ def serve(config: ServeConfig, *, as_json: bool = False, on_status: Status | Non
             server.run(sockets=[listener])
 
 
+def _model_of(config: ServeConfig, on_status: Status | None) -> LoadedModel:
+    """The model; where the engine loads it itself, a stand-in that has all but the weights."""
+    if config.backend == "vllm":
+        from steer.serving.on_vllm import model_of
+
+        return model_of(config.model, on_status)
+    return load_model(config.model, device=config.device, dtype=config.dtype, on_status=on_status)
+
+
 def engine_of(config: ServeConfig, loaded: LoadedModel) -> Engine:
-    """The engine that a config asks for. Raises: ModelError for a model that it cannot run."""
+    """The engine that a config asks for. Raises: ModelError for a model that it cannot run; as `OnVllm` does."""
+    if config.backend == "vllm":
+        from steer.serving.on_vllm import OnVllm
+
+        return OnVllm(loaded, config)
     if config.backend == "one_by_one":
         from steer.serving.one_by_one import OneByOne
 

@@ -48,6 +48,8 @@ class Prepared(NamedTuple):
     """in the order of the flags that slots ask for"""
     bounds: list[tuple[int, int]]
     """lowest index, and the index behind the highest one, of every scope"""
+    scaled: dict[str, float]
+    """by hook point: what the budget leaves of what was asked for, where that is less"""
 
 
 class Catalogue:
@@ -103,7 +105,8 @@ class Catalogue:
                 got, fix = len(row.where.clauses), "Simplify the condition."
                 raise ConfigError("gate", expected=f"at most {MAX_CLAUSES} alternatives", got=got, fix=fix)
         bounds = dict.fromkeys(each.scope.bounds(n_prompt) for each in interventions)
-        return Prepared(contents, plan.gates, list(bounds))
+        scaled = {str(point): share for point, share in plan.scales[0].items()}
+        return Prepared(contents, plan.gates, list(bounds), scaled)
 
     def interventions(self, request: Asked) -> list[Intervention]:
         """What a request asks for. Raises: as `steer.serving.catalogue.Catalogue.prepare` does."""
