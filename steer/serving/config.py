@@ -42,7 +42,10 @@ class ServeConfig(Config):
         default={}, description="further model names, each with what it is steered with: steer and budget"
     )
     budget: float | None = Field(
-        default=None, gt=0, le=100, description="joint dose at a hook point to which every request is scaled down; none: not",
+        default=None,
+        gt=0,
+        le=100,
+        description="joint dose at a hook point to which every request is scaled down; none: not",
     )
     host: str = Field(default="127.0.0.1", description="address to listen on; other than loopback needs keys")
     port: int = Field(default=8000, ge=0, le=65535, description="port; 0: any that is free")

