@@ -56,7 +56,7 @@ class Ticket:
     """tokens that end an answer"""
     steered: Steering | None
     """what steers it; none: nothing"""
-    on_cancel: Callable[[], None] = lambda: None
+    on_cancel: Callable[[], Any] = lambda: None
     """told when no more tokens are needed"""
     on_account: Callable[[], Awaitable[Account]] | None = None
     """says what became of the steering; none: `steered` does"""

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -94,18 +95,17 @@ class OnVllm:
         self._most_tokens = min(context_of(loaded), config.cache_tokens // PAGE * PAGE)
         self._ends, self._tasks = ends_of(loaded), set[asyncio.Task[None]]()
         _prepare_environment(config.libraries)
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-
+        engine_args = _of_vllm("engine.arg_utils", "AsyncEngineArgs")
         arguments = _arguments(config, Path(loaded.model.config._name_or_path), self._most_tokens)
-        known = {field.name for field in fields(AsyncEngineArgs)}
+        known = {field.name for field in fields(engine_args)}
         for name in config.vllm:
             if name not in known or name in arguments:
                 expected, fix = "an argument of vLLM's engine that saekit leaves free", "Leave it out."
                 raise ConfigError(f"vllm.{name}", expected=expected, got=f"'{name}'", fix=fix)
         try:
             with _deaf_to_ctrl_c():
-                self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, **config.vllm))
+                arguments = engine_args(**arguments, **config.vllm)
+                self._llm = _of_vllm("v1.engine.async_llm", "AsyncLLM").from_engine_args(arguments)
         except SaekitError:
             raise
         except Exception as error:
@@ -148,28 +148,23 @@ class OnVllm:
         self._llm.shutdown(timeout=CLOSING_S)
 
     def _params(self, job: Job) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         sampling, steering = job.sampling, job.asked.model_dump(mode="json")
-        return SamplingParams(
+        return _of_vllm("sampling_params", "SamplingParams")(
             max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
             top_k=sampling.top_k or 0,
             seed=sampling.seed & MOST_SEED,  # not below 0, where -1 would stand for none
             frequency_penalty=sampling.frequency_penalty, presence_penalty=sampling.presence_penalty,
             logit_bias=dict(sampling.bias) or None, logprobs=sampling.n_top, stop_token_ids=sorted(self._ends),
-            ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA,
+            ignore_eos=True, detokenize=False, output_kind=_of_vllm("sampling_params", "RequestOutputKind").DELTA,
             extra_args={NAME: steering} if job.asked.steer else None,
         )  # fmt: skip
 
     def _admitted(self, job: Job, params: Any) -> dict[str, Any]:
         """What the plugin makes of a job's steering; empty: nothing. Raises: as `Engine.check` does."""
-        from vllm.exceptions import VLLMClientError
-
         check_length(job, self.most_tokens)
         try:
             request = self._llm.input_processor.process_inputs(job.id, _prompt(job), params, ("generate",))
-        except VLLMClientError as error:
+        except _of_vllm("exceptions", "VLLMClientError") as error:
             if isinstance(error.__cause__, SaekitError):
                 raise error.__cause__ from None
             fix = "Correct the request."
@@ -193,13 +188,17 @@ class OnVllm:
                 ticket.failed(_failed(RuntimeError("one that was broken off")))
 
     async def _account(self, id_: str, steering: dict[str, Any]) -> Account:
-        fired = None
-        if steering.get("is_gated"):
-            try:
-                fired = (await self._llm.collective_rpc("saekit_fired", args=(id_,)))[0]
-            except Exception as error:
-                raise _failed(error) from error
-        return Account(fired or {}, steering.get("scaled", {}))
+        scaled = steering.get("scaled", {})
+        if not steering.get("is_gated"):
+            return Account({}, scaled)
+        try:
+            fired = (await self._llm.collective_rpc("saekit_fired", args=(id_,)))[0]
+        except Exception as error:
+            raise _failed(error) from error
+        if fired is None:
+            got, fix = "nothing from its workers", "Try again."
+            raise EngineError("engine", expected="where gates were open", got=got, fix=fix)
+        return Account(fired, scaled)
 
 
 def _prepare_environment(libraries: tuple[str, ...]) -> None:
@@ -213,9 +212,7 @@ def _prepare_environment(libraries: tuple[str, ...]) -> None:
 
 def _arguments(config: ServeConfig, folder: Path, most_tokens: int) -> dict[str, Any]:
     """What saekit's own keys say in vLLM's words, and what has to be as it is."""
-    from vllm.platforms import current_platform
-
-    device = current_platform.device_type
+    device = _of_vllm("platforms", "current_platform").device_type
     if config.device not in ("auto", device):
         got, fix = config.device, "Leave it out; CUDA_VISIBLE_DEVICES says which of several GPUs."
         raise ConfigError("device", expected=f"auto, or {device}, which this vLLM is built for", got=got, fix=fix)
@@ -244,10 +241,13 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _prompt(job: Job) -> Any:
-    from vllm.inputs import tokens_input
+def _of_vllm(module: str, name: str) -> Any:
+    """Something of vLLM, which is not in the environment that saekit's own requirements make."""
+    return getattr(import_module(f"vllm.{module}"), name)
 
-    return tokens_input(job.ids)
+
+def _prompt(job: Job) -> Any:
+    return _of_vllm("inputs", "tokens_input")(job.ids)
 
 
 def _steps(output: Any, n_top: int | None) -> Iterator[Step]:

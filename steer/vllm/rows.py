@@ -4,7 +4,8 @@ Flow of a step: 1. what finished or was preempted gives its room back; 2. a requ
 slots, gates, and a number; 3. every token of the pass gets the number of its request and its position.
 
 A request that was preempted is computed again from its first token that is not cached, with the same positions, and so
-steered as before; its gates start anew with it. Left out: where vLLM calls this (`steer.vllm.plugin`).
+steered as before; its gates start anew with it, and where they fired until then stays known. Left out: where vLLM calls
+this (`steer.vllm.plugin`).
 """
 
 import heapq
@@ -79,6 +80,7 @@ class Rows:
         self._room = {lane.key: Room() for site in self.sites.values() for lane in site.all}
         self._gate_room, self._next = Room(), 1
         self._finished: OrderedDict[str, Fired] = OrderedDict()
+        self._preempted: dict[str, Fired] = {}
 
     def to(self, device: torch.device) -> "Rows":
         """Move the tables to the model's device."""
@@ -100,14 +102,19 @@ class Rows:
     def release(self, requests: Iterable[str], *, finished: bool) -> None:
         """Take back what requests have."""
         for request in requests:
+            found = self._known(request)
             row = self._rows.pop(request, None)
-            if row is None:
+            if row is not None:
+                self._forget(row)
+            if found is None:
                 continue
-            if finished and row.gates:
-                self._finished[request] = self._fired(row)
+            if finished:
+                self._preempted.pop(request, None)
+                self._finished[request] = found
                 while len(self._finished) > KEPT:
                     self._finished.popitem(last=False)
-            self._forget(row)
+            else:
+                self._preempted[request] = found
 
     def prepare(self, requests: Sequence[str], counts: Sequence[int], positions: Callable[[int], Tensor]) -> None:
         """Say whose the tokens of the next pass are.
@@ -136,9 +143,19 @@ class Rows:
 
     def fired(self, request: str) -> Fired | None:
         """Where the gates of a request fired, while it runs and for a while after; none: not known, or no gates."""
-        known = {**self._finished, **{name: self._fired(row) for name, row in self._rows.items() if row.gates}}
         # vLLM puts a dash and eight digits behind the names that its users give to requests.
-        return next((found for name, found in known.items() if request in (name, name[:-9])), None)
+        names = (name for name in (*self._rows, *self._preempted) if request in (name, name[:-9]))
+        if (running := next(names, None)) is not None:
+            return self._known(running)
+        return next((found for name, found in self._finished.items() if request in (name, name[:-9])), None)
+
+    def _known(self, request: str) -> Fired | None:
+        """Of a request that has not finished."""
+        row, before = self._rows.get(request), self._preempted.get(request)
+        now = self._fired(row) if row is not None and row.gates else None
+        if before is None or now is None:
+            return now if before is None else before
+        return {name: sorted({*before[name], *found}) for name, found in now.items()}
 
     def _made(self, prepared: Prepared) -> Held:
         row = Held(self._next, gates=prepared.gates)

@@ -157,7 +157,8 @@ def library(small: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Pat
     gated = made("gated", 1, coefficient=24.0)
     gate = Gate(energy(torch.from_numpy(gated.direction), gated.hook_point), 0.06, 0.03, 2, "own", small.fingerprint)
     vectors = [
-        made("plus", 0), made("out", 1, operation="ablate", coefficient=1.0), made("turned", 1, operation="rotate", coefficient=24.0),
+        made("plus", 0), made("out", 1, operation="ablate", coefficient=1.0),
+        made("turned", 1, operation="rotate", coefficient=24.0),
         replace(gated, gate=gate), *(made(f"tone@resid_post.{layer}", layer) for layer in (0, 2)),
     ]  # fmt: skip
     save_library(path, vectors)
@@ -255,7 +256,6 @@ def test_all_that_steers_changed_something(ours: Served) -> None:
     for name in ("own gate", "n", "several", "preset and more"):
         (fired,) = ours.ask(CASES[name])["saekit"]["choices"][0]["fired"].values()
         assert 2 < len(fired) < len(RIVER) + 24, name
-
 
 
 def test_a_conversation_is_answered_alike(ours: Served, reference: Served) -> None:
