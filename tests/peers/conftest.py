@@ -4,6 +4,7 @@ A folder of SAEs has a subfolder each, with `layers.12`, the saved SAE, and `ref
 `latents` and `reconstruction` that whoever wrote the SAE makes of them.
 """
 
+import fcntl
 import json
 import os
 import subprocess
@@ -52,7 +53,12 @@ class Peer:
 
     def python(self) -> Path:
         """Its interpreter, once all packages are there."""
-        self._prepare()
+        folder = os.open(HERE, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # tests of one peer may run in several processes
+            self._prepare()
+        finally:
+            os.close(folder)
         return self._python
 
     @property
@@ -125,7 +131,7 @@ def small(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Load
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=300, max_position_embeddings=256, initializer_range=0.2, bos_token_id=None, eos_token_id=0,
+        vocab_size=300, max_position_embeddings=2048, initializer_range=0.2, bos_token_id=None, eos_token_id=0,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("small") / "model"
     with quiet_transformers():
