@@ -170,7 +170,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop, whatever is being written."""
+        """Stop, whatever is being written, and also if it was stopped before."""
         ...
 
 

@@ -105,7 +105,7 @@ class OnVllm:
         try:
             with _deaf_to_ctrl_c():
                 arguments = engine_args(**arguments, **config.vllm)
-                self._llm = _of_vllm("v1.engine.async_llm", "AsyncLLM").from_engine_args(arguments)
+                self._llm: Any = _of_vllm("v1.engine.async_llm", "AsyncLLM").from_engine_args(arguments)
         except SaekitError:
             raise
         except Exception as error:
@@ -122,7 +122,7 @@ class OnVllm:
 
     @property
     def is_alive(self) -> bool:
-        return not self._llm.errored
+        return self._llm is not None and not self._llm.errored
 
     @property
     def most_tokens(self) -> int:
@@ -145,7 +145,9 @@ class OnVllm:
         return ticket
 
     def close(self) -> None:
-        self._llm.shutdown(timeout=CLOSING_S)
+        if self._llm is not None:
+            self._llm.shutdown(timeout=CLOSING_S)
+            self._llm = None  # or it would shut down again when Python ends, of which not enough is left then
 
     def _params(self, job: Job) -> Any:
         sampling, steering = job.sampling, job.asked.model_dump(mode="json")
@@ -172,14 +174,14 @@ class OnVllm:
         return (request.params.extra_args or {}).get(NAME, {})
 
     async def _write(self, ticket: Ticket, params: Any) -> None:
-        has_ended = False
+        llm, has_ended = self._llm, False
         try:
-            async for output in self._llm.generate(_prompt(ticket.job), params, ticket.job.id):
+            async for output in llm.generate(_prompt(ticket.job), params, ticket.job.id):
                 for step in _steps(output.outputs[0], ticket.job.sampling.n_top):
                     hand_over([(ticket, step)])
                     has_ended = ticket.is_last(step)
         except asyncio.CancelledError:
-            await self._llm.abort(ticket.job.id)  # vLLM itself forgets to, of what was not handed over yet
+            await llm.abort(ticket.job.id)  # vLLM itself forgets to, of what was not handed over yet
             raise
         except Exception as error:  # whoever waits must hear of it, whatever it was
             ticket.failed(_failed(error))

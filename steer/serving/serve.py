@@ -38,14 +38,15 @@ def serve(config: ServeConfig, *, as_json: bool = False, on_status: Status | Non
         catalogue = Catalogue.open(config.libraries, loaded)
         # A page that reaches the server by a name of its own (DNS rebinding) has no key.
         names = None if keys.are_needed else {*LOOPBACK, config.host, *config.hosts}
-        app = create_app(config, engine_of(config, loaded), catalogue, keys, names)
-        address = f"{address_of(config.host, listener)}/v1"
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=CLOSING_S)
-        )
-        say(f"saekit serves {loaded.id}", address, "Keys and text", host=config.host, as_json=as_json)
-        with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
-            server.run(sockets=[listener])
+        with closing(engine_of(config, loaded)) as engine:  # which the application closes too, if it ever runs
+            app = create_app(config, engine, catalogue, keys, names)
+            address = f"{address_of(config.host, listener)}/v1"
+            server = uvicorn.Server(
+                uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=CLOSING_S)
+            )
+            say(f"saekit serves {loaded.id}", address, "Keys and text", host=config.host, as_json=as_json)
+            with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
+                server.run(sockets=[listener])
 
 
 def _model_of(config: ServeConfig, on_status: Status | None) -> LoadedModel:
