@@ -258,9 +258,9 @@ def _steps(output: Any, n_top: int | None) -> Iterator[Step]:
         if n_top is None:
             yield Step(token, None, [])
             continue
-        row = output.logprobs[i]
-        ranked = sorted((each.rank, other) for other, each in row.items() if each.rank <= n_top)
-        yield Step(token, row[token].logprob, [(other, row[other].logprob) for _, other in ranked[:n_top]])
+        row = output.logprobs[i]  # the likeliest, and the token itself, which may be behind them
+        ranked = sorted((each.rank, other) for other, each in row.items())[:n_top]
+        yield Step(token, row[token].logprob, [(other, row[other].logprob) for _, other in ranked])
 
 
 def _failed(error: Exception) -> EngineError:
