@@ -369,6 +369,16 @@ def eventually(what: Any, timeout_s: float = 60) -> None:
         time.sleep(0.05)
 
 
+def processes(server: Served) -> dict[int, int]:
+    """Of a server, those that run, each with its parent; without the tracker of shared memory, which ends last."""
+    command = ["ps", "-ww", "-o", "pid=,ppid=,stat=,args=", "-s", str(server.process.pid)]
+    lines = [
+        line.split(None, 3) for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    ]
+    found = [line for line in lines if not line[2].startswith("Z") and "resource_tracker" not in line[3]]
+    return {int(pid): int(parent) for pid, parent, _, _ in found}
+
+
 @pytest.mark.parametrize("streams", [False, True])
 def test_whoever_is_gone_is_written_for_no_longer(ours: Served, streams: bool) -> None:
     before = len(ours.lines())
@@ -394,15 +404,31 @@ def test_numbers_are_told_as_ever(ours: Served) -> None:
     assert "saekit_answers 0.0" in numbers
 
 
-def test_an_engine_that_dies_is_told_to_whoever_waits_and_to_health(ours: Served) -> None:
-    """The last one: behind it, the server on vLLM answers no more."""
-    children = subprocess.run(["ps", "-ww", "-o", "pid=,args=", "--ppid", str(ours.process.pid)], capture_output=True,
-                              text=True, check=True).stdout.splitlines()  # fmt: skip
-    (core,) = (int(line.split()[0]) for line in children if "spawn_main" in line)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(ours.post, usual(LONG))
-        eventually(lambda: ours.get("/health").json()["answers"] == 1)
-        os.kill(core, signal.SIGKILL)
-        assert waiting.result().status_code == 500
-    eventually(lambda: ours.get("/health").status_code == 503)
-    assert ours.post(usual({})).status_code == 500
+def test_an_engine_that_dies_is_told_to_whoever_waits_and_to_health(make_peer: Any, folder: Path) -> None:
+    python = make_peer("vllm", PACKAGES, IMPORTS).python()
+    with running(python, folder, "vllm", "--set", "vllm.enforce_eager=true") as answering:
+        server = answering()
+        (core,) = (pid for pid, parent in processes(server).items() if parent == server.process.pid)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(server.post, usual(LONG))
+            eventually(lambda: server.get("/health").json()["answers"] == 1)
+            os.kill(core, signal.SIGKILL)
+            assert waiting.result().status_code == 500
+        eventually(lambda: server.get("/health").status_code == 503)
+        assert server.post(usual({})).status_code == 500
+    eventually(lambda: not processes(server))
+
+
+def test_ctrl_c_lets_answers_end_and_leaves_no_process(ours: Served) -> None:
+    """The last one: behind it, the server on vLLM is gone."""
+    body = usual({**LONG, "max_tokens": 300, "stream": True})
+    with ours.client.stream("POST", f"{ours.address}/completions", json=body) as response:
+        lines = response.iter_lines()
+        first = next(lines)
+        os.killpg(ours.process.pid, signal.SIGINT)  # as a terminal sends it: to all of them
+        rest = [line for line in lines if line]
+    assert first.startswith("data: {")
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert ours.process.wait(120) == 0
+    eventually(lambda: not processes(ours))
