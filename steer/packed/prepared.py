@@ -6,7 +6,6 @@ Left out: where it lies while it runs (`steer.packed.rows`).
 from typing import NamedTuple
 
 from activations.errors import ConfigError
-from activations.hook_points import HookPoint
 from activations.models import LoadedModel
 from steer.gates import Gate
 from steer.plan import Contents, Interventions, Plan
@@ -30,7 +29,7 @@ class Prepared(NamedTuple):
     """behind the latches, in the order of the flags that slots ask for"""
     bounds: list[tuple[int, int]]
     """lowest index, and the index behind the highest one, of every scope"""
-    scales: dict[HookPoint, float]
+    scaled: dict[str, float]
     """by hook point, what a budget left of what was asked for, where that is less than all of it"""
 
     @property
@@ -56,7 +55,8 @@ def prepared(
     plan = Plan(loaded, interventions, None, [n_prompt], (), False, budget)
     contents = plan.contents(interventions, None, [n_prompt])
     bounds = dict.fromkeys(each.scope.bounds(n_prompt) for each in interventions)
-    return plan, Prepared(contents, plan.latches, plan.gates, list(bounds), plan.scales[0])
+    scaled = {str(point): share for point, share in plan.scales[0].items()}
+    return plan, Prepared(contents, plan.latches, plan.gates, list(bounds), scaled)
 
 
 def check_room(request: Prepared) -> None:

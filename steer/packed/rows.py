@@ -5,8 +5,8 @@ number, and with all others that are new, slots and gates; 3. every token of the
 its position; 4. latches, which depend on token ids alone, go over them on the host (`steer.packed.latches`).
 
 A request that was preempted is computed again from its first token that is not cached, with the same positions, and so
-steered as before; its gates start anew with it. Left out: where an engine calls this (`steer.vllm.worker`,
-`steer.serving.packed`).
+steered as before; its gates start anew with it, and where they fired until then stays known. Left out: where an engine
+calls this (`steer.vllm.runners`, `steer.serving.packed`).
 """
 
 import heapq
@@ -87,6 +87,7 @@ class Rows:
         self._gate_room.take(1)  # that of nobody
         self._latched = Latched()
         self._finished: OrderedDict[str, Fired] = OrderedDict()
+        self._preempted: dict[str, Fired] = {}
 
     def to(self, device: torch.device) -> "Rows":
         """Move the tables to the model's device."""
@@ -123,26 +124,40 @@ class Rows:
         """Take back what requests have."""
         for request in requests:
             held = self._rows.get(request)
-            if held is None:
+            if held is not None:
+                self._settle()
+            found = self._known(request)
+            if held is not None:
+                del self._rows[request]
+                self._forget(held)
+            if found is None:
                 continue
-            self._settle()
-            if finished and held.gates:
-                self._finished[request] = self._fired(held)
+            if finished:
+                self._preempted.pop(request, None)
+                self._finished[request] = found
                 while len(self._finished) > KEPT:
                     self._finished.popitem(last=False)
-            del self._rows[request]
-            self._forget(held)
+            else:
+                self._preempted[request] = found
 
     def fired(self, request: str) -> Fired | None:
         """Where the gates of a request fired, while it runs and for a while after; none: not known, or no gates."""
         # vLLM puts a dash and eight digits behind the names that its users give to requests.
-        for name in (request, *(name for name in (*self._rows, *self._finished) if name[:-9] == request)):
-            if name in self._rows:
-                held = self._rows[name]
-                return self._fired(held) if held.gates else None
+        names = (*self._rows, *self._preempted, *self._finished)
+        for name in (request, *(name for name in names if name[:-9] == request)):
+            if name in self._rows or name in self._preempted:
+                return self._known(name)
             if name in self._finished:
                 return self._finished[name]
         return None
+
+    def _known(self, request: str) -> Fired | None:
+        """Of a request that has not finished; what was computed again after it was preempted counts once."""
+        held, before = self._rows.get(request), self._preempted.get(request)
+        now = self._fired(held) if held is not None and held.gates else None
+        if before is None or now is None:
+            return now if before is None else before
+        return {name: sorted({*before[name], *found}) for name, found in now.items()}
 
     def _settle(self) -> None:
         """Write what new requests need into the tables, all of it at once."""

@@ -1,7 +1,7 @@
 """What `saekit serve` serves, to whom, and how much of it at once."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -27,10 +27,13 @@ class ServeConfig(Config):
         default="auto",
         description="what the model computes in; float32: an answer does not depend on those beside it",
     )
-    backend: Literal["transformers", "one_by_one"] = Field(
+    backend: Literal["transformers", "one_by_one", "vllm"] = Field(
         default="transformers",
         description="transformers: requests join and leave a running batch; one_by_one: one after the other, for "
-        "models that cannot",
+        "models that cannot; vllm: the engine of vLLM, which has to be installed (docs/serving-vllm.md)",
+    )
+    vllm: dict[str, Any] = Field(
+        default={}, description="vllm: further arguments of its engine, by its own names, such as enforce_eager"
     )
     libraries: Annotated[tuple[str, ...], BeforeValidator(_several)] = Field(
         default=(), description="libraries that requests may steer with: folders, or names of installed ones"
@@ -39,7 +42,10 @@ class ServeConfig(Config):
         default={}, description="further model names, each with what it is steered with: steer and budget"
     )
     budget: float | None = Field(
-        default=None, gt=0, description="joint dose at a hook point to which every request is scaled down; none: not"
+        default=None,
+        gt=0,
+        le=100,
+        description="joint dose at a hook point to which every request is scaled down; none: not",
     )
     host: str = Field(default="127.0.0.1", description="address to listen on; other than loopback needs keys")
     port: int = Field(default=8000, ge=0, le=65535, description="port; 0: any that is free")

@@ -13,7 +13,7 @@ from steer.serving.answers import Kind, Shape
 from steer.serving.bodies import ChatRequest, CompletionRequest
 from steer.serving.catalogue import Catalogue, Prepared
 from steer.serving.config import ServeConfig
-from steer.serving.engine import Engine, Job, planned_of
+from steer.serving.engine import Engine, Job
 from steer.serving.items import Asked
 from steer.serving.sampling import Sampling
 
@@ -35,8 +35,8 @@ class Desk:
     """Takes requests for one model under several names."""
 
     def __init__(self, config: ServeConfig, engine: Engine, catalogue: Catalogue):
-        """Raises: ConfigError for a preset of the model's own name; as `steer.runtime.steering` does for one that the
-        model cannot be steered with.
+        """Raises: ConfigError for a preset of the model's own name; as `Engine.check` does for one that the model
+        cannot be steered with.
         """
         self._config, self._engine, self._catalogue = config, engine, catalogue
         loaded = engine.loaded
@@ -45,8 +45,7 @@ class Desk:
             raise ConfigError("presets", expected="other names than the model's", got=self.name, fix="Rename it.")
         self._vocabulary = len(loaded.tokenizer)
         for name, preset in config.presets.items():
-            prepared = catalogue.prepare([preset], config.budget)
-            planned_of(loaded, Job(name, [0], Sampling(1), prepared.interventions, prepared.budget))
+            engine.check(_job(name, [0], Sampling(1), [preset], catalogue.prepare([preset], config.budget)))
 
     @property
     def models(self) -> dict[str, Asked]:
@@ -64,7 +63,7 @@ class Desk:
     def order(self, id_: str, body: ChatRequest | CompletionRequest) -> Order:
         """The jobs of a request; takes time, so not for the event loop.
 
-        Raises: UnknownModelError, ConfigError, and as `Catalogue.prepare` and `steer.runtime.steering` do.
+        Raises: UnknownModelError, ConfigError, and as `Catalogue.prepare` does.
         """
         if body.model not in self.models:
             expected = f"one of {', '.join(self.models)}"
@@ -78,7 +77,7 @@ class Desk:
             for _ in range(body.n_choices):
                 index = len(jobs)
                 sampling = body.sampling(seed + index, self._max_tokens(body, row), body.n_top, self._vocabulary)
-                jobs.append(Job(f"{id_}-{index}", row, sampling, prepared.interventions, prepared.budget))
+                jobs.append(_job(f"{id_}-{index}", row, sampling, asked, prepared))
         kind: Kind = "chat" if isinstance(body, ChatRequest) else "text"
         n_prompt = sum(map(len, rows))
         return Order(jobs, self._shape(kind, id_, body, prepared, n_prompt), body.stops)
@@ -105,6 +104,11 @@ class Desk:
         if asked is not None and asked > most:
             raise ConfigError("max_tokens", expected=f"at most {most}", got=asked, fix="Ask for fewer.")
         return asked or max(1, min(most, self._engine.most_tokens - len(row)))
+
+
+def _job(id_: str, row: list[int], sampling: Sampling, asked: Sequence[Asked], prepared: Prepared) -> Job:
+    whole = Asked.model_construct(steer=[item for each in asked for item in each.steer], budget=prepared.budget)
+    return Job(id_, row, sampling, prepared.interventions, prepared.budget, whole)
 
 
 def _check_rows(rows: Sequence[Sequence[int]], vocabulary: int) -> None:

@@ -5,21 +5,24 @@
         ...
     ticket.cancel()                          at any time, also when it has ended
 
-An engine runs in a thread of its own and reaches whoever waits through the event loop that it was asked from. Left out:
-requests, limits and text (`steer.serving.app`); engines (`one_by_one`, `continuous`).
+An engine runs in a thread or processes of its own and reaches whoever waits through the event loop that it was asked
+from. Left out: requests, limits and text (`steer.serving.app`); engines (`one_by_one`, `continuous`, `on_vllm`).
 """
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from inspect import isawaitable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from activations.errors import ConfigError, SaekitError
 from activations.models import LoadedModel
 from steer.packed.prepared import Prepared, prepared
+from steer.packed.rows import Fired
 from steer.plan import Interventions, Plan
 from steer.runtime import Steering
+from steer.serving.items import Asked
 from steer.serving.sampling import Sampler, Sampling, Step
 
 
@@ -33,6 +36,17 @@ class Job:
     sampling: Sampling
     interventions: Interventions = ()
     budget: float | None = None
+    asked: Asked = field(default_factory=Asked)
+    """interventions and budget in the words of requests, for an engine that finds them itself"""
+
+
+class Account(NamedTuple):
+    """What became of an answer's steering."""
+
+    fired: Fired
+    """tokens by their index in prompt and answer"""
+    scaled: Mapping[str, float]
+    """by hook point: what is left of what was asked for, where the budget is less"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +76,11 @@ class Ticket:
     """tokens that end an answer"""
     planned: Planned | None
     """what steers it; none: nothing"""
-    fired_on: Callable[[], dict[str, list[int]]] = dict
+    scaled: Mapping[str, float] = field(default_factory=dict)
+    """by hook point, what a budget left of what was asked for"""
+    fired_on: Callable[[], Fired | Awaitable[Fired]] = dict
     """tells by gate on which tokens it was open; an engine's"""
-    on_cancel: Callable[[], None] = lambda: None
+    on_cancel: Callable[[], Any] = lambda: None
     """told when no more tokens are needed"""
     stop: threading.Event = field(default_factory=threading.Event)
     n_written: int = 0
@@ -107,14 +123,10 @@ class Ticket:
         self.stop.set()
         self.on_cancel()
 
-    def fired(self) -> dict[str, list[int]]:
-        """By gate: on which tokens it was open, by their index in prompt and answer."""
-        return self.fired_on()
-
-    def scales(self) -> dict[str, float]:
-        """By hook point: what is left of what was asked for, where the budget is less."""
-        found = self.planned.prepared.scales if self.planned is not None else {}
-        return {str(point): share for point, share in found.items()}
+    async def account(self) -> Account:
+        """What became of the steering so far. Raises: EngineError."""
+        found = self.fired_on()
+        return Account(await found if isawaitable(found) else found, self.scaled)
 
 
 _News = tuple[Ticket, Sequence[Step | SaekitError | None]]
@@ -152,10 +164,15 @@ class Engine(Protocol):
         """Begin to work."""
         ...
 
+    def check(self, job: Job) -> None:
+        """Raise for a job that cannot be done: ConfigError for a prompt that does not fit, and as
+        `steer.runtime.steering` does."""
+        ...
+
     def submit(self, job: Job) -> Ticket:
         """Write an answer, behind those that were asked for before. To be called from an event loop.
 
-        Raises: ConfigError for a prompt that does not fit; as `steer.runtime.steering` does.
+        Raises: as `check` does; EngineError if it no longer works.
         """
         ...
 
@@ -170,12 +187,12 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop, whatever is being written."""
+        """Stop, whatever is being written, and also if it was stopped before."""
         ...
 
 
-def ticket_of(loaded: LoadedModel, job: Job, most_tokens: int) -> Ticket:
-    """A ticket for a job that can be done. Raises: as `Engine.submit` does."""
+def check_length(job: Job, most_tokens: int) -> None:
+    """Raise ConfigError for a job that is longer than an engine can do."""
     if len(job.ids) + job.sampling.max_tokens > most_tokens:
         raise ConfigError(
             "prompt",
@@ -183,7 +200,14 @@ def ticket_of(loaded: LoadedModel, job: Job, most_tokens: int) -> Ticket:
             got=f"{len(job.ids)}, and up to {job.sampling.max_tokens} of the answer",
             fix="Shorten the prompt, or ask for fewer tokens.",
         )
-    return Ticket(job, asyncio.get_running_loop(), ends_of(loaded), planned_of(loaded, job))
+
+
+def ticket_of(loaded: LoadedModel, job: Job, most_tokens: int) -> Ticket:
+    """A ticket for a job that can be done. Raises: as `Engine.check` does."""
+    check_length(job, most_tokens)
+    planned = planned_of(loaded, job)
+    scaled = {} if planned is None else planned.prepared.scaled
+    return Ticket(job, asyncio.get_running_loop(), ends_of(loaded), planned, scaled)
 
 
 def planned_of(loaded: LoadedModel, job: Job) -> Planned | None:

@@ -38,22 +38,36 @@ def serve(config: ServeConfig, *, as_json: bool = False, on_status: Status | Non
     for library in config.libraries:
         read_manifest(resolve(library))
     with closing(listen(config.host, config.port)) as listener:
-        loaded = load_model(config.model, device=config.device, dtype=config.dtype, on_status=on_status)
+        loaded = _model_of(config, on_status)
         catalogue = Catalogue.open(config.libraries, loaded)
         # A page that reaches the server by a name of its own (DNS rebinding) has no key.
         names = None if keys.are_needed else {*LOOPBACK, config.host, *config.hosts}
-        app = create_app(config, engine_of(config, loaded), catalogue, keys, names)
-        address = f"{address_of(config.host, listener)}/v1"
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=CLOSING_S)
-        )
-        say(f"saekit serves {loaded.id}", address, "Keys and text", host=config.host, as_json=as_json)
-        with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
-            server.run(sockets=[listener])
+        with closing(engine_of(config, loaded)) as engine:  # which the application closes too, if it ever runs
+            app = create_app(config, engine, catalogue, keys, names)
+            address = f"{address_of(config.host, listener)}/v1"
+            server = uvicorn.Server(
+                uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=CLOSING_S)
+            )
+            say(f"saekit serves {loaded.id}", address, "Keys and text", host=config.host, as_json=as_json)
+            with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
+                server.run(sockets=[listener])
+
+
+def _model_of(config: ServeConfig, on_status: Status | None) -> LoadedModel:
+    """The model; where the engine loads it itself, a stand-in that has all but the weights."""
+    if config.backend == "vllm":
+        from steer.serving.on_vllm import model_of
+
+        return model_of(config.model, on_status)
+    return load_model(config.model, device=config.device, dtype=config.dtype, on_status=on_status)
 
 
 def engine_of(config: ServeConfig, loaded: LoadedModel) -> Engine:
-    """The engine that a config asks for. Raises: ModelError for a model that it cannot run."""
+    """The engine that a config asks for. Raises: ModelError for a model that it cannot run; as `OnVllm` does."""
+    if config.backend == "vllm":
+        from steer.serving.on_vllm import OnVllm
+
+        return OnVllm(loaded, config)
     if config.backend == "one_by_one":
         from steer.serving.one_by_one import OneByOne
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from activations.errors import SaekitError
-from steer.serving.engine import Engine, Job, Ticket
+from steer.serving.engine import Account, Engine, Job, Ticket
 from steer.serving.sampling import Step
 from steer.serving.writing import Writer
 
@@ -40,12 +40,23 @@ class Choice:
     steps: list[Step] = field(default_factory=list)
     """its tokens, without the one that ended it"""
     finish: Literal["stop", "length"] | None = None
+    account: Account = field(default_factory=lambda: Account({}, {}))
+    """what became of its steering, once it has ended"""
+    n_read: int = 0
+    """tokens that came, the one that ended it included"""
+
+    async def settle(self) -> None:
+        """Ask for the account, as it ends here."""
+        self.account = await self.ticket.account()
 
     def record(self) -> dict[str, Any]:
-        """Where gates were open, and at how much of what was asked for it was steered."""
-        end = len(self.ticket.job.ids) + self.ticket.n_written
-        fired = {name: [i for i in at if i < end] for name, at in self.ticket.fired().items()}
-        return {"fired": fired, "scaled": self.ticket.scales()}
+        """Where gates were open, and at how much of what was asked for it was steered.
+
+        Nothing has to be computed from the last token, and what an engine computes beyond it is no part of the answer.
+        """
+        end = len(self.ticket.job.ids) + self.n_read - 1
+        fired = {name: [i for i in at if i < end] for name, at in self.account.fired.items()}
+        return {"fired": fired, "scaled": self.account.scaled}
 
 
 class Answers:
@@ -110,13 +121,17 @@ class Answers:
         try:
             finish: Literal["stop", "length"] = "length"
             async for step in ticket:
+                choice.n_read += 1
                 if step.token in ticket.ends:
                     finish = "stop"
                     break
                 piece = writer.add(step.token)
-                say(piece.text, step, "stop" if piece.has_stopped else None)
                 if piece.has_stopped:
-                    return ticket.cancel()
+                    await choice.settle()
+                    ticket.cancel()
+                    return say(piece.text, step, "stop")
+                say(piece.text, step, None)
+            await choice.settle()
             piece = writer.end()
             say(piece.text, None, "stop" if piece.has_stopped else finish)
         except SaekitError as error:

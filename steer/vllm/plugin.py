@@ -186,6 +186,7 @@ def _steering(processor: Any, request: Any, given: Any) -> dict[str, Any]:
         "key": catalogue.key(wanted),
         "bounds": [list(each) for each in prepared.bounds],
         "is_gated": bool(prepared.gates),
+        "scaled": prepared.scaled,
     }
 
 

@@ -4,6 +4,7 @@ A folder of SAEs has a subfolder each, with `layers.12`, the saved SAE, and `ref
 `latents` and `reconstruction` that whoever wrote the SAE makes of them.
 """
 
+import fcntl
 import json
 import os
 import subprocess
@@ -19,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 
+from activations.models import LoadedModel, load_model
+from activations.quiet import quiet_transformers
 from sae.artefact import KINDS, SaeArtefact
 from sae.formats import find, read_any
 from sae.torch_view import TorchSae
@@ -50,7 +53,12 @@ class Peer:
 
     def python(self) -> Path:
         """Its interpreter, once all packages are there."""
-        self._prepare()
+        folder = os.open(HERE, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # tests of one peer may run in several processes
+            self._prepare()
+        finally:
+            os.close(folder)
         return self._python
 
     @property
@@ -113,6 +121,23 @@ def _outputs(sae: SaeArtefact, x: np.ndarray) -> dict[str, np.ndarray]:
 def make_peer() -> type[Peer]:
     """The environment of a peer: its name, the packages to add without their dependencies, and an import to try."""
     return Peer
+
+
+@pytest.fixture(scope="session")
+def small(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """A random Llama whose heads can be halved and are wide enough for vLLM's attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=300, max_position_embeddings=2048, initializer_range=0.2, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("small") / "model"
+    with quiet_transformers():
+        LlamaForCausalLM(config).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+    return load_model(str(folder), device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from activations.models import LoadedModel, load_model
-from activations.quiet import quiet_transformers
+from activations.models import LoadedModel
 from steer.library import Library
 from steer.pack import About
 from steer.runtime import steering
@@ -235,23 +234,6 @@ def test_an_idle_plugin_is_vllm_bit_for_bit(
     ((stock, _),) = run(folder, None, {"options": {"block_size": BLOCK}, "batches": [plain]})
     for one, other in zip(stock["answers"], found["plain"], strict=True):
         assert (one["ids"], one["logprobs"]) == (other["ids"], other["logprobs"])
-
-
-@pytest.fixture(scope="module")
-def small(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """A random Llama whose heads can be halved and are wide enough for vLLM's attention."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=320, max_position_embeddings=256, initializer_range=0.2, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("small") / "model"
-    with quiet_transformers():
-        LlamaForCausalLM(config).save_pretrained(folder)
-        tiny_tokenizer.save_pretrained(folder)
-    return load_model(str(folder), device="cpu", dtype="float32")
 
 
 def test_two_workers_steer_as_one_does(run: Any, small: LoadedModel, tmp_path: Path) -> None:

@@ -180,10 +180,18 @@ def test_a_preempted_request_starts_anew(
     keep(rows, catalogue, expected, [2])
     run(rows, expected, {2: (0, 9)}, 1.0)
     rows.release(["r2-12345678"], finished=False)
-    assert rows.fired("r2") is None
+    fired = {name: [i for i in at if i < 9] for name, at in expected[2]["fired"][0].items()}
+    assert any(fired.values())
+    assert rows.fired("r2") == fired
+    keep(rows, catalogue, expected, [2])
+    run(rows, expected, {2: (0, 3)}, 1.0)
+    assert rows.fired("r2") == fired, "what is computed again is told once"
+    rows.release(["r2-12345678"], finished=False)
     keep(rows, catalogue, expected, [2])
     (got,) = run(rows, expected, {2: (0, len(expected[2]["moved"]))}, 1.0)
     torch.testing.assert_close(got, expected[2]["moved"], atol=2e-5, rtol=0)
+    rows.release(["r2-12345678"], finished=True)
+    assert rows.fired("r2") == expected[2]["fired"][0]
 
 
 def test_numbers_in_use_lie_together() -> None:

@@ -166,7 +166,7 @@ def test_where_gates_were_open_and_what_a_budget_left_is_told(make: Make, served
     async def told(engine: Engine, job: Job) -> tuple[list[int], dict[str, list[int]], dict[str, float]]:
         ticket = engine.submit(job)
         tokens = [step.token async for step in ticket]
-        return tokens, ticket.fired(), ticket.scales()
+        return tokens, *await ticket.account()
 
     async def all_of_them(engine: Engine) -> list[Any]:
         engine.start()
