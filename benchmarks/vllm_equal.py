@@ -52,6 +52,8 @@ KINDS: dict[str, list[dict[str, Any]] | None] = {
     "clamped": [{"latent": 3, "clamp": 8.0}],
     "gated latent": [{"latent": 5, "clamp": 12.0, "gate": {"on": 0.2, "off": 0.1, "tokens": 3}}],
 }
+PRECISE = {"TRITON_F32_DEFAULT": "ieee"}
+"""or vLLM's attention rounds float32 to TF32, and is 0.02 apart by itself"""
 RUNNERS = {"first": "0", "second": "1"}
 
 
@@ -84,10 +86,11 @@ def answers(job: dict[str, Any], runner: str, folder: Path) -> list[list[dict[st
     """What vLLM answers, by engine."""
     (folder / "job.json").write_text(json.dumps(job))
     python = os.environ.get("VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
+    chosen = {"VLLM_USE_V2_MODEL_RUNNER": RUNNERS[runner]}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [python, str(ROOT / "tests" / "peers" / "check_vllm.py"), str(folder / "job.json")], capture_output=True,
-        text=True, env={**os.environ, "PYTHONPATH": path, "VLLM_USE_V2_MODEL_RUNNER": RUNNERS[runner]}, check=False,
+        text=True, check=False, env={**os.environ, "PYTHONPATH": path, **PRECISE, **chosen},
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(done.stderr[-4000:])
