@@ -8,7 +8,7 @@ after the same step (`stop_after`).
 
 Process 0 alone writes logs and the SAE; all write checkpoints (orbax), to a folder that they share. With one process
 all of this does nothing. The network is trusted, as JAX itself trusts it. Left out: which device keeps what
-(`sae.kernels.devices`), starting the processes (`steer.launch` does, with Ray).
+(`sae.kernels.devices`), starting the processes (`saekit train --ray` does).
 """
 
 import atexit

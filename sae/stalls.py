@@ -3,7 +3,7 @@
 1. Each tells, now and then, how many points of the program it has passed, all of them in one order, how many signs of
 work it gave since, and what it does. 2. `Stalls` adds up the time in which none of them passed a point or gave a sign:
 all wait for the slowest, so that time is nobody's but that one's. 3. Once it is as long as allowed, the one that hangs
-is the one that says nothing any more, or else the one that passed the fewest points.
+is the one that says nothing any more, or else the one that passed the fewest points, or gave fewer signs since.
 
 Time is counted in steps of a beat at most, so that a watcher that was itself stopped does not blame the others.
 Left out: how they tell each other (`sae.hosts`).
@@ -70,7 +70,7 @@ class Stalls:
 
     def _who(self) -> str:
         silent = [process for process, s in self._silent_s.items() if s >= SILENT * self._patience_s]
-        passed = {process: report.passed for process, report in self._reports.items()}
+        passed = {process: (report.passed, report.signs) for process, report in self._reports.items()}
         behind = [process for process, n in passed.items() if n == min(passed.values())]
         stuck = silent or behind
         if not silent and len(behind) == len(passed) > 1:

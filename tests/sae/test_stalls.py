@@ -23,6 +23,11 @@ def test_the_one_behind_is_named_and_not_those_that_wait_for_it() -> None:
     assert after(stalls, 1, where) == "process 1 hangs: no progress for 20 s at batch 3"
 
 
+def test_of_two_at_one_point_the_one_with_fewer_signs_is_behind() -> None:
+    where = {0: Report(9, 1, "batch 4"), 1: Report(9, 0, "batch 4")}
+    assert after(Stalls([0, 1], PATIENCE_S), BEATS, where).startswith("process 1 hangs: no progress")
+
+
 def test_one_that_says_nothing_is_named_even_if_it_was_ahead() -> None:
     stalls = Stalls([0, 1], PATIENCE_S)
     after(stalls, 1, {0: Report(8, 0, "step 3"), 1: Report(9, 0, "step 4")})
