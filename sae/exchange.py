@@ -13,14 +13,14 @@ over hosts because their network is slow. Left out: the order of the data; when 
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Shaped
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int
 
 from activations.store_schema import Stored
 from sae import hosts
@@ -116,8 +116,7 @@ class Exchange:
     def together(self, batch: dict[str, DevicePart]) -> dict[str, Float[Array, "batch d_model"]]:
         """The batch; all processes have to ask for the same ones in the same order."""
         hosts.busy()  # this one has read its part, which others may yet wait for
-        grid, by_token = self._sharding.mesh, self._sharding.spec
-        return {name: _together(*part, grid, by_token) for name, part in batch.items()}
+        return {name: _compiled(self._sharding)(*part) for name, part in batch.items()}
 
 
 class PartHeld:
@@ -140,15 +139,18 @@ class PartHeld:
         return map(Part, self._host.batches(np.take_along_axis(rows, taken, axis=1)), slots)
 
 
-@partial(jax.jit, static_argnums=(2, 3))
-def _together(
-    tokens: Shaped[Array, "all_slots d_model"], slots: Int[Array, " batch"], grid: Mesh, by_token: PartitionSpec
-) -> Shaped[Array, "batch d_model"]:
+@cache
+def _compiled(sharding: NamedSharding) -> Callable[[Array, Array], Array]:
+    """Puts a batch together; it comes out with that very sharding, since a step is compiled anew for any other name."""
+    grid = sharding.mesh
+    assert isinstance(grid, Mesh)
+
     def each(tokens: Array, slots: Array) -> Array:
         return lax.all_gather(tokens, grid.axis_names, tiled=True).at[slots].get(mode="promise_in_bounds")
 
-    inputs = AT_REST, by_token
-    return jax.shard_map(each, mesh=grid, in_specs=inputs, out_specs=by_token, check_vma=False)(tokens, slots)
+    inputs = AT_REST, sharding.spec
+    together = jax.shard_map(each, mesh=grid, in_specs=inputs, out_specs=sharding.spec, check_vma=False)
+    return jax.jit(together, out_shardings=sharding)
 
 
 def exchange_of(sharding: jax.sharding.Sharding | None) -> Exchange | None:

@@ -367,6 +367,14 @@ def stop_after(step: int, is_asked: bool) -> bool:
     return multihost_utils.reached_preemption_sync_point(step) if several() else is_asked
 
 
+def of_first(tree: Any) -> Any:
+    """The arrays of process 0, for which all have to ask; with one process, as they are.
+
+    Processes that compute the same need not get the same bits: each GPU times for itself which program is fastest.
+    """
+    return multihost_utils.broadcast_one_to_all(tree) if several() else tree
+
+
 def whole(tree: Any) -> Any:
     """The arrays of a tree in main memory, for which all processes have to ask; with one process, as they are."""
     return multihost_utils.process_allgather(tree, tiled=True) if several() else tree

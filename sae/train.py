@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
 from activations.errors import DeviceMemoryError, InterruptedRunError, NumericsError, SaekitError
@@ -174,6 +175,7 @@ def _first_state(run: Run, job: Job) -> TrainState:
     sae = create(job.config, job.plan)
     if run.initial is not None:
         sae.adopt(run.initial, job.plan.scaling)
+    nnx.update(sae, hosts.of_first(nnx.state(sae)))
     return start(job.config, job.plan, sae)
 
 

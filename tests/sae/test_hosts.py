@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 import sae.train
 from activations.errors import ConfigError, SaekitError
 from activations.store import ActivationStore
+from sae import step
 from sae.architectures import ARCHITECTURES
 from sae.artefact import SaeArtefact
 from sae.config import ComputeConfig, SaeConfig, TrainConfig
@@ -61,6 +63,18 @@ def run(configs: list[TrainConfig], environment: dict[str, str], said: Path) -> 
         sys.exit(1)
 
 
+def run_unlike(configs: list[TrainConfig], environment: dict[str, str], said: Path) -> None:
+    """As `run`; all processes but the first start from weights that are rounded another way."""
+
+    def create(config: TrainConfig, plan: Any) -> Any:
+        made = step.create(config, plan)
+        made.b_enc[...] += 1e-6 * jax.process_index()
+        return made
+
+    sae.train.create = create
+    run(configs, environment, said)
+
+
 def plain(address: str, n: int, i: int) -> dict[str, str]:
     return {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(n), "JAX_PROCESS_ID": str(i)}
 
@@ -82,6 +96,7 @@ class Processes:
         n_devices: int,
         folder: Path,
         variables: Callable[[str, int, int], dict[str, str]] = plain,
+        run: Callable[..., None] = run,
     ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -139,7 +154,7 @@ def test_two_processes_take_the_steps_of_one(
     split = [config.model_copy(update={"out": tmp_path / f"{config.out}_split"}) for config in whole]
     grids = [GRID, ComputeConfig(data_parallel=4), ComputeConfig(latent_parallel=4)]
     split = [config.model_copy(update={"compute": grids[i % 3]}) for i, config in enumerate(split)]
-    processes = Processes(start_process, [split, split], 2, tmp_path / "said")
+    processes = Processes(start_process, [split, split], 2, tmp_path / "said", run=run_unlike)
     for config in whole:
         train(config)
     assert processes.end() == [0, 0], processes.said(0) + processes.said(1)
