@@ -34,9 +34,11 @@ CONNECT_S = 10.0
 
 
 @contextmanager
-def connected(address: str) -> Iterator[None]:
+def connected(address: str, is_heard: bool = False) -> Iterator[None]:
     """Inside it Ray runs: `local` starts it on this machine, HOST:PORT joins a cluster; one that runs already stays.
 
+    Args:
+      is_heard: whether what its processes say comes here.
     Raises: ConfigError if Ray is not installed; WorkerError if the cluster does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -52,7 +54,7 @@ def connected(address: str) -> Iterator[None]:
     try:
         if address != LOCAL:
             _knock(address)
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **quiet)
+        ray.init(address=address, log_to_driver=is_heard, logging_level=logging.ERROR, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
         raise WorkerError(
             f"ray '{address}'",

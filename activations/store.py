@@ -175,6 +175,11 @@ class ActivationStore:
         most = PIECE_BYTES // (array.object_rows * array.row_bytes)
         return array.object_rows * largest_divisor(rows // array.object_rows, most)
 
+    @property
+    def chunk_sequences(self) -> int:
+        """Sequences that have a checksum of their own, and so are read as one."""
+        return self._layout[self.hook_points[0]].chunk_rows
+
     def room(self, n: int) -> Stored:
         """Memory for `n` sequences of one hook point, to be read into."""
         values = np.empty((n, self.ctx, self.d_model), self._layout[self.hook_points[0]].dtype)

@@ -27,7 +27,7 @@ from sae.step import TrainState
 # A run may be resumed with other values of these: they change where and when it reports, not what it computes; devices
 # change its rounding.
 FREE = ("store", "out", "eval_every", "eval_tokens", "log_every", "checkpoint_every", "keep_checkpoints", "log")
-FREE_COMPUTE = ("data_parallel", "latent_parallel")
+FREE_COMPUTE = ("data_parallel", "latent_parallel", "patience_s")
 GROUPS = ("sae", "compute")
 States = dict[str, TrainState]
 """state of each SAE of a run, or of all of a sweep as one, by its hook point"""
@@ -42,7 +42,7 @@ class Checkpoints:
         if hosts.is_first():
             self.path.mkdir(parents=True, exist_ok=True)
             _check_identity(self.path / "run.json", _identity(config, store_fingerprint))
-        hosts.meet("checkpoints")
+        hosts.meet("the folder of checkpoints")
         _check_shared(self.path / "run.json")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep_checkpoints, enable_async_checkpointing=True, cleanup_tmp_directories=True

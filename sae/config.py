@@ -128,6 +128,12 @@ class ComputeConfig(Config):
     latent_parallel: int = Field(
         default=1, gt=0, description="devices of such a group, which split the latents and see the same tokens"
     )
+    patience_s: float = Field(
+        default=600.0,
+        gt=0,
+        description="several processes: seconds in which none of them gets on, be it with a step, a compilation, a "
+        "checkpoint or a part of an evaluation, after which the one that keeps the others waiting is named and all end",
+    )
 
     @property
     def n_devices(self) -> int:

@@ -66,16 +66,14 @@ class OnHost:
         stored: Stored,
         gather: Map = map,
         room: Room = np.empty,
-        share: slice | Int[np.ndarray, " token"] = slice(None),
     ):
         """Use this memory.
 
         Args:
           gather: as `map`, for the parts of a batch.
           room: memory for a batch.
-          share: which tokens of a batch to gather.
         """
-        self._stored, self._gather, self._room, self._share = stored, gather, room, share
+        self._stored, self._gather, self._room = stored, gather, room
 
     def fill(self, start: int, stop: int, read: Callable[[Stored, int], None]) -> None:
         """Have sequences start..stop read to their place."""
@@ -83,7 +81,7 @@ class OnHost:
 
     def batches(self, rows: Rows) -> Iterator[Float[np.ndarray, "batch d_model"]]:
         """Activations at these positions, of the store's own type but for int8, which is widened."""
-        return (_gathered(self._stored, batch[self._share], self._gather, self._room) for batch in rows)
+        return (_gathered(self._stored, batch, self._gather, self._room) for batch in rows)
 
 
 class Place(NamedTuple):
@@ -253,6 +251,16 @@ class TokenOrder:
     def piece_sequences(self) -> int:
         """Sequences that are best read at a time; a chunk is a whole number of pieces."""
         return self._store.piece_sequences
+
+    @property
+    def ctx(self) -> int:
+        """Tokens of a sequence."""
+        return self._store.ctx
+
+    @property
+    def chunk_sequences(self) -> int:
+        """Sequences that are read, and checked, as one; a piece is a whole number of these chunks."""
+        return self._store.chunk_sequences
 
     def room(self, n: int) -> Stored:
         """Memory for `n` sequences of one hook point."""

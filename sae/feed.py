@@ -4,8 +4,9 @@
 accelerator, the same threads copy a few shards at a time there as soon as they are read, and the device gathers the
 rows of a batch.
 Elsewhere blocks are in main memory: other threads gather, and others copy batches to the device, several at a time,
-since one thread copies less than a GPU's bus carries; of several processes each gathers and copies what its own
-devices take. 3. One thread takes the batches in order, AHEAD of the step.
+since one thread copies less than a GPU's bus carries; of several processes that split the tokens each reads a part of
+the block, and their devices put a batch together (`sae.exchange`). 3. One thread takes the batches in order, AHEAD of
+the step.
 4. The loop takes them, and waits for the device where it is IN_FLIGHT steps ahead of it.
 
 Whatever else a step copies to an accelerator waits behind the pieces of a block: it should be there from the start.
@@ -18,10 +19,9 @@ Left out: the order of the data.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -33,7 +33,8 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int, Shaped
 
 from activations.store_schema import Stored
-from sae.data import BATCH_DTYPES, N_BLOCKS, Activations, DataOrder, OnHost, Rows, TokenOrder
+from sae.data import BATCH_DTYPES, N_BLOCKS, Activations, DataOrder, Held, OnHost, Rows, TokenOrder
+from sae.exchange import Part, exchange_of
 
 DeviceActivations = dict[str, Float[Array, "token d_model"]]
 """activations of the same tokens by hook point, on the device"""
@@ -72,20 +73,25 @@ def feed(
         blocks_on_device = sharding is None and fits_on_device(order)
     pools = [ThreadPoolExecutor(min(n, cores())) for n in (READERS, GATHERERS, COPIERS, 1)]
     readers, gatherers, copiers, thread = pools
-    put: Callable[[Any], DeviceActivations]
+    put: Callable[[Any], Any]
+    exchange = exchange_of(sharding)
     if blocks_on_device:
         rooms = Rooms(order.piece_sequences, order.room)
         batches = order.batches(start, stop, readers.map, partial(OnDevice, rooms))
         put = _as_it_is
     else:
         memory = Memory() if jax.default_backend() != "cpu" else None
-        room, share = memory.room if memory else np.empty, Share.of(sharding, order.batch_size)
-        batches = order.batches(
-            start, stop, readers.map, lambda n: OnHost(order.room(n), gatherers.map, room, share.tokens)
-        )
-        put = partial(_put, share, memory)
+        room = memory.room if memory else np.empty
+
+        def hold(n: int) -> Held:
+            host = OnHost(order.room(n), gatherers.map, room)
+            return exchange.hold(host, n, order.chunk_sequences, order.ctx) if exchange else host
+
+        batches = order.batches(start, stop, readers.map, hold)
+        put = partial(_put, exchange.put if exchange else lambda batch: _split(batch, sharding), memory)
     try:
-        yield _ahead(thread, lambda: copiers.submit(put, next(batches)), stop - start)
+        ready = _ahead(thread, lambda: copiers.submit(put, next(batches)), stop - start)
+        yield map(exchange.together, ready) if exchange else ready
     finally:
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -109,44 +115,19 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-@dataclass(frozen=True)
-class Share:
-    """The tokens of a batch that the devices of this process take: all of them, where there is no other process."""
-
-    sharding: jax.sharding.Sharding | None
-    batch_size: int
-    tokens: slice | Int[np.ndarray, " token"]
-
-    @classmethod
-    def of(cls, sharding: jax.sharding.Sharding | None, batch_size: int) -> "Share":
-        """That of this process."""
-        if sharding is None or sharding.is_fully_addressable:
-            return cls(sharding, batch_size, slice(None))
-        parts = sharding.addressable_devices_indices_map((batch_size,)).values()
-        wanted = [np.arange(batch_size)[part] for part in parts]
-        return cls(sharding, batch_size, np.unique(np.concatenate(wanted)))
-
-    def put(self, batch: Activations) -> DeviceActivations:
-        """A batch of which `batch` is this share, on its devices."""
-        sharding, tokens = self.sharding, self.tokens
-        if sharding is None or isinstance(tokens, slice):
-            return jax.device_put(batch, sharding)
-
-        def put(x: Float[np.ndarray, "token d_model"]) -> Float[Array, "batch d_model"]:
-            def part(index: Any) -> np.ndarray:
-                return x[np.searchsorted(tokens, np.arange(self.batch_size)[index[0]])]
-
-            return jax.make_array_from_callback((self.batch_size, x.shape[1]), sharding, part, dtype=x.dtype)
-
-        return {name: put(x) for name, x in batch.items()}
-
-
-def _put(share: Share, memory: "Memory | None", batch: Activations) -> DeviceActivations:
-    there = share.put(batch)
+def _put(put: Callable[[Any], Any], memory: "Memory | None", batch: Activations | dict[str, Part]) -> Any:
+    there = put(batch)
     if memory:
         jax.block_until_ready(there)
-        memory.take_back(batch)
+        memory.take_back(x.tokens if isinstance(x, Part) else x for x in batch.values())
     return there
+
+
+def _split(batch: Activations, sharding: jax.sharding.Sharding | None) -> DeviceActivations:
+    """A batch that this process has whole, on its devices."""
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    return {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in batch.items()}
 
 
 class OnDevice:
@@ -273,15 +254,15 @@ class Memory:
         free = self._free.setdefault((shape, dtype), [])
         return free.pop() if free else np.empty(shape, dtype)
 
-    def take_back(self, batch: Activations) -> None:
-        """Told that nothing will read a batch again; from any thread."""
-        for x in batch.values():
+    def take_back(self, batch: Iterable[np.ndarray]) -> None:
+        """Told that nothing will read these arrays again; from any thread."""
+        for x in batch:
             self._free[x.shape, x.dtype].append(x)
 
 
-def _ahead(thread: Executor, make: Callable[[], Future[DeviceActivations]], n: int) -> Iterator[DeviceActivations]:
+def _ahead(thread: Executor, make: Callable[[], Future[Any]], n: int) -> Iterator[Any]:
     """Results of what n calls begin, of which AHEAD are under way while one is used."""
-    made: deque[Future[Future[DeviceActivations]]] = deque()
+    made: deque[Future[Future[Any]]] = deque()
     for i in range(n):
         while len(made) <= AHEAD and i + len(made) < n:
             made.append(thread.submit(make))

@@ -2,12 +2,13 @@
 
 1. `join` finds out from the environment whether there are others, and connects JAX to them before anything uses JAX.
 2. `agree` compares what the processes were told, and stops all of them where it differs. 3. `together` holds a line to
-the others open while they train: a process that fails says why, one that dies is missed, and either way the others end
-with one line and exit code 1. 4. A signal to stop, given to one, stops all after the same step (`stop_after`).
+the others open while they train: a process that fails says why, one that dies is missed, one that hangs is found
+(`sae.stalls`), and each time the others end with one line and exit code 1. 4. A signal to stop, given to one, stops all
+after the same step (`stop_after`).
 
 Process 0 alone writes logs and the SAE; all write checkpoints (orbax), to a folder that they share. With one process
 all of this does nothing. The network is trusted, as JAX itself trusts it. Left out: which device keeps what
-(`sae.kernels.devices`), starting the processes (`steer.launch` does, with Ray).
+(`sae.kernels.devices`), starting the processes (`saekit train --ray` does).
 """
 
 import atexit
@@ -17,6 +18,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -25,20 +27,29 @@ from multiprocessing.connection import Client, Listener, wait
 from typing import Any, NamedTuple
 
 import jax
+
+# JAX has nothing public that brings processes together without their devices: `multihost_utils` runs a program on all
+# of them, which waits forever for one that is dead, and that is what the line to the others is there to find out.
 from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from activations.errors import ConfigError, HostLostError, InterruptedRunError, MismatchError, SaekitError
+from sae.stalls import Report, Stalls
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-JOIN_S, AGREE_S, END_S = 300, 600, 60
-"""seconds to wait for the others: at the start, until their stores are read, and for word of the one that died"""
+JOIN_S, END_S = 300, 60
+"""seconds to wait for the others: at the start, and for word of the one that died"""
+BEAT_S = 1.0
+"""seconds between looks at what changed, at most"""
+NEVER_S = 7 * 24 * 3600
+"""seconds for which JAX waits, where it is the watch that finds out who is missing"""
 IDLE_S, PROBE_S, PROBES = 10, 5, 3
 """a host that is gone without a word is missed after IDLE_S + PROBE_S * PROBES seconds"""
 SOUNDS = ("Gloo", "NCCL", "oordination")
 """in messages of JAX when another process has gone"""
-BYE = "bye"
+BYE, AT, END = "bye", "at ", "the end of one: "
+"""what goes over a line: a goodbye, a report behind AT, and anything else is why all have to end"""
 
 
 class Place(NamedTuple):
@@ -98,7 +109,14 @@ def join() -> None:
     address, n, number = mine or (None, None, None)
     method = "slurm" if mine is None else "deactivate"
     try:
-        jax.distributed.initialize(address, n, number, cluster_detection_method=method, initialization_timeout=JOIN_S)
+        jax.distributed.initialize(
+            address,
+            n,
+            number,
+            cluster_detection_method=method,
+            initialization_timeout=JOIN_S,
+            heartbeat_timeout_seconds=NEVER_S,
+        )
     except RuntimeError as error:
         if "must be called before" in str(error):
             fix = "Call train before other work with JAX, or unset the variables."
@@ -110,18 +128,23 @@ def join() -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def together(patience_s: float) -> Iterator[None]:
     """Train with the other processes, if there are any, and end when one of them does.
 
-    While it lasts, a process whose partner fails or dies writes one line to stderr and exits with 1 at once, since its
-    main thread may be waiting for that partner, where no exception reaches it.
+    While it lasts, a process whose partner fails, dies or hangs writes one line to stderr and exits with 1 at once,
+    since its main thread may be waiting for that partner, where no exception reaches it.
+
+    Args:
+      patience_s: seconds without a point that any process reached (`at`), or a sign of work (`busy`), that mean that
+        the one behind hangs.
+    Raises: HostLostError if JAX misses a process of whose end nothing is known.
     """
     join()
     if not several():
         yield
         return
     watch = _watch()
-    watch.begin()
+    watch.begin(patience_s)
     try:
         yield
         meet("the end")
@@ -129,13 +152,16 @@ def together() -> Iterator[None]:
         meet("the stop")  # all of them stop
         raise
     except SaekitError as error:
-        watch.tell(str(error))
+        watch.tell(f"{END}{error}")
         raise
-    except Exception as error:  # maybe only the sound of another process dying, of which the watch knows more
-        if any(word in str(error) for word in SOUNDS):
-            watch.wait()
-        watch.tell(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-        raise
+    except Exception as error:
+        reason = f"{END}{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if not any(word in str(error) for word in SOUNDS):
+            watch.tell(reason)
+            raise
+        watch.wait()  # only the sound of another process dying, of which the watch knows more
+        watch.tell(reason)
+        raise _lost(reason) from error
     finally:
         watch.active = False
 
@@ -143,75 +169,107 @@ def together() -> Iterator[None]:
 class _Watch:
     """A thread that learns of the end of other processes: each has a line to process 0, which passes on what it hears.
 
-    A line that ends without a goodbye is a process that died. Raises: HostLostError if one of them does not call.
+    A line that ends without a goodbye is a process that died. Each says where it is; process 0 finds out who is behind,
+    and the others whether process 0 says anything. Raises: HostLostError if one of them does not call.
     """
 
     def __init__(self) -> None:
         self.active = False
         """whether to end when another process does"""
-        self._lost = ""
-        self._lines = self._listen() if is_first() else [self._call()]
+        self._lost, self._report = "", Report(0, 0, "its start")
+        self._sending = threading.Lock()
+        self._lines = self._listen() if is_first() else {0: self._call()}
+        self._stalls = self._be_patient(NEVER_S)
         self._thread = threading.Thread(target=self._hear, daemon=True)
         self._thread.start()
         atexit.register(self._leave)
 
-    def begin(self) -> None:
-        """From now on, end when another process does, or has."""
+    def begin(self, patience_s: float) -> None:
+        """From now on, end when another process does, or has, or when one hangs for so long."""
+        self._stalls = self._be_patient(patience_s)
         self.active = True
         if self._lost:
             self._stop(self._lost)
 
-    def _listen(self) -> list[Any]:
+    def _be_patient(self, seconds: float) -> Stalls:
+        return Stalls([0, *self._lines] if is_first() else [0], seconds)
+
+    def at(self, doing: str) -> None:
+        """This process has reached a point that all pass."""
+        self._report = Report(self._report.passed + 1, 0, doing)
+
+    def busy(self) -> None:
+        """This process gets on, between two points."""
+        self._report = self._report._replace(signs=self._report.signs + 1)
+
+    def _listen(self) -> dict[int, Any]:
         key = secrets.token_hex(16)
         # On all addresses: which of them the others reach is theirs to know.
         with Listener(("0.0.0.0", 0), backlog=jax.process_count(), authkey=key.encode()) as listener:
             _client().key_value_set("saekit/watch", json.dumps([listener.address[1], key]))
-            lines: list[Any] = []
+            lines: dict[int, Any] = {}
             while len(lines) < jax.process_count() - 1:
                 with suppress(OSError, EOFError, AuthenticationError):  # a stranger
-                    lines.append(_kept_alive(listener.accept()))
+                    line = _kept_alive(listener.accept())
+                    lines[int(line.recv_bytes())] = line
         return lines
 
     def _call(self) -> Any:
         port, key = json.loads(_client().blocking_key_value_get("saekit/watch", JOIN_S * 1000))
         assert global_state.coordinator_address is not None
         host = global_state.coordinator_address.rpartition(":")[0].strip("[]")
-        return _kept_alive(Client((host, port), authkey=key.encode()))
+        line = _kept_alive(Client((host, port), authkey=key.encode()))
+        line.send_bytes(str(jax.process_index()).encode())
+        return line
 
     def _hear(self) -> None:
-        silent, lines = list(self._lines), list(self._lines)
+        numbers = {line: number for number, line in self._lines.items()}
+        silent, lines, n_beats, heard = set(numbers), list(numbers), 0, time.monotonic()
         while lines:
-            ready: Any = wait(lines)
+            stalls = self._stalls
+            ready: Any = wait(lines, max(0.0, min(heard + stalls.beat_s - time.monotonic(), BEAT_S)))
             for line in ready:
                 try:
                     said = line.recv_bytes().decode("utf-8", errors="replace")
                 except (OSError, EOFError):
-                    said = "it died, or its host did" if line in silent else BYE
+                    said = f"{END}it died, or its host did" if line in silent else BYE
                     lines.remove(line)
                 if said == BYE:
-                    silent = [other for other in silent if other is not line]
+                    silent.discard(line)
+                    stalls.gone(numbers[line])
+                elif said.startswith(AT):
+                    stalls.heard(numbers[line], Report(*json.loads(said.removeprefix(AT))))
                 elif self.active:
                     self._stop(said)
                 else:
                     self._lost = self._lost or said
+            if (now := time.monotonic()) >= heard + stalls.beat_s:
+                n_beats += 1
+                self._beat(stalls, n_beats)
+                stuck, heard = stalls.wait(now - heard), now
+                if self.active and stuck:
+                    self._stop(stuck)
+
+    def _beat(self, stalls: Stalls, n_beats: int) -> None:
+        """Say where this process is; that process 0 says anything at all is what the others listen for."""
+        report = self._report
+        if is_first():
+            stalls.heard(0, report)
+            report = report._replace(signs=n_beats)
+        self.tell(AT + json.dumps(report))
 
     def _stop(self, reason: str) -> None:
         self.tell(reason)
-        error = HostLostError(
-            f"process {jax.process_index()} of {jax.process_count()}",
-            expected="all processes to go on",
-            got=f"the end of one: {reason.rstrip('.')}",
-            fix="Start all of them again, as many as you like: the run resumes from its last checkpoint.",
-        )
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{_lost(reason)}\n")
         sys.stderr.flush()
         os._exit(1)
 
-    def tell(self, reason: str) -> None:
-        """Say to the others why this process ends."""
-        for line in self._lines:
-            with suppress(OSError):
-                line.send_bytes(reason.encode())
+    def tell(self, said: str) -> None:
+        """Say something to the others, such as why this process ends."""
+        with self._sending:
+            for line in self._lines.values():
+                with suppress(OSError):
+                    line.send_bytes(said.encode())
 
     def wait(self) -> None:
         """Wait a while for the others to end, which may end this process."""
@@ -222,6 +280,15 @@ class _Watch:
         self.tell(BYE)
         if is_first():
             self.wait()
+
+
+def _lost(reason: str) -> HostLostError:
+    return HostLostError(
+        f"process {jax.process_index()} of {jax.process_count()}",
+        expected="all processes to go on",
+        got=reason.rstrip("."),
+        fix="Start all of them again, as many as you like: the run resumes from its last checkpoint.",
+    )
 
 
 @cache
@@ -254,10 +321,23 @@ def _kept_alive(line: Any) -> Any:
     return line
 
 
-def meet(where: str) -> None:
-    """Wait until all processes are here."""
+def at(doing: str) -> None:
+    """Tell the others what this process does next: at points that all pass, in the same order."""
     if several():
-        _client().wait_at_barrier(f"saekit/{next(_numbers)}/{where}", AGREE_S * 1000)
+        _watch().at(doing)
+
+
+def busy() -> None:
+    """Tell the others that this process gets on, where it takes long from one point to the next."""
+    if several():
+        _watch().busy()
+
+
+def meet(where: str) -> None:
+    """Wait until all processes are here; inside `together`, which ends the wait if one never comes."""
+    if several():
+        at(f"the meeting, {where}")
+        _client().wait_at_barrier(f"saekit/{next(_numbers)}/{where}", NEVER_S * 1000)
 
 
 def agree(told: Mapping[str, Any]) -> None:
@@ -285,6 +365,14 @@ def agree(told: Mapping[str, Any]) -> None:
 def stop_after(step: int, is_asked: bool) -> bool:
     """Whether to stop after this step, which all processes ask after each step, and of which all get one answer."""
     return multihost_utils.reached_preemption_sync_point(step) if several() else is_asked
+
+
+def of_first(tree: Any) -> Any:
+    """The arrays of process 0, for which all have to ask; with one process, as they are.
+
+    Processes that compute the same need not get the same bits: each GPU times for itself which program is fastest.
+    """
+    return multihost_utils.broadcast_one_to_all(tree) if several() else tree
 
 
 def whole(tree: Any) -> Any:

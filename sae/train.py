@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
 from activations.errors import DeviceMemoryError, InterruptedRunError, NumericsError, SaekitError
@@ -90,11 +91,12 @@ def train(config: TrainConfig) -> TrainResult:
     NumericsError naming the last good checkpoint; DeviceMemoryError saying which settings to lower;
     InterruptedRunError after Ctrl-C, with a checkpoint kept. Of several processes also HostLostError if one never came.
     """
-    with hosts.together():
+    with hosts.together(config.compute.patience_s):
         return _train(config)
 
 
 def _train(config: TrainConfig) -> TrainResult:
+    hosts.at("reading the store")
     run = prepare(config)
     hosts.agree(_told(run))
     with Checkpoints(config, run.store.fingerprint) as checkpoints:
@@ -109,7 +111,7 @@ def _train(config: TrainConfig) -> TrainResult:
                 for name in unsaved:
                     _save(run, run.jobs[name], run.state(name, states), tok_s)
         run.order.finish()
-    hosts.meet("saved")
+    hosts.meet("all SAEs saved")
     saved = {name: SaeArtefact.load(job.path) for name, job in run.jobs.items() if job.path.exists()}
     saes = {name: TrainedSae(sae, run.jobs[name].path, sae.metadata["metrics"]) for name, sae in saved.items()}
     return TrainResult(saes, run.n_steps, resumed_from)
@@ -130,6 +132,7 @@ def _save(run: Run, job: Job, state: TrainState, tok_s: float) -> None:
     config, n_tokens = job.config, run.n_steps * run.config.batch_size
     if is_sweep(run.config) and not _is_finite(state):
         return
+    hosts.at(f"saving {job.path}")
     state = _to_read(state)
     if not hosts.is_first():
         return
@@ -153,6 +156,7 @@ def evaluate(run: Run, job: Job, state: TrainState) -> Evaluation:
     x, y = (side_by_side(run.held_out, names) for names in (wiring.reads, wiring.writes))
     rows = max(1, EVAL_CELLS // artefact.d_sae)
     for i in range(0, len(x), rows):
+        hosts.busy()
         part = jnp.asarray(x[i : i + rows])
         latents = sae.encode(part)
         evaluation.add(y[i : i + rows], np.asarray(sae.reconstruct(part, latents)), np.asarray(latents))
@@ -171,6 +175,7 @@ def _first_state(run: Run, job: Job) -> TrainState:
     sae = create(job.config, job.plan)
     if run.initial is not None:
         sae.adopt(run.initial, job.plan.scaling)
+    nnx.update(sae, hosts.of_first(nnx.state(sae)))
     return start(job.config, job.plan, sae)
 
 
@@ -192,6 +197,7 @@ def _plans(run: Run) -> dict[str, Plan]:
 def _loop(run: Run, checkpoints: Checkpoints) -> tuple[States, float]:
     """Steps from the newest checkpoint to the last; returns the states and the tokens a second."""
     config, n_steps, first = run.config, run.n_steps, checkpoints.last
+    hosts.at("its first weights")
     states, said = checkpoints.restore(_first_states(run)), set[str]()
     step, speed, in_flight = _step(run), Speed(config.batch_size), InFlight()
     lrs = {name: schedule(config, plan) for name, plan in _plans(run).items()}
@@ -202,13 +208,17 @@ def _loop(run: Run, checkpoints: Checkpoints) -> tuple[States, float]:
     ):
         for i in range(first + 1, n_steps + 1):
             _wait(run, checkpoints, states, i - 1, stopped)
-            metrics = _step_all(run, step, states, next(batches))
+            hosts.at(f"batch {i}")
+            batch = next(batches)
+            hosts.at(f"step {i}")
+            metrics = _step_all(run, step, states, batch)
             in_flight.add(metrics)
             view.step(i)
             speed.count(metrics)
             last, stop = i == n_steps, hosts.stop_after(i, stopped.is_set())
             measure, keep = last or i % config.eval_every == 0, last or stop or i % config.checkpoint_every == 0
             if measure or keep or i % config.log_every == 0:
+                hosts.at(f"the numbers of step {i}")
                 pace = {"tok_s": speed.tok_s, "eta_s": speed.eta_s(n_steps - i)}
                 measured = _by_sae(run, metrics)
                 bad = {name for name, scalars in measured.items() if not _is_good(scalars)}
@@ -225,6 +235,7 @@ def _loop(run: Run, checkpoints: Checkpoints) -> tuple[States, float]:
                         view.row(row)
                 said = _say_diverged(bad, said, i)
             if keep:
+                hosts.at(f"the checkpoint of step {i}")
                 run.order.release(checkpoints.save(i, states))
             if stop and not last:
                 raise _interrupted(run, i)

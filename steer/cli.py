@@ -20,7 +20,19 @@ from sae.labels.config import LabelConfig
 from steer.browser.config import BrowseConfig
 from steer.config import ChatConfig, DemoConfig
 from steer.library_cli import app as library_app
-from steer.options import AsJson, ConfigOption, ConfigPath, DryRun, OnRay, Overrides, RayAddress, ray_overrides
+from steer.options import (
+    AsJson,
+    ConfigOption,
+    ConfigPath,
+    DryRun,
+    OnRay,
+    Overrides,
+    RayAddress,
+    RayGpus,
+    RayProcesses,
+    ray_address_of,
+    ray_overrides,
+)
 from steer.packs.names import printable
 from steer.serving.config import ServeConfig
 from steer.show import show, status
@@ -80,10 +92,17 @@ def train(
     finetune: Annotated[
         Path | None, typer.Option("--finetune", help="Start from this SAE, in any form that convert reads.")
     ] = None,
+    ray: OnRay = False,
+    ray_address: RayAddress = None,
+    ray_processes: RayProcesses = None,
+    ray_gpus: RayGpus = None,
     json_: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
     """Fit sparse autoencoders to an activation store, one a hook point or a sweep of them."""
+    cluster = ray_address_of(ray, ray_address)
+    if cluster is None and (ray_processes or ray_gpus) is not None:
+        raise typer.BadParameter("--ray-processes and --ray-gpus need --ray or --ray-address")
     initial = [] if finetune is None else [f"finetune={json.dumps(str(finetune))}"]
     settings = TrainConfig.load(config, [*(set_ or []), *initial])
     if dry_run:
@@ -92,6 +111,12 @@ def train(
         planned = plan(settings)
         figures = planned.figures() if planned else {}
         return show({"config": settings.model_dump(mode="json"), **figures}, json_)
+    if cluster is not None:
+        from steer.launch import launch
+
+        sets = [word for setting in [*(set_ or []), *initial] for word in ("--set", setting)]
+        words = [*([] if config is None else [str(config)]), *sets]
+        return show(launch(words, cluster, ray_processes, ray_gpus), json_)
     from sae.train import train as run
 
     result = run(settings)

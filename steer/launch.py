@@ -1,28 +1,29 @@
-"""Start `saekit train` on the nodes of a Ray cluster, one process a node, as processes that train together.
+"""`saekit train --ray`: one run in several processes on the nodes of a Ray cluster, which train together.
 
-    python -m steer.launch --processes 4 --gpus 8 -- configs/gpu_train.yaml --set compute.data_parallel=32
-
-1. Ray finds a node for each process, with so many GPUs. 2. The node of process 0 names its address and a free port.
-3. Each runs what follows `--` as the command line would, in the folder where this was started, with the variables that
-`sae.hosts` reads; what they say comes here through Ray. 4. Ctrl-C here stops all of them after the same step, with a
-checkpoint. Exits with 1 if a process does not end well; run it again, and the run resumes.
+1. Ray finds a node for each process, with its GPUs. 2. The node of process 0 names its address and a free port.
+3. Each runs `saekit train` in the folder where this was started, with the variables that `sae.hosts` reads; what they
+say comes here through Ray, and what process 0 returns is the result. 4. Ctrl-C here stops all of them after the same
+step, with a checkpoint. Once one has failed, those that do not end by themselves are ended; run it again, and the run
+resumes.
 
 Ray comes with the extra `ray`, and is needed on every node. Left out: trying again by itself.
 """
 
-import argparse
-import logging
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from activations.errors import ConfigError, SaekitError
+from activations.errors import ConfigError, InterruptedRunError, WorkerError
+from activations.ray_pool import connected
 
 SAEKIT = "from steer.cli import main; main()"
+END_S = 60.0
+"""seconds for the others to end once one has failed"""
 
 
 class Process:
@@ -39,88 +40,126 @@ class Process:
             free.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
-    def train(self, words: list[str], folder: str, variables: dict[str, str]) -> int:
-        """Exit code of `saekit train`."""
-        command = [sys.executable, "-c", SAEKIT, "train", *words]
-        self._running = subprocess.Popen(command, cwd=folder, env=os.environ | variables)
-        return self._running.wait()
+    def train(self, words: list[str], folder: str, variables: dict[str, str]) -> tuple[int, str]:
+        """Exit code of `saekit train`, and what it returned."""
+        command = [sys.executable, "-c", SAEKIT, "train", *words, "--json"]
+        self._running = subprocess.Popen(command, cwd=folder, env=os.environ | variables, stdout=subprocess.PIPE)
+        returned, _ = self._running.communicate()
+        return self._running.returncode, returned.decode(errors="replace")
 
     def stop(self) -> None:
         """Ask it to stop, and so all of them."""
+        self._send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it, which may hang."""
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
         if self._running is not None:
-            self._running.send_signal(signal.SIGTERM)
+            self._running.send_signal(number)
 
 
-def launch(words: list[str], n_processes: int, n_gpus: int, address: str | None, n_cpus: float = 1.0) -> list[int]:
-    """Exit codes of `saekit train WORDS` in so many processes, on nodes apart as far as there are enough.
+def launch(
+    words: list[str], address: str, n_processes: int | None = None, n_gpus: int | None = None, n_cpus: float = 1.0
+) -> dict[str, Any]:
+    """What `saekit train WORDS` returns in several processes, on nodes apart as far as there are enough.
 
     Args:
-      n_gpus: that each process takes.
-      address: of the Ray cluster; none: that of the environment, or one made of this machine.
+      address: of the Ray cluster, or `local`: one made of this machine.
+      n_processes: none: as many as there are nodes, of those with GPUs if some have any.
+      n_gpus: that each process takes; none: as many as each node has.
       n_cpus: that each process reserves.
 
-    Raises: ConfigError without Ray, or if the cluster is too small.
+    Raises: ConfigError without Ray, or if the cluster is too small; WorkerError if it does not answer, or if a process
+    does not end well; InterruptedRunError after Ctrl-C, with a checkpoint kept.
     """
-    try:
+    with connected(address, is_heard=True):
         import ray
-    except ImportError as error:
-        fix = "pip install ray, on every node, or set the variables yourself (docs/scaling-train.md)."
-        raise ConfigError("ray", expected="the package", got="none", fix=fix) from error
-    from ray.util.placement_group import placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    ray.init(address=address, logging_level=logging.ERROR)
-    needs = {"CPU": n_cpus} | ({"GPU": float(n_gpus)} if n_gpus else {})
-    _check_room(ray.cluster_resources(), needs, n_processes)
-    group = placement_group([needs] * n_processes, strategy="SPREAD")
-    actor: Any = ray.remote(Process)
-    processes = [
-        actor.options(
-            num_cpus=n_cpus,
-            num_gpus=n_gpus,
-            max_concurrency=2,  # `stop` while `train` runs
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
-        ).remote()
-        for i in range(n_processes)
-    ]
-    common = {"JAX_COORDINATOR_ADDRESS": ray.get(processes[0].address.remote()), "JAX_NUM_PROCESSES": str(n_processes)}
-    codes = [
-        process.train.remote(words, os.getcwd(), {**common, "JAX_PROCESS_ID": str(i)})
-        for i, process in enumerate(processes)
-    ]
+        n_processes, n_gpus = share(
+            [node["Resources"] for node in ray.nodes() if node["Alive"]], n_processes, n_gpus, n_cpus
+        )
+        needs = {"CPU": n_cpus} | ({"GPU": float(n_gpus)} if n_gpus else {})
+        group = placement_group([needs] * n_processes, strategy="SPREAD")
+        actor: Any = ray.remote(Process)
+        processes = [
+            actor.options(
+                num_cpus=n_cpus,
+                num_gpus=n_gpus,
+                max_concurrency=2,  # `stop` while `train` runs
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
+            ).remote()
+            for i in range(n_processes)
+        ]
+        first = ray.get(processes[0].address.remote())
+        common = {"JAX_COORDINATOR_ADDRESS": first, "JAX_NUM_PROCESSES": str(n_processes)}
+        ends = [
+            process.train.remote(words, os.getcwd(), {**common, "JAX_PROCESS_ID": str(i)})
+            for i, process in enumerate(processes)
+        ]
+        return _result(processes, ends)
+
+
+def _result(processes: list[Any], ends: list[Any]) -> dict[str, Any]:
+    import ray
+
+    is_stopped = False
     try:
-        return ray.get(codes)
+        codes = _codes(processes, ends)
     except KeyboardInterrupt:
+        is_stopped = True
         ray.get(processes[0].stop.remote())
-        return ray.get(codes)
-    finally:
-        ray.shutdown()
+        codes = _codes(processes, ends)
+    if not any(codes):
+        return json.loads(ray.get(ends[0])[1].splitlines()[-1])
+    fix = "Run it again to resume."
+    if is_stopped:
+        raise InterruptedRunError("training on Ray", expected="the whole run", got="Ctrl-C", fix=fix)
+    got = f"exit codes {', '.join(map(str, codes))}"
+    fix = f"See above what they said, then do as it says. {fix}"
+    raise WorkerError("training on Ray", expected="processes that end well", got=got, fix=fix)
 
 
-def _check_room(there: Mapping[str, float], needs: dict[str, float], n_processes: int) -> None:
-    for name, each in needs.items():
-        if there.get(name, 0) < each * n_processes:
-            expected = f"{each * n_processes:g} {name}s for {n_processes} processes"
+def _codes(processes: list[Any], ends: list[Any]) -> list[int]:
+    """Exit codes of all, once they have ended; if one fails, those that go on all the same are killed after a while."""
+    import ray
+
+    left = list(ends)
+    while left:
+        (end,), left = ray.wait(left)
+        if ray.get(end)[0]:
+            _, hang = ray.wait(left, num_returns=len(left), timeout=END_S) if left else ([], [])
+            ray.get([processes[ends.index(end)].kill.remote() for end in hang])
+            break
+    return [code for code, _ in ray.get(ends)]
+
+
+def share(
+    nodes: Sequence[Mapping[str, float]], n_processes: int | None, n_gpus: int | None, n_cpus: float
+) -> tuple[int, int]:
+    """Processes, and GPUs of each.
+
+    Args:
+      nodes: the resources of each, by Ray's names.
+
+    Raises: ConfigError if there are not as many.
+
+    >>> share([{"CPU": 64.0, "GPU": 8.0}, {"CPU": 64.0, "GPU": 8.0}, {"CPU": 4.0}], None, None, 1.0)
+    (2, 8)
+    """
+    with_gpus = [int(node["GPU"]) for node in nodes if node.get("GPU")]
+    if n_gpus is None:
+        n_gpus = min(with_gpus, default=0)
+        if n_processes is not None and n_processes > len(with_gpus):  # several on a node
+            n_gpus = sum(with_gpus) // n_processes
+    n_processes = n_processes or len(with_gpus if n_gpus else nodes)
+    for name, each in {"CPU": n_cpus, "GPU": float(n_gpus)}.items():
+        there = sum(int(node.get(name, 0) // each) for node in nodes) if each else n_processes
+        if there < n_processes:
+            expected = f"room for {n_processes} processes of {each:g} {name}s"
             fix = "Start fewer processes, or add nodes."
-            raise ConfigError("the Ray cluster", expected=expected, got=f"{there.get(name, 0):g}", fix=fix)
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="steer.launch", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--processes", type=int, required=True, help="one a node")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs that each process takes")
-    parser.add_argument("--cpus", type=float, default=1.0, help="CPUs that each process reserves")
-    parser.add_argument("--address", default=None, help="of the Ray cluster; auto: the one on this machine")
-    parser.add_argument("words", nargs="*", help="after --: what saekit train takes")
-    args = parser.parse_args()
-    try:
-        codes = launch(args.words, args.processes, args.gpus, args.address, args.cpus)
-    except SaekitError as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(1)
-    sys.exit(1 if any(codes) else 0)
-
-
-if __name__ == "__main__":
-    main()
+            raise ConfigError("the Ray cluster", expected=expected, got=f"room for {there}", fix=fix)
+    return n_processes, n_gpus

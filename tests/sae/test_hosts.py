@@ -13,14 +13,14 @@ import jax
 import numpy as np
 import pytest
 
+import sae.train
 from activations.errors import ConfigError, SaekitError
 from activations.store import ActivationStore
+from sae import step
 from sae.architectures import ARCHITECTURES
 from sae.artefact import SaeArtefact
 from sae.config import ComputeConfig, SaeConfig, TrainConfig
-from sae.feed import Share
 from sae.hosts import Place, place
-from sae.kernels.devices import BY_TOKEN, make_grid
 from sae.log import read_log
 from sae.run import _check_alone
 from sae.train import train
@@ -30,6 +30,8 @@ MakeStore = Callable[..., ActivationStore]
 STEPS, LONG = 10, 40
 SPLIT = ("batchtopk", "jumprelu")
 """The other tests train topk. All ARCHITECTURES pass, in three minutes; tests/sae/kernels/test_devices.py has them."""
+PATIENCE_S = 15.0
+"""more than compiling takes on a busy machine"""
 GRID = ComputeConfig(data_parallel=2, latent_parallel=2)
 
 
@@ -61,6 +63,18 @@ def run(configs: list[TrainConfig], environment: dict[str, str], said: Path) -> 
         sys.exit(1)
 
 
+def run_unlike(configs: list[TrainConfig], environment: dict[str, str], said: Path) -> None:
+    """As `run`; all processes but the first start from weights that are rounded another way."""
+
+    def create(config: TrainConfig, plan: Any) -> Any:
+        made = step.create(config, plan)
+        made.b_enc[...] += 1e-6 * jax.process_index()
+        return made
+
+    sae.train.create = create
+    run(configs, environment, said)
+
+
 def plain(address: str, n: int, i: int) -> dict[str, str]:
     return {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(n), "JAX_PROCESS_ID": str(i)}
 
@@ -82,6 +96,7 @@ class Processes:
         n_devices: int,
         folder: Path,
         variables: Callable[[str, int, int], dict[str, str]] = plain,
+        run: Callable[..., None] = run,
     ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -110,7 +125,8 @@ def logged(out: Path) -> int:
 
 
 def wait_for(out: Path, step: int, processes: Processes) -> None:
-    while logged(out) < step:
+    """Until a step is logged, and the first checkpoint is whole."""
+    while logged(out) < step or not (out / "checkpoints" / "10").exists():
         assert all(process.is_alive() for process in processes.all), [processes.said(i) for i in range(2)]
         time.sleep(0.01)
 
@@ -138,7 +154,7 @@ def test_two_processes_take_the_steps_of_one(
     split = [config.model_copy(update={"out": tmp_path / f"{config.out}_split"}) for config in whole]
     grids = [GRID, ComputeConfig(data_parallel=4), ComputeConfig(latent_parallel=4)]
     split = [config.model_copy(update={"compute": grids[i % 3]}) for i, config in enumerate(split)]
-    processes = Processes(start_process, [split, split], 2, tmp_path / "said")
+    processes = Processes(start_process, [split, split], 2, tmp_path / "said", run=run_unlike)
     for config in whole:
         train(config)
     assert processes.end() == [0, 0], processes.said(0) + processes.said(1)
@@ -172,10 +188,36 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_on_another_number(
     same(broken, whole)
 
 
+def test_a_process_that_hangs_is_named_and_the_run_resumes(
+    store: ActivationStore, tmp_path: Path, start_process: Callable[..., Any]
+) -> None:
+    """Stopped by a signal: it is there, and says nothing. Two runs at once, since each has to wait."""
+    whole = config_of(store, tmp_path / "whole", LONG)
+    compute = GRID.model_copy(update={"patience_s": PATIENCE_S})
+    runs = [whole.model_copy(update={"out": tmp_path / f"{i}_hangs", "compute": compute}) for i in range(2)]
+    both = [Processes(start_process, [[run], [run]], 2, tmp_path / f"said_{i}") for i, run in enumerate(runs)]
+    for hangs, processes in enumerate(both):
+        wait_for(runs[hangs].out, 15, processes)
+        os.kill(processes.all[hangs].pid, signal.SIGSTOP)
+    train(whole)
+    for hangs, processes in enumerate(both):
+        processes.all[1 - hangs].join(120)
+        assert processes.all[1 - hangs].exitcode == 1
+        said = processes.said(1 - hangs)
+        assert f"process {1 - hangs} of 2: expected all processes to go on, got process {hangs} hangs: no word" in said
+        assert "the run resumes from its last checkpoint" in said
+        assert processes.all[hangs].is_alive()
+        os.kill(processes.all[hangs].pid, signal.SIGCONT)
+    for hangs, processes in enumerate(both):
+        assert processes.end()[hangs] != 0, "it finds the others gone"
+        assert train(runs[hangs]).resumed_from in (10, 20, 30)
+        same(runs[hangs], whole)
+
+
 def test_a_run_moves_from_one_process_to_two_that_a_signal_to_one_stops(
     store: ActivationStore, tmp_path: Path, start_process: Callable[..., Any]
 ) -> None:
-    whole = config_of(store, tmp_path / "whole", LONG)
+    whole = config_of(store, tmp_path / "whole", LONG, eval_every=1)  # JAX may take a second to hear of the signal
     moved = whole.model_copy(update={"out": tmp_path / "moved"})
     alone = start_process(run, [moved], {}, tmp_path / "said_alone")
     while logged(moved.out) < 5:
@@ -213,7 +255,7 @@ def test_processes_that_were_told_different_things_say_so(
 def test_slurm_starts_processes_that_have_copies_of_the_store(
     store: ActivationStore, make_store: MakeStore, tmp_path: Path, start_process: Callable[..., Any]
 ) -> None:
-    """And a process that fails alone says why; the others repeat it."""
+    """And a process that fails alone says why; the others repeat it. One whose disk never answers is named."""
     copy = make_store("copy", hook_points=(HOOK, *OTHERS))
     mine = config_of(store, tmp_path / "out", compute=ComputeConfig(data_parallel=2))
     theirs = mine.model_copy(update={"store": copy.path})
@@ -225,6 +267,29 @@ def test_slurm_starts_processes_that_have_copies_of_the_store(
     assert processes.end() == [1, 1]
     assert "got the end of one:" in processes.said(0)
     assert "nowhere" in processes.said(0)
+    compute = mine.compute.model_copy(update={"patience_s": PATIENCE_S})
+    again = {"out": tmp_path / "again", "compute": compute}
+    shard = Path(copy.path) / HOOK / "c.5.0.0"  # of the part that process 1 reads
+    shard.unlink()
+    os.mkfifo(shard)
+    processes = Processes(start_process, [[c.model_copy(update=again)] for c in (mine, theirs)], 1, tmp_path / "dead")
+    assert processes.end() == [1, 1]
+    for i in range(2):
+        assert f"process {i} of 2: expected all processes to go on, got process 1 hangs: no" in processes.said(i)
+        assert "at batch 1." in processes.said(i)
+
+
+def test_a_long_evaluation_gives_signs_of_work(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points: list[str] = []
+    monkeypatch.setattr(sae.train.hosts, "at", points.append)
+    monkeypatch.setattr(sae.train.hosts, "busy", lambda: points.append("busy"))
+    monkeypatch.setattr(sae.train, "EVAL_CELLS", 48 * 20)
+    train(config_of(store, tmp_path, 2, eval_tokens=100))
+    assert points[: points.index("step 1")] == ["reading the store", "its first weights", "batch 1"]
+    last = ["step 2", "the numbers of step 2", *["busy"] * 5, "the checkpoint of step 2"]
+    assert points[points.index("step 2") :] == [*last, f"saving {tmp_path / 'sae'}", *["busy"] * 5]
 
 
 @pytest.mark.parametrize(
@@ -255,26 +320,3 @@ def test_a_ring_has_one_trainer(store: ActivationStore, tmp_path: Path, monkeypa
     monkeypatch.setattr("sae.hosts.several", lambda: True)
     with pytest.raises(ConfigError, match="expected a whole store, got a ring, with several processes"):
         _check_alone(config)
-
-
-class Elsewhere(jax.sharding.Sharding):
-    """A sharding over more devices than are here, of which this process has some."""
-
-    def __init__(self, parts: list[slice]):
-        self._parts = parts
-
-    @property
-    def is_fully_addressable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return False
-
-    def addressable_devices_indices_map(self, global_shape: tuple[int, ...]) -> Any:
-        return {i: (part,) for i, part in enumerate(self._parts)}
-
-
-def test_a_process_gathers_only_the_tokens_of_its_devices() -> None:
-    share = Share.of(Elsewhere([slice(4, 8), slice(12, 16), slice(4, 8)]), 16)
-    np.testing.assert_array_equal(share.tokens, [4, 5, 6, 7, 12, 13, 14, 15])
-    grid = make_grid(2, 2)
-    assert grid is not None
-    here = Share.of(jax.sharding.NamedSharding(grid, BY_TOKEN), 16)
-    assert here.tokens == slice(None), "alone, all of them"

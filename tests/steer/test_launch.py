@@ -1,36 +1,42 @@
-"""The launcher: what it says without Ray, and real processes through a real Ray of this machine."""
+"""`saekit train --ray`: what it says without Ray, and real processes through a real Ray of two nodes."""
 
+import json
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from activations.errors import ConfigError
+from activations.errors import ConfigError, WorkerError
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
-from steer.launch import _check_room, launch
+from steer import launch as launch_module
+from steer.cli import app
+from steer.launch import launch, share
 from tests.sae.conftest import make_store
 
 __all__ = ["make_store"]
+NODE = {"CPU": 64.0, "GPU": 8.0}
 
 
-def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match="pip install ray, on every node"):
-        launch([], 2, 0, None)
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0")
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False})
+        made.add_node(num_cpus=1, num_gpus=0)
+        yield f"127.0.0.1:{str(made.address).rpartition(':')[2]}"
+        made.shutdown()
 
 
-def test_a_cluster_that_is_too_small() -> None:
-    _check_room({"CPU": 4.0, "GPU": 16.0}, {"CPU": 2.0, "GPU": 8.0}, 2)
-    with pytest.raises(ConfigError, match="expected 24 GPUs for 3 processes, got 16"):
-        _check_room({"CPU": 8.0, "GPU": 16.0}, {"CPU": 2.0, "GPU": 8.0}, 3)
-
-
-def test_processes_that_ray_starts_train_together(
-    make_store: Callable[..., ActivationStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+@pytest.fixture
+def words(make_store: Callable[..., ActivationStore], tmp_path: Path) -> list[str]:
     settings = {
         "store": make_store().path,
         "out": tmp_path / "run",
@@ -42,6 +48,74 @@ def test_processes_that_ray_starts_train_together(
         "sae.k": 4,
         "compute.data_parallel": 4,
     }
-    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    assert launch(words, 2, 0, "local", n_cpus=0.5) == [0, 0]
-    assert SaeArtefact.load(tmp_path / "run" / "sae").d_sae == 48
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"Run pip install 'saekit\[ray\]'"):
+        launch([], "local")
+
+
+def test_a_process_a_node_with_all_its_gpus_unless_told_otherwise() -> None:
+    assert share([NODE, NODE, {"CPU": 4.0}], None, None, 1.0) == (2, 8)
+    assert share([{"CPU": 4.0}, {"CPU": 4.0}], None, None, 1.0) == (2, 0)
+    assert share([NODE, NODE], 16, None, 1.0) == (16, 1)
+    assert share([NODE], None, 0, 1.0) == (1, 0)
+    with pytest.raises(ConfigError, match="expected room for 3 processes of 8 GPUs, got room for 2"):
+        share([NODE, NODE], 3, 8, 1.0)
+    with pytest.raises(ConfigError, match="expected room for 3 processes of 2 CPUs, got room for 2"):
+        share([{"CPU": 3.0}, {"CPU": 2.0}], 3, 0, 2.0)
+
+
+def test_numbers_of_processes_need_ray() -> None:
+    result = CliRunner().invoke(app, ["train", "--ray-gpus", "0"])
+    assert result.exit_code == 2
+    assert "need --ray or" in result.output
+
+
+def test_processes_that_ray_starts_train_together(cluster: str, words: list[str], tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["train", *words, "--ray-address", cluster, "--json"])
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout[result.stdout.index("{") :])
+    assert shown["steps"] == 10
+    saved = SaeArtefact.load(tmp_path / "run" / "sae")
+    assert saved.d_sae == 48
+    assert shown["saes"]["resid_post.1"]["fvu"] == saved.metadata["metrics"]["fvu"]
+
+
+def test_a_process_that_hangs_is_ended(
+    cluster: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_module, "END_S", 1.0)
+    long = ["--set", "train_tokens=64000000", "--set", "compute.patience_s=25"]
+    stopper = threading.Thread(target=stop_at_first_row, args=(tmp_path / "run",))
+    stopper.start()
+    with pytest.raises(WorkerError, match=f"got exit codes 1, {-signal.SIGKILL}"):
+        launch([*words, *long], cluster)
+    stopper.join()
+
+
+def stop_at_first_row(out: Path) -> None:
+    """Stop process 1 of a run, once there is a row of its log."""
+    log = out / "train.jsonl"
+    while not (log.exists() and log.stat().st_size):
+        threading.Event().wait(0.05)
+    os.kill(process_of(out), signal.SIGSTOP)
+
+
+def process_of(out: Path) -> int:
+    def has(folder: Path, file: str, part: str) -> bool:
+        try:
+            return part.encode() in (folder / file).read_bytes().split(b"\0")
+        except OSError:
+            return False
+
+    (found,) = (
+        int(folder.name)
+        for folder in Path("/proc").iterdir()
+        if folder.name.isdecimal()
+        and has(folder, "cmdline", f"out={out}")
+        and has(folder, "environ", "JAX_PROCESS_ID=1")
+    )
+    return found
