@@ -59,7 +59,7 @@ class Ticket:
     on_cancel: Callable[[], Any] = lambda: None
     """told when no more tokens are needed"""
     on_account: Callable[[], Awaitable[Account]] | None = None
-    """says what became of the steering; none: `steered` does"""
+    """says what became of the steering, where the engine has to ask for it; none: `fired` and `scales` do"""
     stop: threading.Event = field(default_factory=threading.Event)
     n_written: int = 0
     _steps: asyncio.Queue[Step | SaekitError | None] = field(default_factory=asyncio.Queue)
@@ -103,13 +103,17 @@ class Ticket:
 
     async def account(self) -> Account:
         """What became of the steering so far. Raises: EngineError."""
-        if self.on_account is not None:
-            return await self.on_account()
-        if self.steered is None:
-            return Account({}, {})
-        fired, scales = self.steered.fired(), self.steered.scales()
-        scaled = {str(point): share for point, share in scales[0].items()} if scales else {}
-        return Account(fired[0] if fired else {}, scaled)
+        return Account(self.fired(), self.scales()) if self.on_account is None else await self.on_account()
+
+    def fired(self) -> dict[str, list[int]]:
+        """By gate: on which tokens it was open, by their index in prompt and answer."""
+        found = self.steered.fired() if self.steered is not None else []
+        return found[0] if found else {}
+
+    def scales(self) -> dict[str, float]:
+        """By hook point: what is left of what was asked for, where the budget is less."""
+        found = self.steered.scales() if self.steered is not None else []
+        return {str(point): share for point, share in found[0].items()} if found else {}
 
 
 _News = tuple[Ticket, Sequence[Step | SaekitError | None]]

@@ -151,7 +151,7 @@ def test_where_gates_were_open_and_what_a_budget_left_is_told(make: Make, served
         for job in jobs:
             ticket = engine.submit(job)
             n = len([step async for step in ticket])
-            found.append((n, *await ticket.account()))
+            found.append((n, ticket.fired(), ticket.scales()))
         await asyncio.to_thread(engine.close)
         return found
 
