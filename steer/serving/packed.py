@@ -105,7 +105,7 @@ class PackedSteering:
         for ticket in self._ended:
             found = self._fired(ticket)
             ticket.fired_on = partial(dict, found)
-            self._rows.release([ticket.job.id], finished=False)
+            self._rows.release([ticket.job.id], finished=True)
             self._alone.pop(ticket.job.id, None)
         self._ended.clear()
 
