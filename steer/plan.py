@@ -30,6 +30,8 @@ from steer.tables import Lane, LaneKey, Row, Where
 
 MAX_DOSE = 2.0
 """length that an intervention may ask for, in mean ‖h‖ at its hook point; text falls apart well below it"""
+ROUNDING = 1e-6
+"""share by which directions in float32 may miss their length: as much beyond a budget is within it"""
 RESERVE = "Name it in `reserve` when steering starts."
 
 Interventions = Sequence[Intervention]
@@ -319,7 +321,7 @@ def _scales(groups: Sequence[_Group], budget: float | None) -> dict[HookPoint, f
                 got=f"{asked / _mean_norm(at):.3g}",
                 fix="Lower the targets, which cannot be scaled, or raise the budget.",
             )
-        if added > room:
+        if added > room * (1 + ROUNDING):
             found[point] = room / added
     return found
 

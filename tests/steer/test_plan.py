@@ -57,6 +57,14 @@ def test_within_the_budget_every_bit_is_as_without(tiny: LoadedModel) -> None:
     assert not torch.equal(change(tiny, *some, budget=0.499), change(tiny, *some))
 
 
+def test_a_dose_that_is_the_budget_is_left_alone(tiny: LoadedModel) -> None:
+    drawn = torch.nn.functional.normalize(torch.randn(8, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    for u in drawn:
+        whole = Intervention(Add(u, 0.3 * NORM), POINT, mean_norm=NORM)
+        with steering(tiny, [whole], budget=0.3) as steered:
+            assert steered.scales() == [{}], "which lengths of float32 miss by 1e-8"
+
+
 def test_each_row_has_its_own_budget_and_does_not_see_the_others(tiny: LoadedModel) -> None:
     rows = [[add(1, 0.1)], [add(1, 1.9)], [add(1, 1.9)], []]
     x = torch.tensor([tiny.tokenizer(TEXT)["input_ids"]]).expand(4, -1)
