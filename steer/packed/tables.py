@@ -13,7 +13,7 @@ many operations whatever the number of requests.
 
 Where a pass may be captured as a graph, everything is executed, in buffers that were made before any is captured and
 are rewritten in place; shapes depend on the number of tokens alone. Otherwise what is not in use is passed over, and
-tables grow when there is no room.
+tables grow when there is no room. On a GPU one kernel does what is done at a hook point (`steer.packed.kernel`).
 
 Left out: which request has which slots (`steer.packed.rows`).
 """
@@ -35,13 +35,14 @@ OWNER = 2**32
 """positions of a request are below it"""
 LOG_TOKENS = 4096
 """tokens of a request of which the log tells whether gates were open"""
+HAS_TRITON = find_spec("triton") is not None
 NOBODY = 0
 """row of gates that is of no request"""
 
 
 def has_kernel(value: Tensor) -> bool:
     """Whether a tensor is where `steer.packed.kernel` runs."""
-    return value.is_cuda and find_spec("triton") is not None
+    return value.is_cuda and HAS_TRITON
 
 
 class Sizes(NamedTuple):
