@@ -56,10 +56,12 @@ class Stalls:
     def wait(self, seconds: float) -> str:
         """Let time go by; returns which process hangs, or nothing.
 
-        >>> stalls = Stalls([0, 1], patience_s=5)
-        >>> stalls.heard(0, Report(12, 0, "step 13"))
-        >>> stalls.heard(1, Report(10, 0, "batch 12"))
-        >>> [stalls.wait(0.5) for _ in range(10)][-1]
+        >>> stalls = Stalls([0, 1], patience_s=5.0)
+        >>> for _ in range(10):
+        ...     stalls.heard(0, Report(12, 0, "step 13"))
+        ...     stalls.heard(1, Report(10, 0, "batch 12"))
+        ...     found = stalls.wait(0.5)
+        >>> found
         'process 1 hangs: no progress for 5 s at batch 12'
         """
         seconds = min(seconds, self.beat_s)
