@@ -95,6 +95,8 @@ def answers(job: dict[str, Any], runner: str, folder: Path) -> list[list[dict[st
     if done.returncode:
         raise SystemExit(done.stderr[-4000:])
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if {line["second_runner"] for line in lines if "second_runner" in line} != {runner == "second"}:
+        raise SystemExit(f"vLLM did not run its {runner} model runner")
     return [line["answers"] for line in lines if "answers" in line]
 
 

@@ -4,7 +4,8 @@
 
 A job has a `model`, the `libraries` to steer with, or null for vLLM without the plugin, and `engines`, which are
 started one after the other: each has `options` of vLLM, and `batches` of requests {"ids", "steer", "tokens"}. One JSON
-line a batch: `answers`, or why the batch was `refused`; behind those of an engine how often it `preempted` a request.
+line a batch: `answers`, or why the batch was `refused`; behind those of an engine how often it `preempted` a request,
+and whether it ran vLLM's `second_runner`.
 With `processes`, the engine and its workers have processes of their own, as they do by default.
 """
 
@@ -32,7 +33,7 @@ def main(job: dict[str, Any]) -> None:
         for batch in engine["batches"]:
             say(run(llm, batch, has_plugin=job["libraries"] is not None))
         counts = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
-        say({"preempted": sum(counts)})
+        say({"preempted": sum(counts), "second_runner": llm.llm_engine.vllm_config.use_v2_model_runner})
         del llm
 
 
