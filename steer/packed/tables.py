@@ -207,57 +207,62 @@ class Site(nn.Module):
         """Steer the residual stream, which is `hidden`, or the sum of both; what changes is written into `hidden`."""
         if self._rests(len(hidden)):
             return
-        if self._has_kernel(hidden[None]):
-            self._launch(hidden, residual)
+        lanes, n_rows = self._lanes_and_rows(len(hidden))
+        if self._has_kernel(hidden, lanes, n_rows):
+            self._launch(hidden, residual, lanes, n_rows)
             return
         value = hidden[None] if residual is None else hidden[None].float() + residual[None].float()
-        moved = self.steered(value)
+        moved = self._by_operations(value, lanes, n_rows)
         # Not `moved - residual`: what nothing acts on keeps its bits, and so do the parts of what does.
         hidden.copy_(torch.where(moved != value, hidden[None] + (moved - value), hidden[None])[0])
 
     def steered(self, value: Float[Tensor, "1 pos d_model"]) -> Float[Tensor, "1 pos d_model"]:
         """The value at the hook point, steered; the same tensor where nothing acts."""
-        batch, n = self._batch[0], value.shape[1]
-        if self._rests(n):
+        if self._rests(value.shape[1]):
             return value
-        if self._has_kernel(value):
-            moved = value.clone()
-            self._launch(moved[0], None)
-            return moved
-        x, index = value.float(), batch.index[:, :n]
-        acting, n_rows = self._lanes_and_rows(n)
-        if n_rows:
-            self._move_gates(x, n, n_rows)
-        for lane in acting if n <= batch.sizes.n_captured else self.reading.values():
-            if lane.key.reads is not None:
-                batch.readings[lane.key] = lane.read(x)
-        if not acting:
-            return value
-        readings = [batch.readings.pop(lane.key, None) for lane in acting]
-        flags = batch.flags[:, :n, : self._width(n)]
-        return applied(value, acting, readings, index, flags)
+        lanes, n_rows = self._lanes_and_rows(value.shape[1])
+        if not self._has_kernel(value[0], lanes, n_rows):
+            return self._by_operations(value, lanes, n_rows)
+        moved = value.clone()
+        self._launch(moved[0], None, lanes, n_rows)
+        return moved
 
-    def _has_kernel(self, value: Float[Tensor, "1 pos d_model"]) -> bool:
+    def _has_kernel(self, hidden: Float[Tensor, "pos d_model"], lanes: Sequence[Lane], n_rows: int) -> bool:
         """Whether one kernel does all that is done here in this pass."""
-        if not (has_kernel(value) and value.is_contiguous()):
+        if not (has_kernel(hidden) and hidden.is_contiguous()):
             return False
         from steer.packed.kernel import can_run
 
-        n = value.shape[1]
-        lanes, n_rows = self._lanes_and_rows(n)
+        n = len(hidden)
         others = [] if n <= self._batch[0].sizes.n_captured else [*self.reading.values()]
         return can_run([*lanes, *others], min(n, self._batch[0].longest) if n_rows else 0)
 
-    def _launch(self, hidden: Float[Tensor, "pos d_model"], residual: Float[Tensor, "pos d_model"] | None) -> None:
+    def _launch(
+        self,
+        hidden: Float[Tensor, "pos d_model"],
+        residual: Float[Tensor, "pos d_model"] | None,
+        lanes: Sequence[Lane],
+        n_rows: int,
+    ) -> None:
         from steer.packed.kernel import run
 
-        run(
-            hidden,
-            residual,
-            *self._lanes_and_rows(len(hidden)),
-            self._batch[0],
-            dict(self.named_buffers(recurse=False)),
-        )
+        run(hidden, residual, lanes, n_rows, self._batch[0], dict(self.named_buffers(recurse=False)))
+
+    def _by_operations(
+        self, value: Float[Tensor, "1 pos d_model"], lanes: Sequence[Lane], n_rows: int
+    ) -> Float[Tensor, "1 pos d_model"]:
+        batch, n = self._batch[0], value.shape[1]
+        x, index = value.float(), batch.index[:, :n]
+        if n_rows:
+            self._move_gates(x, n, n_rows)
+        for lane in lanes if n <= batch.sizes.n_captured else self.reading.values():
+            if lane.key.reads is not None:
+                batch.readings[lane.key] = lane.read(x)
+        if not lanes:
+            return value
+        readings = [batch.readings.pop(lane.key, None) for lane in lanes]
+        flags = batch.flags[:, :n, : self._width(n)]
+        return applied(value, lanes, readings, index, flags)
 
     def _lanes_and_rows(self, n: int) -> tuple[list[Lane], int]:
         """The lanes that act in a pass over so many tokens, and rows of gates of which some may be read."""

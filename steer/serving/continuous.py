@@ -19,7 +19,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 
 from activations.errors import EngineError, ModelError
 from activations.models import LoadedModel
-from steer.serving.engine import Job, Ticket, check_length, context_of, ends_of, hand_over, planned_of, ticket_of
+from steer.serving.engine import Job, Ticket, context_of, ends_of, hand_over, planned_of, ticket_of
 from steer.serving.packed import PackedSteering, Span
 from steer.serving.prefixes import share_where_plain
 from steer.serving.sampling import pick
@@ -80,8 +80,7 @@ class Continuous:
         return min(context_of(self.loaded), self._cache_tokens)
 
     def check(self, job: Job) -> None:
-        check_length(job, self.most_tokens)
-        planned_of(self.loaded, job)
+        planned_of(self.loaded, job, self.most_tokens)
 
     def submit(self, job: Job) -> Ticket:
         ticket = ticket_of(self.loaded, job, self.most_tokens)

@@ -204,14 +204,14 @@ def check_length(job: Job, most_tokens: int) -> None:
 
 def ticket_of(loaded: LoadedModel, job: Job, most_tokens: int) -> Ticket:
     """A ticket for a job that can be done. Raises: as `Engine.check` does."""
-    check_length(job, most_tokens)
-    planned = planned_of(loaded, job)
+    planned = planned_of(loaded, job, most_tokens)
     scaled = {} if planned is None else planned.prepared.scaled
     return Ticket(job, asyncio.get_running_loop(), ends_of(loaded), planned, scaled)
 
 
-def planned_of(loaded: LoadedModel, job: Job) -> Planned | None:
-    """What steers one answer; none: nothing. Raises: as `steer.runtime.steering` does."""
+def planned_of(loaded: LoadedModel, job: Job, most_tokens: int) -> Planned | None:
+    """What steers one answer that can be written; none: nothing. Raises: as `Engine.check` does."""
+    check_length(job, most_tokens)
     if not job.interventions:
         return None
     return Planned(*prepared(loaded, job.interventions, len(job.ids), job.budget))

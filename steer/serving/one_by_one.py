@@ -16,7 +16,7 @@ from activations.errors import EngineError, SaekitError
 from activations.generate import chosen
 from activations.models import LoadedModel
 from steer.runtime import running
-from steer.serving.engine import Job, Ticket, check_length, context_of, hand_over, planned_of, ticket_of
+from steer.serving.engine import Job, Ticket, context_of, hand_over, planned_of, ticket_of
 from steer.serving.sampling import Step, pick
 
 
@@ -41,8 +41,7 @@ class OneByOne:
         return context_of(self.loaded)
 
     def check(self, job: Job) -> None:
-        check_length(job, self.most_tokens)
-        planned_of(self.loaded, job)
+        planned_of(self.loaded, job, self.most_tokens)
 
     def submit(self, job: Job) -> Ticket:
         ticket = ticket_of(self.loaded, job, self.most_tokens)
