@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import count
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener, wait
 from typing import Any, NamedTuple
@@ -297,14 +298,7 @@ def _watch() -> _Watch:
     return _Watch()
 
 
-def _count() -> Iterator[int]:
-    n = 0
-    while True:
-        yield n
-        n += 1
-
-
-_numbers = _count()
+_numbers = count()
 """of what all processes do in the same order, so that names in JAX's key-value store are used once"""
 
 
