@@ -26,6 +26,7 @@ Left out: applying slots (`steer.runtime`); crosscoders, which read and write se
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -313,7 +314,12 @@ class Intervention:
         """The hook point that it reads, if it reads: an earlier one for a transcoder's latents."""
         if self.operation.sae is not None:
             return places_of(self.operation.sae).reads
-        return self.acts_at if any(slot.reads is not None for slot in self.operation.slots()) else None
+        return self.acts_at if any(slot.reads is not None for slot in self.slots) else None
+
+    @cached_property
+    def slots(self) -> list[Slot]:
+        """Those of its operation, made once. Raises: as `Operation.slots` does."""
+        return self.operation.slots()
 
 
 def schedule(intervention: Intervention, weights: Mapping[int, float]) -> list[Intervention]:

@@ -146,7 +146,7 @@ class Plan:
         """Slots that each lane needs, also for what has coefficient 0 for the time being."""
         needed: Counter[LaneKey] = Counter()
         for (lane, *_), group in self._groups(interventions, n_prompt).items():
-            slots = [slot for each in group for slot in each.operation.slots()]
+            slots = [slot for each in group for slot in each.slots]
             needed[lane] += len(slots) if lane.reads is not None else 1
         return needed
 
@@ -201,15 +201,15 @@ class Plan:
         return LaneKey(each.acts_at, each.reads_at, topk, operation.keeps_norm)
 
     def _slots(self, each: Intervention) -> list[Slot]:
-        slots = each.operation.slots()
         where = f"{each} at {each.acts_at}"
-        for slot in slots:
-            for tensor in (slot.writes, slot.writes if slot.reads is None else slot.reads):
-                self._check_vector(where, tensor)
+        for slot in each.slots:
+            for tensor in (slot.writes, slot.reads):
+                if tensor is not None:
+                    self._check_vector(where, tensor)
             numbers = (slot.constant, slot.strength, slot.bias, slot.gain)
             if not all(map(math.isfinite, numbers)) or any(map(math.isnan, (slot.low, slot.high, slot.threshold))):
                 raise _not_finite(where)
-        return slots
+        return each.slots
 
     # --- checks ------------------------------------------------------------------------------------------------------
 

@@ -15,9 +15,10 @@ Left out: which module calls this when (`steer.runtime`).
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -104,33 +105,35 @@ class Lane(nn.Module):
 
     def fill(self, rows: Sequence[Sequence[Row]]) -> None:
         """Rewrite the table: the slots of each row of it, no more than there is room for."""
-        new = {name: torch.zeros_like(buffer, device="cpu") for name, buffer in self.named_buffers(recurse=False)}
-        for r, row in enumerate(rows):
-            for k, (slot, where) in enumerate(row):
-                _write(new, (r, k), slot, where)
-                for name, value in _numbers(slot, where).items():
-                    new[name][r, k] = value
+        at = [(r, k) for r, row in enumerate(rows) for k in range(len(row))]
+        self.is_empty = not at
         with torch.inference_mode(False), torch.no_grad():
+            values = {} if self.is_empty else self._values([each for row in rows for each in row])
             for name, buffer in self.named_buffers(recurse=False):
-                buffer.copy_(new[name])
-        self.is_empty = not any(rows)
+                new = torch.zeros_like(buffer, device="cpu")
+                if name in values:
+                    new[tuple(torch.tensor(at).T)] = values[name]
+                buffer.copy_(new)
 
     def put(self, places: Sequence[int], rows: Sequence[Row]) -> None:
         """Rewrite some slots of the only row of the table, and no others; at least one."""
-        numbers = [_numbers(slot, where) for slot, where in rows]
-        new = {
-            name: torch.tensor([[each[name] for each in numbers]], dtype=self.get_buffer(name).dtype)
-            for name in numbers[0]
-        }
-        for name, buffer in self.named_buffers(recurse=False):
-            if buffer.ndim > 1 and name not in new:
-                new[name] = torch.zeros((1, len(places), *buffer.shape[2:]), dtype=buffer.dtype)
-        for k, (slot, where) in enumerate(rows):
-            _write(new, (0, k), slot, where)
+        device = self.low.device
         with torch.inference_mode(False), torch.no_grad():
-            at = torch.tensor(places, device=self.low.device)
-            for name, tensor in new.items():
-                self.get_buffer(name).index_copy_(1, at, tensor.to(self.low.device))
+            at = sent(torch.tensor(places), device)
+            for name, values in self._values(rows).items():
+                self.get_buffer(name).index_copy_(1, at, sent(values, device)[None])
+
+    def _values(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """What slots, at least one, are in the buffers, by name; one behind the other."""
+        found = {
+            name: torch.tensor([of(*row) for row in rows], dtype=self.get_buffer(name).dtype)
+            for name, of in _NUMBERS.items()
+        }
+        found["writes"] = torch.stack([slot.writes for slot, _ in rows])
+        if self.key.reads is not None:
+            nothing = torch.zeros_like(found["writes"][0])
+            found["reads"] = torch.stack([nothing if slot.reads is None else slot.reads for slot, _ in rows])
+        return found | _conditions([where for _, where in rows], *self.need.shape[2:])
 
     def first(self, n_slots: int, n_clauses: int | None = None) -> "Lane":
         """Its first slots alone, and the first clauses of each, in the very same memory."""
@@ -198,34 +201,37 @@ def _encoder(sae: SaeArtefact) -> nn.Linear:
     return linear
 
 
-def _numbers(slot: Slot, where: Where) -> dict[str, float]:
-    """What is one number of a slot, by the name of its buffer."""
-    return {
-        "constant": slot.constant,
-        "bias": slot.bias,
-        "threshold": slot.threshold,
-        "gain": slot.gain,
-        "floor": slot.low,
-        "ceiling": slot.high,
-        "strength": slot.strength,
-        "latent": slot.latent,
-        "low": where.low,
-        "high": where.high,
-    }
+_NUMBERS: dict[str, Callable[[Slot, Where], float]] = {
+    "constant": lambda slot, where: slot.constant,
+    "bias": lambda slot, where: slot.bias,
+    "threshold": lambda slot, where: slot.threshold,
+    "gain": lambda slot, where: slot.gain,
+    "floor": lambda slot, where: slot.low,
+    "ceiling": lambda slot, where: slot.high,
+    "strength": lambda slot, where: slot.strength,
+    "latent": lambda slot, where: slot.latent,
+    "low": lambda slot, where: where.low,
+    "high": lambda slot, where: where.high,
+}
+"""what is one number of a slot, by the name of its buffer"""
 
 
-def _write(new: Mapping[str, Tensor], at: tuple[int, int], slot: Slot, where: Where) -> None:
-    """What is more of it."""
-    new["writes"][at] = slot.writes
-    if slot.reads is not None:
-        new["reads"][at] = slot.reads
-    if new["need"].shape[-1] == 0:
-        return
-    new["need"][at], new["veto"][at] = True, True  # which contradicts itself: a clause that never holds
-    for c, clause in enumerate(where.clauses):
-        new["need"][at][c], new["veto"][at][c] = False, False
-        for flag, wanted in clause:
-            new["need" if wanted else "veto"][at][c][flag] = True
+def _conditions(several: Sequence[Where], n_clauses: int, n_flags: int) -> dict[str, Tensor]:
+    """What is needed and vetoed; a clause that is not used asks for a contradiction, and so never holds."""
+    need = np.ones((len(several), n_clauses, n_flags), dtype=bool)
+    veto = need.copy()
+    for i, where in enumerate(several):
+        n = len(where.clauses)
+        need[i, :n], veto[i, :n] = False, False
+        for c, clause in enumerate(where.clauses):
+            for flag, wanted in clause:
+                (need if wanted else veto)[i, c, flag] = True
+    return {"need": torch.from_numpy(need), "veto": torch.from_numpy(veto)}
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on a device, which the host does not wait for: what was asked of the device before may still run."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def products(x: Float[Tensor, "batch pos d"], rows: Float[Tensor, "r k d"]) -> Float[Tensor, "batch pos k"]:

@@ -76,7 +76,7 @@ def run(
     with torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
         _steer[(len(hidden),)](
             hidden, hidden if residual is None else residual,
-            batch.index, batch.position, batch.row, _plain(batch.first), _plain(batch.last), _plain(batch.flags),
+            batch.index, batch.position, batch.row, batch.first, batch.last, _plain(batch.flags),
             batch.ages, _plain(batch.log), n_gated_rows,
             **{name.removeprefix("gate_"): _plain(tensor) for name, tensor in gates.items()}, **tables,
             has_residual=residual is not None, d_model=d_model, block=triton.next_power_of_2(d_model),
@@ -134,6 +134,28 @@ def _sum(
     return change, n_acting
 
 
+@_compiled()
+def _moved(
+    age, x, where, gate, is_here, weight, bias, floor, absolute, relative, on, off, min_tokens,
+    d_model: tl.constexpr, block: tl.constexpr, max_age: tl.constexpr,
+) -> Any:  # fmt: skip
+    """For how many tokens each gate has been open, behind a token at position `where`; 0: it is shut."""
+    at = tl.arange(0, block)
+    inside = at < d_model
+    rows = weight + gate[:, None] * d_model + at[None, :]
+    w = tl.load(rows, mask=is_here[:, None] & inside[None, :], other=0.0)
+    value = tl.sum(w * x[None, :], 1) + tl.load(bias + gate, mask=is_here, other=0.0)
+    value = tl.where(value > tl.load(floor + gate, mask=is_here, other=0.0), value, 0.0)
+    value = tl.where(tl.load(absolute + gate, mask=is_here, other=0) != 0, tl.abs(value), value)
+    length = tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1e-12)
+    value = tl.where(tl.load(relative + gate, mask=is_here, other=0) != 0, value / length, value)
+    opens = value > tl.load(on + gate, mask=is_here, other=0.0)
+    shuts = value <= tl.load(off + gate, mask=is_here, other=0.0)
+    shuts = shuts & (age >= tl.load(min_tokens + gate, mask=is_here, other=0))
+    later = tl.where(shuts, 0, tl.minimum(age + 1, max_age))
+    return tl.where(where == 0, 0, tl.where(age == 0, opens.to(tl.int64), later))
+
+
 @_compiled("n_gated_rows", "adds_n", "keeps_n", "reads_n")
 def _steer(
     hidden, residual, index, position, row, first, last, flags, ages, log, n_gated_rows,
@@ -167,21 +189,11 @@ def _steer(
             x += tl.load(residual + token * d_model + at, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(flags + token * n_flags + columns) != 0
         if is_gated:
-            gate = gate_row * n_flags + columns
-            rows = weight + gate[:, None] * d_model + at[None, :]
-            w = tl.load(rows, mask=is_here[:, None] & inside[None, :], other=0.0)
-            value = tl.sum(w * x[None, :], 1) + tl.load(bias + gate, mask=is_here, other=0.0)
-            value = tl.where(value > tl.load(floor + gate, mask=is_here, other=0.0), value, 0.0)
-            value = tl.where(tl.load(absolute + gate, mask=is_here, other=0) != 0, tl.abs(value), value)
-            length = tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1e-12)
-            value = tl.where(tl.load(relative + gate, mask=is_here, other=0) != 0, value / length, value)
-            opens = value > tl.load(on + gate, mask=is_here, other=0.0)
-            shuts = value <= tl.load(off + gate, mask=is_here, other=0.0)
-            shuts = shuts & (age >= tl.load(min_tokens + gate, mask=is_here, other=0))
-            later = tl.where(shuts, 0, tl.minimum(age + 1, max_age))
-            age = tl.where(age == 0, opens.to(tl.int64), later)
             where = tl.load(position + token)
-            age = tl.where(where == 0, 0, age)
+            age = _moved(
+                age, x, where, gate_row * n_flags + columns, is_here,
+                weight, bias, floor, absolute, relative, on, off, min_tokens, d_model, block, max_age,
+            )  # fmt: skip
             up = tl.where(is_here, age > 0, up)
             tl.store(flags + token * n_flags + columns, up.to(tl.uint8), mask=is_here)
             logged = log + (gate_row * (log_tokens + 1) + tl.minimum(where, log_tokens)) * n_flags + columns

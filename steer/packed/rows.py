@@ -13,10 +13,11 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from activations.hook_points import HookPoint
@@ -25,12 +26,14 @@ from steer.packed.latches import Latched, Part
 from steer.packed.prepared import MAX_FLAGS, Prepared
 from steer.packed.tables import LOG_TOKENS, NOBODY, OWNER, Batch, Site, Sizes
 from steer.scopes import Latch
-from steer.tables import LaneKey, Row
+from steer.tables import LaneKey, Row, sent
 
 KEPT = 1024
 """finished requests of which it is known where their gates fired"""
 Fired = dict[str, list[int]]
 """gate -> positions of the tokens on which it was open"""
+Log = tuple[list[str], Bool[Tensor, "token gate"]]
+"""names of the gates of a request, and whether each was open on each token"""
 
 
 class Room:
@@ -86,8 +89,8 @@ class Rows:
         self._gate_room, self._next, self._n_clauses = Room(), 1, 1
         self._gate_room.take(1)  # that of nobody
         self._latched = Latched()
-        self._finished: OrderedDict[str, Fired] = OrderedDict()
-        self._preempted: dict[str, Fired] = {}
+        self._finished: OrderedDict[str, list[Log]] = OrderedDict()
+        self._preempted: dict[str, list[Log]] = {}
 
     def to(self, device: torch.device) -> "Rows":
         """Move the tables to the model's device."""
@@ -122,42 +125,38 @@ class Rows:
 
     def release(self, requests: Iterable[str], *, finished: bool) -> None:
         """Take back what requests have."""
-        for request in requests:
-            held = self._rows.get(request)
-            if held is not None:
-                self._settle()
-            found = self._known(request)
-            if held is not None:
-                del self._rows[request]
-                self._forget(held)
-            if found is None:
-                continue
-            if finished:
-                self._preempted.pop(request, None)
-                self._finished[request] = found
-                while len(self._finished) > KEPT:
-                    self._finished.popitem(last=False)
-            else:
-                self._preempted[request] = found
+        names = [name for name in requests if name in self._rows or name in self._preempted]
+        gone = [self._rows[name] for name in names if name in self._rows]
+        if gone:
+            self._settle()
+        for name in names:
+            held = self._rows.get(name)
+            if held is not None and held.gates:
+                self._preempted.setdefault(name, []).append(self._log_of(held))
+            if finished and name in self._preempted:
+                self._finished[name] = self._preempted.pop(name)
+            self._rows.pop(name, None)
+        while len(self._finished) > KEPT:
+            self._finished.popitem(last=False)
+        self._forget(gone)
 
     def fired(self, request: str) -> Fired | None:
         """Where the gates of a request fired, while it runs and for a while after; none: not known, or no gates."""
         # vLLM puts a dash and eight digits behind the names that its users give to requests.
         names = (*self._rows, *self._preempted, *self._finished)
         for name in (request, *(name for name in names if name[:-9] == request)):
-            if name in self._rows or name in self._preempted:
-                return self._known(name)
-            if name in self._finished:
-                return self._finished[name]
+            held = self._rows.get(name)
+            logs = [*self._finished.get(name, self._preempted.get(name, []))]
+            if held is not None and held.gates:
+                logs.append(self._log_of(held))
+            if logs:
+                return _together(logs)
         return None
 
-    def _known(self, request: str) -> Fired | None:
-        """Of a request that has not finished; what was computed again after it was preempted counts once."""
-        held, before = self._rows.get(request), self._preempted.get(request)
-        now = self._fired(held) if held is not None and held.gates else None
-        if before is None or now is None:
-            return now if before is None else before
-        return {name: sorted({*before[name], *found}) for name, found in now.items()}
+    def _log_of(self, held: Held) -> Log:
+        """What it is now; it lies on the device, so that nobody has to wait for it."""
+        own = slice(len(held.latches), held.n_flags)
+        return [gate.name for gate in held.gates], self.batch.log[held.gate_row, :LOG_TOKENS, own].clone()
 
     def _settle(self) -> None:
         """Write what new requests need into the tables, all of it at once."""
@@ -219,25 +218,24 @@ class Rows:
             site.set_gates([place for _, place in own], gate_table([gate for gate, _ in own]))
             site.gated_rows = max(site.gated_rows, *(row + 1 for _, (row, _) in own))
 
-    def _forget(self, held: Held) -> None:
-        for key, places in held.slots.items():
-            self._room[key].give(places)  # where they acted on nobody else, and where the next one overwrites them
+    def _forget(self, gone: Sequence[Held]) -> None:
+        for held in gone:
+            for key, places in held.slots.items():
+                self._room[key].give(places)  # where they acted on nobody else, and where the next one overwrites them
+            self._latched.forget(held.number)
+        for key in dict.fromkeys(key for held in gone for key in held.slots):
             self._use(key)
-        self._latched.forget(held.number)
         self._measure()
-        if held.gate_row == NOBODY:
+        empty = [held.gate_row for held in gone if held.gate_row != NOBODY]
+        if not empty:
             return
-        self._gate_room.give([held.gate_row])
-        self.batch.log[held.gate_row] = False
+        self._gate_room.give(empty)
+        at = sent(torch.tensor(empty), self.batch.log.device)
+        self.batch.log.index_fill_(0, at, False)
         rows = [(each.gate_row, {gate.readout.hook_point for gate in each.gates}) for each in self._rows.values()]
-        for point in {gate.readout.hook_point for gate in held.gates}:
-            self.sites[point].here[held.gate_row] = False
+        for point in {gate.readout.hook_point for held in gone for gate in held.gates}:
+            self.sites[point].here.index_fill_(0, at, False)
             self.sites[point].gated_rows = max((row + 1 for row, points in rows if point in points), default=0)
-
-    def _fired(self, held: Held) -> Fired:
-        log = self.batch.log[held.gate_row, :LOG_TOKENS].cpu()
-        first = len(held.latches)
-        return {gate.name: log[:, first + i].nonzero()[:, 0].tolist() for i, gate in enumerate(held.gates)}
 
     # --- in front of a pass ------------------------------------------------------------------------------------------
 
@@ -261,26 +259,29 @@ class Rows:
         if not any(rows):
             self.batch.rest()
             return
-        lengths = np.asarray(counts, dtype=np.int64)
-        given, ends = np.zeros((4, int(lengths.sum())), dtype=np.int64), np.cumsum(lengths)
-        given[0] = np.repeat([0 if row is None else row.number for row in rows], lengths)
-        given[1] = np.repeat([NOBODY if row is None else row.gate_row for row in rows], lengths)
-        given[2, ends - lengths], given[3, ends - 1] = 1, 1
-        position = positions(given.shape[1]).long()
-        self.batch.fill(torch.from_numpy(given).to(position.device), position, int(lengths.max()))
+        numbers = [0 if row is None else row.number for row in rows]
+        gate_rows = [NOBODY if row is None else row.gate_row for row in rows]
+        self.batch.fill(numbers, gate_rows, counts, positions(int(sum(counts))))
         latched = [(i, row) for i, row in enumerate(rows) if row is not None and row.latches]
         if latched and text is not None:
+            ends = [*accumulate(counts)]
             parts = [Part(row.number, row.latches, *text(i)) for i, row in latched]
-            flags = torch.zeros(given.shape[1], MAX_FLAGS, dtype=torch.bool)
+            flags = torch.zeros(ends[-1], MAX_FLAGS, dtype=torch.bool)
             for (i, _), inside in zip(latched, self._latched.run(parts), strict=True):
-                flags[ends[i] - lengths[i] : ends[i], : inside.shape[1]] = inside
-            self.batch.flags[0, : len(flags)] = flags.to(position.device)
+                flags[ends[i] - counts[i] : ends[i], : inside.shape[1]] = inside
+            self.batch.flags[0, : len(flags)] = sent(flags, self.batch.flags.device)
 
 
 def _owned(row: Row, number: int) -> Row:
     """The same, on tokens of one request alone."""
     low, high = (number * OWNER + min(bound, OWNER - 1) for bound in (row.where.low, row.where.high))
     return row._replace(where=row.where._replace(low=low, high=high))
+
+
+def _together(logs: Sequence[Log]) -> Fired:
+    """What was computed again after a request was preempted counts once."""
+    names, was_open = logs[0][0], torch.stack([log for _, log in logs]).any(0).cpu()
+    return {name: was_open[:, i].nonzero()[:, 0].tolist() for i, name in enumerate(names)}
 
 
 def describe(rows: Rows) -> dict[str, Any]:

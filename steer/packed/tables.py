@@ -3,7 +3,7 @@
 Such a pass has the tokens of all requests in [1, pos, d_model], without padding between them. So a `Lane` has a single
 row here, with the slots of all requests, and a token belongs to one of them by its index:
 
-    index of a token  =  OWNER * number of its request + its position          -1 for what is not steered
+    index of a token  =  OWNER * number of its request + its position          below 0 for what is not steered
     low, high         =  the same of a slot, so that it acts on tokens of its own request alone
 
 Gates have MAX_FLAGS columns for each gated request, a row of them. What the latches and gates of a request say is in
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from activations.hook_points import HookPoint
 from steer.gates import GateTable, composed, moves, read
 from steer.packed.prepared import MAX_AGE, MAX_CLAUSES, MAX_FLAGS
-from steer.tables import Lane, LaneKey, applied
+from steer.tables import Lane, LaneKey, applied, sent
 
 OWNER = 2**32
 """positions of a request are below it"""
@@ -38,6 +39,9 @@ LOG_TOKENS = 4096
 HAS_TRITON = find_spec("triton") is not None
 NOBODY = 0
 """row of gates that is of no request"""
+UNSTEERED = -(2**62)
+"""added to the position of a token that is not steered, so that its index is below 0"""
+_AT_REST = [[-1], [-1], [NOBODY], [0], [0]]
 
 
 def has_kernel(value: Tensor) -> bool:
@@ -62,11 +66,8 @@ class Sizes(NamedTuple):
 class Batch(nn.Module):
     """Whose the tokens of a forward pass are, and what their flags say."""
 
-    index: Int[Tensor, "1 pos"]
-    position: Int[Tensor, "1 pos"]
-    row: Int[Tensor, " pos"]
-    first: Bool[Tensor, " pos"]
-    last: Bool[Tensor, " pos"]
+    tokens: Int[Tensor, "5 pos"]
+    """index, position, row of gates, and whether a token is the first, and the last, of its request in the pass"""
     flags: Bool[Tensor, "1 pos flag"]
     ages: Int[Tensor, "row flag"]
     log: Bool[Tensor, "row token flag"]
@@ -78,43 +79,69 @@ class Batch(nn.Module):
         self.sizes, self.is_idle, self.n_flags, self.longest = sizes, True, 0, n
         self.readings: dict[LaneKey, Tensor] = {}
         """what lanes that act at a later hook point have read"""
-        self.register_buffer("index", torch.full((1, n), -1), persistent=False)
-        self.register_buffer("position", torch.full((1, n), -1), persistent=False)
-        self.register_buffer("row", torch.full((n,), NOBODY), persistent=False)
-        for name in ("first", "last"):
-            self.register_buffer(name, torch.zeros(n, dtype=torch.bool), persistent=False)
+        self.register_buffer("tokens", torch.tensor(_AT_REST).repeat(1, n), persistent=False)
+        self._n_filled = 0
         self.register_buffer("flags", torch.zeros(1, n, MAX_FLAGS, dtype=torch.bool), persistent=False)
         self.register_buffer("ages", torch.zeros(rows, MAX_FLAGS, dtype=torch.long), persistent=False)
         shape = (rows, LOG_TOKENS + 1, MAX_FLAGS)
         self.register_buffer("log", torch.zeros(shape, dtype=torch.bool), persistent=False)
 
+    @property
+    def index(self) -> Int[Tensor, "1 pos"]:
+        """Of each token; below 0 for what is not steered."""
+        return self.tokens[:1]
+
+    @property
+    def position(self) -> Int[Tensor, " pos"]:
+        """Of each token in its sequence; below 0 behind the last token of the pass."""
+        return self.tokens[1]
+
+    @property
+    def row(self) -> Int[Tensor, " pos"]:
+        """Where the gates of each token's request are; NOBODY: it has none."""
+        return self.tokens[2]
+
+    @property
+    def first(self) -> Int[Tensor, " pos"]:
+        """1 for the first token of a request in the pass, else 0."""
+        return self.tokens[3]
+
+    @property
+    def last(self) -> Int[Tensor, " pos"]:
+        """1 for the last token of a request in the pass, else 0."""
+        return self.tokens[4]
+
     def rest(self) -> None:
         """No token of the next pass is steered."""
         if not self.is_idle:
-            self.index.fill_(-1)
-            self.position.fill_(-1)
-            self.row.fill_(NOBODY)
+            self._clear(0)
             self.is_idle = True
 
-    def fill(self, owner_row_first_last: Int[Tensor, "4 n"], position: Int[Tensor, " n"], longest: int) -> None:
-        """The tokens of the next pass.
+    def fill(self, numbers: Sequence[int], rows: Sequence[int], counts: Sequence[int], position: Tensor) -> None:
+        """The tokens of the next pass, request by request.
 
         Args:
-          owner_row_first_last: number of each token's request, 0: not steered; the row where its gates are, NOBODY: it
-            has none; whether it is the first, and the last, of its request in this pass.
-          longest: tokens of the request that has most.
+          numbers: of the requests; 0: not steered.
+          rows: where their gates are; NOBODY: they have none.
+          counts: tokens of each.
+          position: of all tokens, on the device.
         """
-        self.is_idle, self.longest, n = False, longest, len(position)
-        owner, row, first, last = owner_row_first_last
-        is_steered = owner > 0
-        self.index[0, n:].fill_(-1)
-        self.index[0, :n] = torch.where(is_steered, owner * OWNER + position, -1)
-        if not self.n_flags and not self.sizes.n_captured:
-            return
-        self.position[0, n:].fill_(-1)
-        self.row[n:].fill_(NOBODY)
-        self.position[0, :n] = torch.where(is_steered, position, -1)
-        self.row[:n], self.first[:n], self.last[:n] = row, first.bool(), last.bool()
+        lengths, n = np.asarray(counts, dtype=np.int64), len(position)
+        ends, owner = np.cumsum(lengths), np.asarray(numbers, dtype=np.int64)
+        given = np.zeros((5, n), dtype=np.int64)
+        given[0] = np.repeat(np.where(owner > 0, owner * OWNER, UNSTEERED), lengths)
+        given[2] = np.repeat(np.asarray(rows, dtype=np.int64), lengths)
+        given[3, ends - lengths], given[4, ends - 1] = 1, 1
+        self._clear(n)
+        self.tokens[:, :n] = sent(torch.from_numpy(given), self.tokens.device)
+        self.tokens[:2, :n] += position
+        self.is_idle, self.longest, self._n_filled = False, int(lengths.max()), n
+
+    def _clear(self, n: int) -> None:
+        """Behind so many tokens."""
+        if n < self._n_filled:
+            self.tokens[:2, n : self._n_filled], self.tokens[2:, n : self._n_filled] = -1, 0
+            self._n_filled = n
 
     def make_room(self, n_rows: int) -> None:
         """For so many rows of gates."""
@@ -197,9 +224,9 @@ class Site(nn.Module):
         for name in GateTable._fields:
             grow(self, f"gate_{name}", rows * MAX_FLAGS)
         grow(self, "here", rows)
-        at = torch.tensor([row * MAX_FLAGS + column for row, column in places], device=device)
+        at = sent(torch.tensor([row * MAX_FLAGS + column for row, column in places]), device)
         for name, tensor in table._asdict().items():
-            self.get_buffer(f"gate_{name}").index_copy_(0, at, tensor.to(device))
+            self.get_buffer(f"gate_{name}").index_copy_(0, at, sent(tensor, device))
         self.here.view(-1)[at] = True
 
     @torch.no_grad()
@@ -285,7 +312,7 @@ class Site(nn.Module):
         """Which gates are open on which tokens; moves them on, and writes the log."""
         batch, k, width = self._batch[0], n_rows * MAX_FLAGS, self._width(n)
         table = GateTable(*(self.get_buffer(f"gate_{name}")[:k] for name in GateTable._fields))
-        position = batch.position[:, :n]
+        position = batch.position[None, :n]
         row = torch.where(batch.row[:n] < n_rows, batch.row[:n], NOBODY)
         columns = row[:, None] * MAX_FLAGS + torch.arange(width, device=row.device)
         values = read(table, x)[0].gather(1, columns)[None]
@@ -293,7 +320,7 @@ class Site(nn.Module):
         moved = moves(own, values, torch.where(row != NOBODY, position, -1), MAX_AGE)
         start = batch.ages[row, :width][None, ..., None]
         resumed = moved.gather(-1, start).expand_as(moved)
-        moved = torch.where(batch.first[:n][None, :, None, None], resumed, moved)
+        moved = torch.where(batch.first[:n].bool()[None, :, None, None], resumed, moved)
         # The first token of a request makes one state of all, so no state of the request before it comes through.
         longest = n if n <= batch.sizes.n_captured else batch.longest
         ages = composed(moved, longest)[..., 0]
@@ -305,8 +332,8 @@ class Site(nn.Module):
         self, ages: Int[Tensor, "pos flag"], here: Bool[Tensor, "pos flag"], row: Int[Tensor, " pos"], n: int
     ) -> None:
         batch, width = self._batch[0], ages.shape[-1]
-        kept = torch.where(batch.last[:n], row, NOBODY)
+        kept = torch.where(batch.last[:n].bool(), row, NOBODY)
         batch.ages[kept, :width] = torch.where(here, ages, batch.ages[kept, :width])
-        index = batch.position[0, :n]
-        at = torch.where((index >= 0) & (index < LOG_TOKENS), index, LOG_TOKENS)
+        position = batch.position[:n]
+        at = torch.where((position >= 0) & (position < LOG_TOKENS), position, LOG_TOKENS)
         batch.log[row, at, :width] = torch.where(here, ages > 0, batch.log[row, at, :width])

@@ -12,6 +12,7 @@ roles, phases and tool calls in scopes, SAEs whose threshold depends on the toke
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,8 @@ from steer.serving.items import Asked
 from steer.vllm.request import key_of
 
 SITE = "resid_post"
+_PREPARED = 256
+"""requests whose slots are kept, as the same ones often come again"""
 
 
 class Catalogue:
@@ -45,6 +48,7 @@ class Catalogue:
         """
         self.model, self.n_slots = model, n_slots
         self._shared = serving.Catalogue.open(libraries, model, advice="Ask for what the engine was started with.")
+        self._prepared = lru_cache(_PREPARED)(self._prepare)
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -67,7 +71,14 @@ class Catalogue:
         return key_of(request, self.hashes)
 
     def prepare(self, request: Asked, n_prompt: int) -> Prepared:
-        """Raises: as `steer.plan.Plan` does, and for what this backend cannot do."""
+        """What it comes to, which is not to be changed, as the same request gets the same again.
+
+        Raises: as `steer.plan.Plan` does, and for what this backend cannot do.
+        """
+        return self._prepared(request.model_dump_json(), n_prompt)
+
+    def _prepare(self, asked: str, n_prompt: int) -> Prepared:
+        request = Asked.model_validate_json(asked)
         interventions = self.interventions(request)
         for each in interventions:
             check_supported(each)

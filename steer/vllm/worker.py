@@ -9,7 +9,6 @@ out: checks of requests (`steer.vllm.plugin`).
 """
 
 import logging
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from activations.errors import ConfigError
 from activations.hook_points import HookPoint
-from steer.packed.prepared import Prepared
 from steer.packed.rows import Fired, Rows, describe
 from steer.packed.tables import Site, Sizes
 from steer.serving.items import Asked
@@ -27,8 +25,6 @@ from steer.vllm.runners import follow
 log = logging.getLogger("vllm.saekit")
 SITES: dict[int, Site] = {}
 """layer -> what steers its output: the operator's last argument, a number, since tables are no part of a graph"""
-_PREPARED = 256
-"""requests whose slots are kept, as the same ones often come again"""
 
 
 def _steer(hidden: Tensor, residual: Tensor | None, layer: int) -> None:
@@ -68,11 +64,7 @@ def attach(runner: Any) -> None:
     _try(rows, config.model_config.dtype)
     log.info("saekit's tables: %s", describe(rows))
 
-    @lru_cache(_PREPARED)
-    def prepared(request: str, n_prompt: int) -> Prepared:
-        return catalogue.prepare(Asked.model_validate_json(request), n_prompt)
-
-    follow(runner, rows, lambda request, n: prepared(Asked.model_validate(request).model_dump_json(), n))
+    follow(runner, rows, lambda request, n: catalogue.prepare(Asked.model_validate(request), n))
 
 
 def _try(rows: Rows, dtype: torch.dtype) -> None:
