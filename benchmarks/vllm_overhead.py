@@ -16,8 +16,9 @@ variants:
     gated      every request, by a vector of its own at one block, while a gate at that block is open
 
 Prints one JSON line: tokens a second of `stock` and of each variant, and how many times as long as stock in the same
-round each takes, by the clock and by processor seconds; all are medians over rounds. The environment of vLLM is that of
-tests/peers (VLLM_PYTHON; else .venv-vllm).
+round each takes, by the clock and by processor seconds; all are medians over rounds. `again` is stock a second time: as
+far as it is from 1, so much is noise. On a GPU there is also how many times as long its kernels take together, in turns
+of their own. The environment of vLLM is that of tests/peers (VLLM_PYTHON; else .venv-vllm).
 """
 
 import argparse
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 from _decoding import SHAPES
 from _results import device_name, record
-from _vllm import save_random
+from _vllm import ON_GPU, save_random
 from transformers import AutoConfig
 
 from activations.models import LoadedModel, find_source
@@ -46,6 +47,8 @@ from steer.vllm.catalogue import model_of
 
 ROOT = Path(__file__).resolve().parent
 VARIANTS = ("idle", "half", "all", "layers", "gated")
+BY_STOCK = ("stock", "again")
+GPU_TURNS = 3
 NORM = 100.0
 
 
@@ -53,7 +56,7 @@ class Engine:
     """A process of `peers/vllm_turns.py`."""
 
     def __init__(self, model: Path, options: dict[str, Any], libraries: list[str] | None):
-        """Start it, and wait until it runs."""
+        """Start it; `wait` until it runs."""
         local = ROOT.parent / ".venv-vllm" / "bin" / "python"
         python = os.environ.get("VLLM_PYTHON", str(local))
         path = os.pathsep.join([str(ROOT.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -64,6 +67,9 @@ class Engine:
             [python, str(ROOT / "peers" / "vllm_turns.py"), str(model), json.dumps(options)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
         )  # fmt: skip
+
+    def wait(self) -> None:
+        """Until it runs."""
         self._answer()
 
     def turn(self, turn: dict[str, Any]) -> dict[str, float]:
@@ -122,33 +128,43 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": arguments.batch}
     else:
         source = save_random(arguments.model, folder / "model", torch.bfloat16)
-        options = {"dtype": "bfloat16", "gpu_memory_utilization": 0.4, "max_num_seqs": arguments.seqs}
+        options = {"dtype": "bfloat16", "max_num_seqs": arguments.seqs, **ON_GPU}
     config = AutoConfig.from_pretrained(source)
     model, options = model_of(source, config), {**options, "max_model_len": 512}
     rng, n = random.Random(0), arguments.batch
-    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in ("stock", *VARIANTS)}
+    names = [*BY_STOCK, *VARIANTS]
     stock = Engine(source, options, None)
     plugin = Engine(source, options, [str(library(model, n, folder / "drawn"))])
-    for number in range(arguments.rounds + 1):
+    for each in (stock, plugin):
+        each.wait()
+
+    def round_of(**more: Any) -> dict[str, dict[str, float]]:
         prompts = [[rng.randrange(100, 40000) for _ in range(arguments.prompt)] for _ in range(n)]
-        for name in rng.sample([*seconds], len(seconds)):
-            turn = {"prompts": prompts, "tokens": arguments.tokens, "steer": steers(name, n, model.n_layers)}
-            found = (stock if name == "stock" else plugin).turn(turn)
-            if number:  # the first round warms up
-                seconds[name].append(found)
+        found = {}
+        for name in rng.sample(names, len(names)):
+            turn = {"prompts": prompts, "tokens": arguments.tokens, "steer": steers(name, n, model.n_layers), **more}
+            found[name] = (stock if name in BY_STOCK else plugin).turn(turn)
+        return found
+
+    rounds = [round_of() for _ in range(arguments.rounds + 1)][1:]  # the first warms up
+    on_gpu = [round_of(gpu=True) for _ in range(GPU_TURNS)] if arguments.model != "smollm2" else []
     stock.close()
     plugin.close()
-    return figures(seconds, n * arguments.tokens)
+    return figures(rounds, on_gpu, n * arguments.tokens)
 
 
-def figures(seconds: dict[str, list[dict[str, float]]], n_tokens: int) -> dict[str, Any]:
+def figures(
+    rounds: list[dict[str, dict[str, float]]], on_gpu: list[dict[str, dict[str, float]]], n_tokens: int
+) -> dict[str, Any]:
     """Medians over rounds."""
     line: dict[str, Any] = {}
-    for name, turns in seconds.items():
-        line[name] = {"tokens_s": round(statistics.median(n_tokens / each["wall_s"] for each in turns), 1)}
-        for clock in ("wall_s", "cpu_s") if name != "stock" else ():
-            ratios = [a[clock] / b[clock] for a, b in zip(turns, seconds["stock"], strict=True)]
-            line[name][f"times_{clock[:-2]}"] = round(statistics.median(ratios), 4)
+    for name in (*BY_STOCK, *VARIANTS):
+        line[name] = {"tokens_s": round(statistics.median(n_tokens / each[name]["wall_s"] for each in rounds), 1)}
+        clocks = {"wall_s": rounds, "cpu_s": rounds, "gpu_s": on_gpu}
+        for clock, turns in clocks.items() if name != "stock" else ():
+            if turns:
+                ratio = statistics.median(each[name][clock] / each["stock"][clock] for each in turns)
+                line[name][f"times_{clock[:-2]}"] = round(ratio, 4)
     return line
 
 

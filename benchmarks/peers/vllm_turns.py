@@ -4,13 +4,15 @@
 
 Prints {} once the engine runs. A line {"prompts": [[id, ...], ...], "tokens": n, "steer": [request or null, ...]} on
 standard input is one turn, all of its requests at once, and is answered with its seconds by the clock, `wall_s`, and of
-the processor, `cpu_s`, both of the whole turn.
+the processor, `cpu_s`, both of the whole turn. With "gpu": true it is answered with `gpu_s` instead, the seconds of all
+that ran on the GPU, as the profiler of torch has it, which slows the turn down.
 """
 
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 
@@ -32,8 +34,21 @@ def main(model: str, options: dict[str, Any]) -> None:
         ]  # fmt: skip
         prompts = [{"prompt_token_ids": ids} for ids in turn["prompts"]]
         wall, cpu = time.perf_counter(), time.process_time()
+        if turn.get("gpu"):
+            say({"gpu_s": on_gpu(lambda: llm.generate(prompts, params, use_tqdm=False))})  # noqa: B023
+            continue
         llm.generate(prompts, params, use_tqdm=False)
         say({"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu})
+
+
+def on_gpu(run: Callable[[], Any]) -> float:
+    """Seconds of all kernels and copies."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.device_time for event in profiler.events() or () if event.device_type.name == "CUDA") / 1e6
 
 
 def say(line: dict[str, Any]) -> None:
