@@ -82,6 +82,11 @@ class Scope:
         words += [f"before:{self.before}" if self.before is not None else None]
         return " ".join(word for word in words if word) or "all"
 
+    @property
+    def follows_tokens(self) -> bool:
+        """Whether it depends on what is written, and not on indices alone."""
+        return self.role is not None or self.phase is not None or self.spares_tool_calls
+
     def bounds(self, n_prompt: int | None) -> tuple[int, int]:
         """Lowest index, and the index behind the highest one, of a sequence with so many prompt tokens.
 
@@ -204,9 +209,11 @@ def latches_of(scope: Scope, tokenizer: Any) -> list[tuple[Latch, bool]]:
     """The latches of a scope, and whether each has to be open or shut.
 
     Args:
-      tokenizer: a Hugging Face tokenizer.
+      tokenizer: a Hugging Face tokenizer; not asked for anything unless the scope follows tokens.
     Raises: ConfigError if its chat template has no such markers, or has some that are no single tokens.
     """
+    if not scope.follows_tokens:
+        return []
     markers = _Markers(tokenizer, f"scope '{scope}'")
     found = []
     if scope.role is not None:

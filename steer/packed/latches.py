@@ -1,5 +1,6 @@
-"""Latches of the scopes of many requests, gone over on the host: they depend on token ids alone, which are known there.
+"""Latches of the scopes of many requests, gone over where the token ids lie: on the model's device.
 
+An engine may run a pass before the host knows what the pass before it chose, so nothing here waits for the device.
 Requests with the same latches and as many tokens in a pass are taken together, which is what decoding is made of.
 """
 
@@ -12,17 +13,19 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from steer.scopes import NONE, Latch, LatchTable, latch_table, run_latches
+from steer.tables import sent
 
 
 class Part(NamedTuple):
-    """The tokens of one request in a pass."""
+    """The tokens of one request in a pass, which lie behind each other."""
 
     number: int
     """of the request"""
     latches: tuple[Latch, ...]
     start: int
-    """position of the first of them"""
-    ids: Sequence[int]
+    """where the first of them is in the pass"""
+    n: int
+    """how many they are"""
 
 
 class Latched:
@@ -33,31 +36,47 @@ class Latched:
         self._states: dict[int, tuple[Bool[Tensor, " latch"], Int[Tensor, " back"]]] = {}
 
     def forget(self, number: int) -> None:
-        """Of a request that has ended."""
+        """Of a request that has ended, or that begins again under another number."""
         self._states.pop(number, None)
 
-    def run(self, parts: Sequence[Part]) -> list[Bool[Tensor, "pos latch"]]:
-        """Whether each token is inside each latch of its request; goes on from the pass before."""
-        groups: dict[tuple[tuple[Latch, ...], int], list[int]] = {}
-        for i, part in enumerate(parts):
-            groups.setdefault((part.latches, len(part.ids)), []).append(i)
-        found: dict[int, Tensor] = {}
-        for (latches, _), members in groups.items():
-            inside = self._together(_table(latches), [parts[i] for i in members])
-            found |= dict(zip(members, inside, strict=True))
-        return [found[i] for i in range(len(parts))]
+    def run(
+        self,
+        parts: Sequence[Part],
+        ids: Int[Tensor, " pos"],
+        position: Int[Tensor, " pos"],
+        flags: Bool[Tensor, "room flag"],
+    ) -> None:
+        """Write whether each token is inside each latch of its request; goes on from the pass before.
 
-    def _together(self, table: LatchTable, parts: Sequence[Part]) -> Bool[Tensor, "request pos latch"]:
-        start = torch.zeros(len(table.with_markers), dtype=torch.bool), torch.full((table.tokens.shape[1],), NONE)
+        Args:
+          ids, position: of all tokens of the pass.
+          flags: of these, and of more behind them. The first columns of a request are its latches; of other requests
+            nothing is written.
+        """
+        groups: dict[tuple[tuple[Latch, ...], int], list[Part]] = {}
+        for part in parts:
+            groups.setdefault((part.latches, part.n), []).append(part)
+        for (latches, n), members in groups.items():
+            starts = sent(torch.tensor([part.start for part in members]), ids.device)
+            at = starts[:, None] + torch.arange(n, device=ids.device)
+            table = _table(latches, ids.device)
+            flags[:, : len(latches)][at] = self._together(table, members, ids[at], position[at])
+
+    def _together(
+        self,
+        table: LatchTable,
+        parts: Sequence[Part],
+        ids: Int[Tensor, "request pos"],
+        position: Int[Tensor, "request pos"],
+    ) -> Bool[Tensor, "request pos latch"]:
+        start = torch.zeros_like(table.with_markers), torch.full_like(table.tokens[0], NONE)
         states, last = zip(*(self._states.get(part.number, start) for part in parts), strict=True)
-        ids = torch.tensor([[*part.ids] for part in parts])
-        index = torch.tensor([part.start for part in parts])[:, None] + torch.arange(ids.shape[1])
-        run = run_latches(table, ids, index, torch.stack(states), torch.stack(last))
+        run = run_latches(table, ids, position, torch.stack(states), torch.stack(last))
         for part, state, latest in zip(parts, run.states, run.last, strict=True):
             self._states[part.number] = state, latest
         return run.inside
 
 
 @lru_cache(64)
-def _table(latches: tuple[Latch, ...]) -> LatchTable:
-    return latch_table(latches)
+def _table(latches: tuple[Latch, ...], device: torch.device) -> LatchTable:
+    return LatchTable(*(tensor.to(device) for tensor in latch_table(latches)))

@@ -62,8 +62,8 @@ def prepared(
 def check_room(request: Prepared) -> None:
     """Raise ConfigError for what does not fit into packed tables."""
     if request.n_flags > MAX_FLAGS:
-        got, fix = request.n_flags, "Leave some out."
-        raise ConfigError("gates", expected=f"at most {MAX_FLAGS} a request", got=got, fix=fix)
+        expected, fix = f"at most {MAX_FLAGS} gates, roles, phases and tool calls a request", "Leave some out."
+        raise ConfigError("gates and scopes", expected=expected, got=request.n_flags, fix=fix)
     for gate in request.gates:
         if gate.min_tokens > MAX_AGE:
             got, fix = gate.min_tokens, "Ask for fewer."

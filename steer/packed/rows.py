@@ -2,11 +2,11 @@
 
 Flow of a step: 1. what finished or was preempted gives its room back; 2. a request that is scheduled and steered gets a
 number, and with all others that are new, slots and gates; 3. every token of the pass gets the number of its request and
-its position; 4. latches, which depend on token ids alone, go over them on the host (`steer.packed.latches`).
+its position; 4. latches, which depend on token ids alone, go over these (`steer.packed.latches`).
 
 A request that was preempted is computed again from its first token that is not cached, with the same positions, and so
-steered as before; its gates start anew with it, and where they fired until then stays known. Left out: where an engine
-calls this (`steer.vllm.runners`, `steer.serving.packed`).
+steered as before; its gates and latches start anew with it, and where gates fired until then stays known. Left out:
+where an engine calls this (`steer.vllm.runners`, `steer.serving.packed`).
 """
 
 import heapq
@@ -23,7 +23,7 @@ from torch import Tensor
 from activations.hook_points import HookPoint
 from steer.gates import Gate, gate_table
 from steer.packed.latches import Latched, Part
-from steer.packed.prepared import MAX_FLAGS, Prepared
+from steer.packed.prepared import Prepared
 from steer.packed.tables import LOG_TOKENS, NOBODY, OWNER, Batch, Site, Sizes
 from steer.scopes import Latch
 from steer.tables import LaneKey, Row, sent
@@ -244,15 +244,14 @@ class Rows:
         requests: Sequence[str],
         counts: Sequence[int],
         positions: Callable[[int], Tensor],
-        text: Callable[[int], tuple[int, Sequence[int]]] | None = None,
+        ids: Callable[[int], Tensor],
     ) -> None:
         """Say whose the tokens of the next pass are.
 
         Args:
           requests: of the batch, in its order, each with so many tokens.
           positions: of the first so many tokens, on the device.
-          text: position of the first token, and the ids, of one request's part of the pass, by its place in the batch;
-            for those that have latches.
+          ids: the same of token ids.
         """
         self._settle()
         rows = [self._rows.get(request) for request in requests]
@@ -261,15 +260,13 @@ class Rows:
             return
         numbers = [0 if row is None else row.number for row in rows]
         gate_rows = [NOBODY if row is None else row.gate_row for row in rows]
-        self.batch.fill(numbers, gate_rows, counts, positions(int(sum(counts))))
+        n = int(sum(counts))
+        self.batch.fill(numbers, gate_rows, counts, positions(n))
         latched = [(i, row) for i, row in enumerate(rows) if row is not None and row.latches]
-        if latched and text is not None:
-            ends = [*accumulate(counts)]
-            parts = [Part(row.number, row.latches, *text(i)) for i, row in latched]
-            flags = torch.zeros(ends[-1], MAX_FLAGS, dtype=torch.bool)
-            for (i, _), inside in zip(latched, self._latched.run(parts), strict=True):
-                flags[ends[i] - counts[i] : ends[i], : inside.shape[1]] = inside
-            self.batch.flags[0, : len(flags)] = sent(flags, self.batch.flags.device)
+        if latched:
+            starts = [0, *accumulate(counts)]
+            parts = [Part(row.number, row.latches, int(starts[i]), int(counts[i])) for i, row in latched]
+            self._latched.run(parts, ids(n).long(), positions(n).long(), self.batch.flags[0])
 
 
 def _owned(row: Row, number: int) -> Row:

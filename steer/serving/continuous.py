@@ -9,7 +9,6 @@ eagerly, as hooks ask for. Left out: models that the library cannot batch so (`s
 """
 
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -123,19 +122,9 @@ class Continuous:
     def _spans(self) -> list[Span]:
         """Whose tokens are where in the pass that begins."""
         return [
-            Span(
-                self._tickets.get(request.state.request_id), request.query_length,
-                request.state.position_offset - request.query_length, partial(_ids, request),
-            )
+            Span(self._tickets.get(request.state.request_id), request.query_length)
             for request in self._manager.batch_processor.inputs_and_outputs.requests_in_batch
-        ]  # fmt: skip
-
-
-def _ids(request: Any) -> list[int]:
-    """The tokens of a request in the pass that begins, which its state is already behind."""
-    state, stop = request.state, request.state.position_offset
-    start, n_given = stop - request.query_length, len(state.initial_tokens)
-    return state.initial_tokens[start:stop] + state.generated_tokens[max(0, start - n_given) : max(0, stop - n_given)]
+        ]
 
 
 class _Picking(ContinuousBatchingLogitsProcessor):

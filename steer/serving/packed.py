@@ -35,10 +35,6 @@ class Span(NamedTuple):
     ticket: Ticket | None
     """none: of one that nobody waits for"""
     n: int
-    start: int
-    """position of the first of them"""
-    ids: Callable[[], Sequence[int]]
-    """theirs"""
 
 
 class _Part(NamedTuple):
@@ -91,7 +87,7 @@ class PackedSteering:
                 ["" if span.ticket is None else span.ticket.job.id for span in spans],
                 [span.n for span in spans],
                 lambda n: positions[0, :n],
-                lambda i: (spans[i].start, spans[i].ids()),
+                lambda n: ids[0, :n],
             )
         self._now = self._parts(spans)
         for part in self._now:

@@ -6,13 +6,13 @@ points are where the model gets tables; 3. a request becomes interventions, both
 transformers runtime.
 
 vLLM's model is not the one of transformers, so a `LoadedModel` is stood in for by what its config tells. Left out:
-roles, phases and tool calls in scopes, SAEs whose threshold depends on the token (TopK), hook points other than
-`resid_post`, and gates that need more room than `steer.packed.prepared` has: each is refused with the reason.
+SAEs whose threshold depends on the token (TopK), hook points other than `resid_post`, and gates and scopes that need
+more room than `steer.packed.prepared` has: each is refused with the reason.
 """
 
 import re
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,7 @@ from activations.errors import ConfigError
 from activations.families import family_of_config
 from activations.fingerprints import cache_dir
 from activations.hook_points import HookPoint
-from activations.models import LoadedModel, fingerprint_folder, read_config
+from activations.models import LoadedModel, fingerprint_folder, load_tokenizer, read_config
 from steer.gates import gates_of
 from steer.operations import Intervention
 from steer.packed.prepared import Prepared, check_room, prepared
@@ -101,6 +101,26 @@ class Catalogue:
         return {"key": self.key(request), "steering": found.account, "budget": found.budget}
 
 
+class Markers:
+    """What `steer.scopes` asks a tokenizer for, which is read when the first scope does, as most engines need none."""
+
+    def __init__(self, folder: Callable[[], Path]):
+        self._folder = folder
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self._folder())
+
+    @property
+    def chat_template(self) -> Any:
+        """What marks turns. Raises: ModelError if there is no tokenizer that transformers reads."""
+        return self._tokenizer.chat_template
+
+    def encode(self, text: str, **how: Any) -> list[int]:
+        """The ids of a text."""
+        return self._tokenizer.encode(text, **how)
+
+
 def model_of(folder: Path, config: Any) -> LoadedModel:
     """The stand-in for a model that vLLM serves.
 
@@ -117,14 +137,14 @@ def model_of(folder: Path, config: Any) -> LoadedModel:
         raise ConfigError(str(folder), expected="blocks that return one residual stream", got=family.name, fix=fix)
     is_converted = folder.parent == (cache_dir() / "models").resolve()
     fingerprint = folder.name if is_converted else fingerprint_folder(folder, read_config(folder))
-    return stand_in(family, config, str(folder), fingerprint)
+    return stand_in(family, config, str(folder), fingerprint, Markers(lambda: folder))
 
 
-def stand_in(family: Any, config: Any, name: str, fingerprint: str) -> LoadedModel:
-    """A model of which no more is known than this; its tokenizer has no chat template."""
+def stand_in(family: Any, config: Any, name: str, fingerprint: str, tokenizer: Any) -> LoadedModel:
+    """A model of which no more is known than this."""
     return LoadedModel(
         model=SimpleNamespace(config=config),  # type: ignore[arg-type]
-        tokenizer=SimpleNamespace(chat_template=None),  # type: ignore[arg-type]
+        tokenizer=tokenizer,
         family=family,
         spec=name,
         id=name,
@@ -139,11 +159,7 @@ def stand_in(family: Any, config: Any, name: str, fingerprint: str) -> LoadedMod
 
 def check_supported(each: Intervention) -> None:
     """Raise ConfigError, with the reason, for what the transformers backend can do and this one cannot."""
-    scope, sae = each.scope, each.operation.sae
-    if scope.role is not None or scope.phase is not None or scope.spares_tool_calls:
-        fix = "Use prompt, generated, after:N and before:N here, or the transformers backend."
-        got = "a scope of roles, phases or tool calls"
-        raise ConfigError(f"scope '{scope}'", expected="one of positions, under vLLM", got=got, fix=fix)
+    sae = each.operation.sae
     if sae is not None and sae.architecture == "topk":
         fix = "Add, rotate or ablate the latent, or use the transformers backend."
         got = "a TopK SAE, all of whose pre-activations would be needed"

@@ -10,15 +10,16 @@ Without SAEKIT_VLLM_LIBRARIES it does nothing at all. With it:
    also where its steering begins and ends in it; blocks before are shared with everybody;
 4. in each worker, blocks of the model are steered (`steer.vllm.worker`).
 
-A gate depends on all tokens before, so a gated request reads nothing from the prefix cache. Left out: engines of which
-parts of one forward pass lie in several places: pipeline and context parallelism, microbatches.
+A gate depends on all tokens before, and so does a scope of roles, phases or tool calls; a request with either reads
+nothing from the prefix cache. Left out: engines of which parts of one forward pass lie in several places: pipeline and
+context parallelism, microbatches.
 """
 
 import json
 import logging
 import os
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -113,23 +114,34 @@ def _check(config: Any) -> None:
 def _fingerprint(config: Any) -> str:
     from steer.vllm.catalogue import model_of
 
-    return model_of(_folder(config), config.model_config.hf_config).fingerprint
+    told = config.model_config
+    return model_of(_folder(told.model, told.revision), told.hf_config).fingerprint
 
 
-def _folder(config: Any) -> Path:
+def _folder(name: str, revision: str | None) -> Path:
     from activations.models import find_source
 
-    model, revision = config.model_config.model, config.model_config.revision
-    spec = model if Path(model).is_dir() or revision is None else f"{model}@{revision}"
+    spec = name if Path(name).is_dir() or revision is None else f"{name}@{revision}"
     return find_source(spec, log.info).folder.resolve()
+
+
+def _tokenizer_folder(config: Any) -> Path:
+    from activations.models import hub_source
+
+    told = config.model_config
+    name, revision = told.tokenizer, told.tokenizer_revision
+    if name == told.model or Path(name).is_dir():
+        return _folder(name, revision)
+    return hub_source(name, revision, log.info, unwanted=("*/*", "*.safetensors")).folder
 
 
 def _catalogue(config: Any, settings: dict[str, Any]) -> Any:
     from activations.families import family_of_config
-    from steer.vllm.catalogue import Catalogue, stand_in
+    from steer.vllm.catalogue import Catalogue, Markers, stand_in
 
-    hf_config = config.model_config.hf_config
-    model = stand_in(family_of_config(hf_config), hf_config, config.model_config.model, settings["fingerprint"])
+    told = config.model_config
+    markers = Markers(partial(_tokenizer_folder, config))
+    model = stand_in(family_of_config(told.hf_config), told.hf_config, told.model, settings["fingerprint"], markers)
     return Catalogue(model, settings["libraries"], settings["slots"])
 
 
@@ -165,7 +177,7 @@ def _admitted(original: Callable[..., Any], processor: Any, *args: Any, **kwargs
     except SaekitError as error:
         raise import_module("vllm.exceptions").VLLMValidationError(str(error)) from error
     params.extra_args = {**params.extra_args, NAME: steering}
-    if steering["is_gated"]:
+    if steering["has_flags"]:
         params.skip_reading_prefix_cache = True
     return request
 
@@ -178,13 +190,15 @@ def _steering(processor: Any, request: Any, given: Any) -> dict[str, Any]:
         fix = "Give tokens or text."
         raise ConfigError("prompt", expected="tokens, where it is steered", got="embeddings", fix=fix)
     prepared = catalogue.prepare(wanted, len(ids))
-    if prepared.gates and processor.vllm_config.speculative_config is not None:
-        fix = "Leave the gate out, or start the engine without speculative decoding."
-        raise ConfigError("gate", expected="tokens that are computed once", got="speculative decoding", fix=fix)
+    if prepared.n_flags and processor.vllm_config.speculative_config is not None:
+        where, got = "gates, and scopes of roles, phases or tool calls", "speculative decoding"
+        fix = "Leave them out, or start the engine without it."
+        raise ConfigError(where, expected="tokens that are computed once", got=got, fix=fix)
     return {
         "request": wanted.model_dump(mode="json"),
         "key": catalogue.key(wanted),
         "bounds": [list(each) for each in prepared.bounds],
+        "has_flags": bool(prepared.n_flags),
         "is_gated": bool(prepared.gates),
         "scaled": prepared.scaled,
     }

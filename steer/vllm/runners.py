@@ -40,7 +40,9 @@ def _follow_first(runner: Any, rows: Rows, prepare: Prepare) -> None:
     @wraps(prepare_inputs)
     def filled(scheduled: Any, counts: Any, *args: Any, **kwargs: Any) -> Any:
         result = prepare_inputs(scheduled, counts, *args, **kwargs)
-        rows.prepare(runner.input_batch.req_ids, counts, lambda n: runner.positions[:n])
+        # Tokens that the pass before chose lie on the device by now, and may not be known on the host yet.
+        positions, ids = runner.positions, runner.input_ids.gpu
+        rows.prepare(runner.input_batch.req_ids, counts, lambda n: positions[:n], lambda n: ids[:n])
         return result
 
     runner._update_states, runner._prepare_inputs = updated, filled
@@ -60,7 +62,8 @@ def _follow_second(runner: Any, rows: Rows, prepare: Prepare) -> None:
     @wraps(prepare_inputs)
     def filled(*args: Any, **kwargs: Any) -> Any:
         batch = prepare_inputs(*args, **kwargs)
-        rows.prepare(batch.req_ids, batch.num_scheduled_tokens, lambda n: batch.positions[:n])
+        counts, positions, ids = batch.num_scheduled_tokens, batch.positions, batch.input_ids
+        rows.prepare(batch.req_ids, counts, lambda n: positions[:n], lambda n: ids[:n])
         return batch
 
     runner.add_requests, runner.prepare_inputs = added, filled

@@ -26,11 +26,15 @@ READ, POINT = HookPoint("resid_post", 0), HookPoint("resid_post", 1)
 TEXTS = [
     "The river ran past the mill and on to the sea.", "A cat sat on the mat", "Numbers such as 12 and 345",
     "def add(a, b): return a", "The mill", "The sea ran past the cat and the dog on the mat",
+    "<|im_start|>user\nThe mill<|im_end|>\n<|im_start|>assistant\nThe sea<|im_end|>\n<|im_start|>assistant\n12",
+    "A cat<|im_end|><|im_start|>user\nand the dog on the mat<|im_end|>\n",
 ]  # fmt: skip
 ITEMS: list[list[dict[str, Any]]] = [
     [], [{"vector": "plus", "dose": 0.7}, {"vector": "some"}], [{"vector": "gated", "dose": 1.5}, {"vector": "out"}],
     [{"vector": "late"}, {"vector": "turn", "dose": 0.5}], [{"vector": "early"}],
     [{"latent": 3, "clamp": 5.0, "gate": {"on": 0.2, "off": 0.1, "tokens": 3}}],
+    [{"vector": "chat", "dose": 0.8}, {"vector": "plus", "scope": "user"}],
+    [{"vector": "gated", "dose": 1.5, "scope": "user"}, {"vector": "plus", "dose": 0.7}],
 ]  # fmt: skip
 
 
@@ -60,7 +64,7 @@ def expected(tiny: LoadedModel, catalogue: Catalogue) -> list[dict[str, Any]]:
             with capture(tiny.model, tiny.family, [POINT]) as moved:
                 run_until(tiny.model, {"input_ids": ids})
             fired = steered.fired()
-        found.append({"n_prompt": n_prompt, **before, "moved": moved[POINT][0].clone(), "fired": fired})
+        found.append({"ids": ids[0], "n_prompt": n_prompt, **before, "moved": moved[POINT][0].clone(), "fired": fired})
     return found
 
 
@@ -82,7 +86,8 @@ def run(
     """One pass over some tokens of each sequence, whose stream is `share` in the one and the rest in the other part."""
     counts = [high - low for low, high in spans.values()]
     positions = torch.tensor([*chain(*(range(low, high) for low, high in spans.values()))])
-    rows.prepare([f"r{i}-12345678" for i in spans], counts, lambda n: positions[:n])
+    ids = torch.cat([expected[i]["ids"][low:high] for i, (low, high) in spans.items()])
+    rows.prepare([f"r{i}-12345678" for i in spans], counts, lambda n: positions[:n], lambda n: ids[:n])
     for point in (READ, POINT):
         whole = torch.cat([expected[i][point][low:high] for i, (low, high) in spans.items()])
         hidden, residual = share * whole, whole - share * whole
@@ -120,7 +125,7 @@ def test_a_mixed_batch_equals_each_request_by_itself(
         torch.testing.assert_close(torch.cat(got[i]), each["moved"], atol=2e-5, rtol=0)
         if each["fired"] and any(each["fired"][0].values()):
             assert rows.fired(f"r{i}") == each["fired"][0]
-    assert {name: len(found) > 0 for i in (2, 5) for name, found in (rows.fired(f"r{i}") or {}).items()} == {
+    assert {name: len(found) > 0 for i in (2, 5, 7) for name, found in (rows.fired(f"r{i}") or {}).items()} == {
         "1 probing": True, "1 latent-3": True
     }  # fmt: skip
 
