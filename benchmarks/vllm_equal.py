@@ -4,11 +4,12 @@
     python benchmarks/vllm_equal.py --record             also appends the line to results/<device>.csv
 
 A random Llama in float32 answers one batch of requests of all kinds under vLLM: unsteered, added, ablated, rotated,
-gated, clamped, limited to the prompt or to the answer. Then the transformers backend, on the same device, goes over
-the same tokens. Prints one JSON line. By runner and way of execution: the largest difference of the chosen tokens'
-logprobs, `plain` where nothing is steered, which is how far the two are apart anyway, and `steered` where something
-is; how many `tokens` differ, and for how many requests the places where gates `fired`. Without a GPU it compares the
-first runner without graphs, as `tests/peers/test_vllm.py` does in the suite.
+gated, clamped, limited to the prompt, to the answer, or to roles, thinking and all but tool calls, whose markers a bias
+makes likely. Then the transformers backend, on the same device, goes over the same tokens. Prints one JSON line. By
+runner and way of execution: the largest difference of the chosen tokens' logprobs, `plain` where nothing is steered,
+which is how far the two are apart anyway, and `steered` where something is; how many `tokens` differ, and for how many
+requests the places where gates `fired`. Without a GPU it compares the first runner without graphs, as
+`tests/peers/test_vllm.py` does in the suite.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from _results import device_name, record
-from _vllm import save_random
+from _vllm import MARKERS, save_random
 
 from activations.models import LoadedModel, load_model
 from sae.artefact import SaeArtefact
@@ -33,6 +34,7 @@ from steer.library import Library
 from steer.library_edit import add
 from steer.pack import About
 from steer.runtime import steering
+from steer.scopes import ROLES
 from steer.vectors import SteeringVector
 from steer.vllm.catalogue import Catalogue
 from steer.vllm.request import read_request
@@ -51,7 +53,14 @@ KINDS: dict[str, list[dict[str, Any]] | None] = {
     "answer": [{"vector": "late"}],
     "clamped": [{"latent": 3, "clamp": 8.0}],
     "gated latent": [{"latent": 5, "clamp": 12.0, "gate": {"on": 0.2, "off": 0.1, "tokens": 3}}],
+    "role": [{"vector": "plus", "scope": "assistant"}],
+    "roles": [{"vector": "plus", "dose": 0.4, "scope": "user"}, {"vector": "turn", "scope": "tool"}],
+    "thinking": [{"vector": "plus", "scope": "thinking"}],
+    "gated final": [{"vector": "plus", "scope": "final no-tool-calls", "gate": GATE}],
 }
+OPENS, ENDS, USER, ASSISTANT = 1, 2, 8, 9
+BIAS = dict.fromkeys(range(1, 1 + len(MARKERS) + len(ROLES)), 3.0)
+"""with which a third of what is written are markers and roles"""
 PRECISE = {"TRITON_F32_DEFAULT": "ieee"}
 """or vLLM's attention rounds float32 to TF32, and is 0.02 apart by itself"""
 RUNNERS = {"first": "0", "second": "1"}
@@ -105,18 +114,20 @@ def compared(
 ) -> dict[str, Any]:
     """By how much they differ."""
     line: dict[str, Any] = {"plain": 0.0, "steered": 0.0, "tokens": 0, "fired": 0}
+    bias = torch.zeros(model.model.config.vocab_size)
+    bias[[*BIAS]] = torch.tensor([*BIAS.values()])
     for given, answer in zip(batch, found, strict=True):
         n, steer = len(given["ids"]), given["steer"]
         interventions = [] if steer is None else catalogue.interventions(read_request(steer))
         ids = torch.tensor([given["ids"] + answer["ids"]], device=model.device)
         with torch.inference_mode(), steering(model, interventions, prompt_lengths=[n]) as steered:
             rows = model.model(input_ids=ids[:, :-1]).logits[0, n - 1 :].float().log_softmax(-1).cpu()
-            fired = steered.fired() or [None]
-        best = rows.max(-1)
-        far = (best.values - torch.tensor(answer["logprobs"])).abs().max().item()
+            fired = [each or None for each in steered.fired()] or [None]
+        best = (rows + bias).argmax(-1)
+        far = (rows.gather(1, best[:, None])[:, 0] - torch.tensor(answer["logprobs"])).abs().max().item()
         name = "plain" if steer is None else "steered"
         line[name] = max(line[name], far)
-        line["tokens"] += int((best.indices != torch.tensor(answer["ids"])).sum())
+        line["tokens"] += int((best != torch.tensor(answer["ids"])).sum())
         line["fired"] += answer["fired"] != fired
     return line
 
@@ -125,7 +136,7 @@ def main() -> None:
     """Read the arguments, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=40)
+    parser.add_argument("--requests", type=int, default=56)
     parser.add_argument("--attention", default="TRITON_ATTN", help="vLLM's attention on a GPU, one that has float32")
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
@@ -139,6 +150,11 @@ def main() -> None:
         record("vllm_equal", line)
 
 
+def words(rng: random.Random) -> list[int]:
+    """Of one turn."""
+    return [rng.randrange(max(BIAS) + 1, 2048) for _ in range(rng.randrange(4, 45))]
+
+
 def compare(arguments: argparse.Namespace, device: str, folder: Path) -> dict[str, Any]:
     """What is told of each runner and way."""
     source = save_random("checked", folder / "model", torch.float32)
@@ -147,8 +163,8 @@ def compare(arguments: argparse.Namespace, device: str, folder: Path) -> dict[st
     catalogue = Catalogue(model, [str(library)], 4)
     rng, kinds = random.Random(0), [*KINDS.values()]
     batch = [
-        {"ids": [rng.randrange(1, 2048) for _ in range(rng.randrange(8, 90))], "tokens": arguments.tokens,
-         "steer": None if (items := kinds[i % len(kinds)]) is None else {"steer": items}}
+        {"ids": [OPENS, USER, *words(rng), ENDS, OPENS, ASSISTANT, *words(rng)], "tokens": arguments.tokens,
+         "steer": None if (items := kinds[i % len(kinds)]) is None else {"steer": items}, "bias": BIAS}
         for i in range(arguments.requests)
     ]  # fmt: skip
     on_gpu = {"attention_backend": arguments.attention, "gpu_memory_utilization": 0.3} if device == "cuda" else {}

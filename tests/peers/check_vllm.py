@@ -3,10 +3,9 @@
     check_vllm.py JOB.json
 
 A job has a `model`, the `libraries` to steer with, or null for vLLM without the plugin, and `engines`, which are
-started one after the other: each has `options` of vLLM, and `batches` of requests {"ids", "steer", "tokens"}. One JSON
-line a batch: `answers`, or why the batch was `refused`; behind those of an engine how often it `preempted` a request,
-and whether it ran vLLM's `second_runner`.
-With `processes`, the engine and its workers have processes of their own, as they do by default.
+started one after the other: each has `options` of vLLM, and `batches` of requests {"ids", "steer", "tokens", "bias"}, the
+last of which may be left out. One JSON line a batch: `answers`, or why the batch was `refused`, and how often a request
+was `preempted` so far; behind those of an engine whether it ran vLLM's `second_runner`. With `processes`, the engine and its workers have processes of their own, as they do by default.
 """
 
 import json
@@ -31,9 +30,10 @@ def main(job: dict[str, Any]) -> None:
     for engine in job["engines"]:
         llm = LLM(model=job["model"], **{**common, "enforce_eager": True, **engine["options"]})
         for batch in engine["batches"]:
-            say(run(llm, batch, has_plugin=job["libraries"] is not None))
-        counts = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
-        say({"preempted": sum(counts), "second_runner": llm.llm_engine.vllm_config.use_v2_model_runner})
+            found = run(llm, batch, has_plugin=job["libraries"] is not None)
+            counts = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
+            say({**found, "preempted": sum(counts)})
+        say({"second_runner": llm.llm_engine.vllm_config.use_v2_model_runner})
         del llm
 
 
@@ -44,6 +44,7 @@ def run(llm: Any, batch: list[dict[str, Any]], *, has_plugin: bool) -> dict[str,
     params = [
         SamplingParams(
             temperature=0, max_tokens=each["tokens"], logprobs=2, ignore_eos=True,
+            logit_bias={int(token): bias for token, bias in each.get("bias", {}).items()} or None,
             extra_args=None if each["steer"] is None else {"saekit": each["steer"]},
         )
         for each in batch

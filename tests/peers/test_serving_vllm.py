@@ -30,12 +30,15 @@ from steer.config import AddConfig, InitConfig
 from steer.gates import Gate, energy
 from steer.library import save_library
 from steer.library_edit import add, init
+from steer.scopes import ROLES
 from steer.vectors import SteeringVector
 from tests.peers.test_vllm import IMPORTS, PACKAGES
 
 TOLERANCE = 1e-4
 ROOT = Path(__file__).resolve().parents[2]
 RIVER, MILL = "The river ran past the mill and", "def add(a, b):\n    return"
+TURNS = "<|im_start|>user\nThe mill?<|im_end|>\n<|im_start|>assistant\n"
+END = "<|im_end|>"
 GATE = {"on": 0.1, "off": 0.05, "tokens": 2}
 SERVE = "from steer.cli import main; main()"
 REFUSED = """
@@ -80,6 +83,13 @@ CASES: dict[str, Body] = {
     "n": {"n": 2, **steered({"vector": "gated", "dose": 1.5})},
     "penalties": {"frequency_penalty": 1.5, "presence_penalty": 0.5, "logit_bias": {"70": 5, "71": -100}},
     "ended": {"logit_bias": {"0": 100}, **steered({"vector": "gated"})},
+    "role": {"prompt": TURNS, **steered({"vector": "plus", "dose": 1.0, "scope": "assistant"})},
+    "role that ends": {
+        "prompt": TURNS,
+        "logit_bias": {"2": 4},
+        **steered({"vector": "plus", "dose": 1.0, "scope": "final"}),
+    },
+    "gated role": {"prompt": TURNS, **steered({"vector": "plus", "dose": 1.0, "scope": "user", "gate": GATE})},
     "without logprobs": {"logprobs": None, **steered({"vector": "plus"})},
 }
 WRONG: dict[str, tuple[Body, int, str]] = {
@@ -90,12 +100,16 @@ WRONG: dict[str, tuple[Body, int, str]] = {
     "long": ({"prompt": "river " * 1500}, 400, "at most 2048"),
     "tokens": ({"max_tokens": 1501}, 400, "at most 1500"),
     "temperature": ({"temperature": 3}, 400, "temperature"),
+    "markers": (steered({"vector": "plus", "scope": "thinking"}), 400, "thinking markers in the model's chat template"),
     "bias": ({"logit_bias": {"300": 1}}, 400, "below 300"),
     "tools": ({"suffix": "x"}, 400, "suffix"),
 }
 LONG = {"max_tokens": 1500, "logit_bias": {"0": -100}}
 ONLY_OF_VLLM = {
-    "role": (steered({"vector": "plus", "scope": "assistant"}), "a scope of roles, phases or tool calls"),
+    "roles": (
+        steered({"vector": "gated"}, *({"vector": "plus", "dose": 0.1, "scope": role} for role in ROLES)),
+        "at most 4 gates, roles, phases and tool calls",
+    ),
     "age": (steered({"vector": "plus", "gate": {"on": 0.1, "tokens": 99}}), "at most 16 tokens"),
     "slots": (steered(*({"vector": "out", "scope": f"after:{i}"} for i in range(1, 6))), "SAEKIT_VLLM_SLOTS"),
     "items": ({"model": "small-up", **steered(*[{"vector": "plus", "dose": 0.1}] * 8)}, "at most 8 items"),
@@ -267,6 +281,7 @@ def test_all_that_steers_changed_something(ours: Served) -> None:
     untouched = ours.ask({})["choices"][0]["text"]
     alike = {name for name, change in CASES.items() if ours.ask(change)["choices"][0]["text"] == untouched}
     assert alike == {"unsteered"}
+    assert END in ours.ask(CASES["role that ends"])["choices"][0]["logprobs"]["tokens"]
     for name in ("own gate", "n", "several", "preset and more"):
         (fired,) = ours.ask(CASES[name])["saekit"]["choices"][0]["fired"].values()
         assert 2 < len(fired) < len(RIVER) + 24, name

@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
-from activations.models import LoadedModel
+from activations.models import LoadedModel, load_tokenizer
 from steer.library import Library
 from steer.pack import About
 from steer.runtime import steering
+from steer.scopes import ROLES
 from steer.vectors import SteeringVector
 from steer.vllm.catalogue import Catalogue
 from steer.vllm.request import read_request
@@ -38,6 +41,9 @@ PROMPTS = (
     "My friend and I decided to write a story about the old lighthouse near the sea, and",
     "The capital of France is",
 )
+CHAT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+THOUGHT = "<|im_start|>user\nName a river.<|im_end|>\n<|im_start|>assistant\n<think>A long one"
+CALLED = f"{THOUGHT}.</think>It is <tool_call>rivers"
 SHIPPED = "smollm2-135m"
 LONG = "The island had one road and two bridges. " * 12
 GATE = {"on": 0.1, "off": 0.05, "tokens": 2}
@@ -54,11 +60,24 @@ CASES: dict[str, tuple[str, list[dict[str, Any]] | None]] = {
     "latent clamped": (PROMPTS[0], [{"latent": 7504, "clamp": 40.0}]),
     "latent off": (PROMPTS[0], [{"latent": f"{SHIPPED}/7504", "scale": 0}]),
     "unsteered too": (PROMPTS[1], None),
+    "a role": (CHAT, [{"vector": "bright", "dose": 0.3, "scope": "assistant"}]),
+    "two roles": (CHAT, [{"vector": "bright", "dose": 0.4, "scope": "user"}, {"vector": "turned", "scope": "system"}]),
+    "thinking": (THOUGHT, [{"vector": "turned", "scope": "thinking"}]),
+    "a gated role": (THOUGHT, [{"vector": "bright", "dose": 0.6, "scope": "user", "gate": {"on": 0.05, "tokens": 3}}]),
+    "no tool calls": (CALLED, [{"vector": "bright", "dose": 0.5, "scope": "final no-tool-calls"}]),
 }  # fmt: skip
+SCOPED = [*CASES][-5:]
+MARKERS = {
+    "<repo_name>": "<think>", "<reponame>": "</think>", "<file_sep>": "<tool_call>", "<filename>": "</tool_call>"
+}  # fmt: skip
+"""tokens of the model that get other names, as it has none for thinking and tool calls"""
 REFUSED = {
     "unknown": ([{"vector": "nothing"}], "'nothing'"),
     "oversized": ([{"vector": "bright", "dose": 9}], "expected a dose of at most 2, got 9"),
-    "a role": ([{"vector": "bright", "scope": "assistant"}], "roles, phases or tool calls"),
+    "too many scopes": (
+        [{"vector": "bright", "dose": 0.1, "scope": each} for each in (*ROLES, "thinking")],
+        "at most 4 gates, roles, phases and tool calls",
+    ),
 }
 Answer = dict[str, Any]
 
@@ -79,7 +98,7 @@ def asked(model: LoadedModel, prompt: str, steer: dict[str, Any] | None, tokens:
 
 @pytest.fixture(scope="module")
 def run(make_peer: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Run a job of check_vllm.py; by engine, the lines of its batches and then the one of what it preempted."""
+    """Run a job of check_vllm.py; by engine, the lines of its batches and then the one of what it was."""
     folder, peer = tmp_path_factory.mktemp("jobs"), make_peer("vllm", PACKAGES, IMPORTS)
 
     def run(model: Path, libraries: list[str] | None, *engines: dict[str, Any], **more: Any) -> list[list[Any]]:
@@ -101,6 +120,21 @@ def folder(smollm2: LoadedModel) -> Path:
 
 
 @pytest.fixture(scope="module")
+def chatting(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """The same model, with a tokenizer whose template has markers of thinking and of tool calls."""
+    words = smollm2.tokenizer.backend_tokenizer.to_str()
+    for old, new in MARKERS.items():
+        words = words.replace(f'"{old}"', f'"{new}"')
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(words), eos_token="<|im_end|>", pad_token="<|im_end|>",
+        chat_template=f"{smollm2.tokenizer.chat_template}{{# {' '.join(MARKERS.values())} #}}",
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return replace(smollm2, tokenizer=load_tokenizer(folder))
+
+
+@pytest.fixture(scope="module")
 def libraries(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     shipped = Library.open(SHIPPED).vectors
     vectors = [
@@ -117,9 +151,9 @@ def libraries(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def mixed(smollm2: LoadedModel) -> list[dict[str, Any]]:
+def mixed(chatting: LoadedModel) -> list[dict[str, Any]]:
     """All cases, in one batch."""
-    return [asked(smollm2, case[0], request(case)) for case in CASES.values()]
+    return [asked(chatting, case[0], request(case)) for case in CASES.values()]
 
 
 @pytest.fixture(scope="module")
@@ -129,26 +163,29 @@ def plain(mixed: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def found(run: Any, folder: Path, libraries: list[str], smollm2: LoadedModel, mixed: list[dict[str, Any]],
+def found(run: Any, folder: Path, libraries: list[str], chatting: LoadedModel, mixed: list[dict[str, Any]],
           plain: list[dict[str, Any]]) -> dict[str, Any]:  # fmt: skip
     """What the plugin answers."""
     cached = [
         None, request(("", [{"vector": "bright", "dose": 0.5}])), None, request(("", [{"vector": "late"}])),
         request(("", [{"vector": "bright", "dose": 0.5}])), request(("", [{"vector": "bright", "dose": 0.4}])),
         request(("", [{"vector": "bright", "scope": f"after:{BLOCK}"}])),
+        *[request(("", [{"vector": "bright", "scope": "user"}]))] * 2,
     ]  # fmt: skip
+    scoped = [each for name, each in zip(CASES, mixed, strict=True) if name in SCOPED]
+    options = {"block_size": BLOCK, "tokenizer": chatting.tokenizer.name_or_path}
     solo = [[each] for each in mixed]
-    reuse = [[asked(smollm2, LONG, steer, 8)] for steer in cached]
+    reuse = [[asked(chatting, LONG, steer, 8)] for steer in cached]
     refused = [
-        [asked(smollm2, PROMPTS[0], None), asked(smollm2, PROMPTS[0], request(("", items)))]
+        [asked(chatting, PROMPTS[0], None), asked(chatting, PROMPTS[0], request(("", items)))]
         for items, _ in REFUSED.values()
     ]
     batches = [plain, mixed, *solo, *reuse, *refused, plain]
     ((lines), (chunked), (scarce)) = run(
         folder, libraries,
-        {"options": {"block_size": BLOCK}, "batches": batches},
-        {"options": {"block_size": BLOCK, "max_num_batched_tokens": 16}, "batches": [mixed]},
-        {"options": {"block_size": BLOCK, "num_gpu_blocks_override": 12}, "batches": [mixed]},
+        {"options": options, "batches": batches},
+        {"options": {**options, "max_num_batched_tokens": 16}, "batches": [mixed]},
+        {"options": {**options, "num_gpu_blocks_override": 12}, "batches": [mixed, scoped * 2]},
     )  # fmt: skip
     parts = iter(lines)
     return {
@@ -160,7 +197,8 @@ def found(run: Any, folder: Path, libraries: list[str], smollm2: LoadedModel, mi
         "again": next(parts)["answers"],
         "chunked": chunked[0]["answers"],
         "scarce": scarce[0]["answers"],
-        "preempted": scarce[1]["preempted"],
+        "scarce scoped": scarce[1]["answers"],
+        "preempted": [each["preempted"] for each in scarce[:2]],
     }
 
 
@@ -178,21 +216,34 @@ def ours(model: LoadedModel, catalogue: Catalogue, given: dict[str, Any], answer
     ids = torch.tensor([given["ids"] + answer["ids"]])
     with torch.inference_mode(), steering(model, interventions, prompt_lengths=[n]) as steered:
         rows = model.model(input_ids=ids[:, :-1]).logits[0, n - 1 :].log_softmax(-1)
-        fired = steered.fired() or [None]
+        fired = [each or None for each in steered.fired()] or [None]
     best = rows.max(-1)
     return {"ids": best.indices.tolist(), "logprobs": best.values.tolist(), "fired": fired}
 
 
 def test_a_mixed_batch_answers_as_the_transformers_backend_does(
-    smollm2: LoadedModel, libraries: list[str], mixed: list[dict[str, Any]], found: dict[str, Any]
+    chatting: LoadedModel, libraries: list[str], mixed: list[dict[str, Any]], found: dict[str, Any]
 ) -> None:
-    catalogue = Catalogue(smollm2, libraries, 4)
-    answers = [ours(smollm2, catalogue, *each) for each in zip(mixed, found["mixed"], strict=True)]
+    catalogue = Catalogue(chatting, libraries, 4)
+    answers = [ours(chatting, catalogue, *each) for each in zip(mixed, found["mixed"], strict=True)]
     check_same(found["mixed"], answers)
     texts = {name: answer["ids"] for name, answer in zip(CASES, found["mixed"], strict=True)}
     for name in ("add", "ablate", "gated", "several", "prompt only", "generated only", "latent clamped"):
         untouched = texts["unsteered" if CASES[name][0] == PROMPTS[0] else "unsteered too"]
         assert texts[name] != untouched, f"{name}: nothing was steered"
+
+
+@pytest.mark.parametrize("name", SCOPED)
+def test_turns_begin_and_end_in_what_is_generated(
+    chatting: LoadedModel, libraries: list[str], mixed: list[dict[str, Any]], found: dict[str, Any], name: str
+) -> None:
+    catalogue, at = Catalogue(chatting, libraries, 4), [*CASES].index(name)
+    given, answer = mixed[at], found["mixed"][at]
+    assert {*chatting.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])} <= {*answer["ids"]}
+    everywhere = {"steer": [{**item, "scope": "all"} for item in given["steer"]["steer"]]}
+    for other in (None, everywhere):
+        far = np.subtract(ours(chatting, catalogue, {**given, "steer": other}, answer)["logprobs"], answer["logprobs"])
+        assert np.abs(far).max() > 100 * TOLERANCE, "the scope changes nothing"
 
 
 def test_each_answer_of_a_mixed_batch_is_its_solo_answer(found: dict[str, Any]) -> None:
@@ -204,12 +255,14 @@ def test_chunked_prefill_changes_nothing(found: dict[str, Any]) -> None:
 
 
 def test_neither_does_preemption(found: dict[str, Any]) -> None:
-    assert found["preempted"] > 0
+    mixed, scoped = found["preempted"]
+    assert 0 < mixed < scoped
     check_same(found["scarce"], found["mixed"])
+    check_same(found["scarce scoped"], found["mixed"][-len(SCOPED) :] * 2, SCOPED * 2)
 
 
 def test_the_prefix_cache_is_keyed_by_what_is_steered(found: dict[str, Any]) -> None:
-    first, steered, plain, late, again, other, behind = found["reuse"]
+    first, steered, plain, late, again, other, behind, *scoped = found["reuse"]
     whole = plain["cached"]
     assert (first["cached"], whole > BLOCK) == (0, True)
     assert plain["logprobs"] == pytest.approx(first["logprobs"], abs=TOLERANCE)
@@ -220,6 +273,7 @@ def test_the_prefix_cache_is_keyed_by_what_is_steered(found: dict[str, Any]) -> 
     assert other["cached"] == 0, "another dose is other steering"
     assert behind["cached"] == BLOCK, "blocks in front of what is steered are shared"
     assert steered["logprobs"] != pytest.approx(first["logprobs"], abs=TOLERANCE)
+    assert [each["cached"] for each in scoped] == [0, 0], "what depends on all tokens before is computed"
 
 
 def test_what_cannot_be_done_is_refused_and_the_engine_lives_on(found: dict[str, Any]) -> None:
@@ -243,9 +297,12 @@ def test_two_workers_steer_as_one_does(run: Any, small: LoadedModel, tmp_path: P
     ]
     Library(vectors={each.name: each for each in vectors}, about=About(name="two")).save(tmp_path / "two")
     gated = {"vector": "plus", "gate": {"on": 0.1, "off": 0.05}}
-    items: list[list[dict[str, Any]]] = [[{"vector": "plus"}], [{"vector": "out"}, gated]]
+    items: list[list[dict[str, Any]]] = [
+        [{"vector": "plus"}], [{"vector": "out"}, gated], [{"vector": "plus", "scope": "assistant"}]
+    ]  # fmt: skip
     steers = [None, *({"steer": each} for each in items)]
-    batch = [asked(small, "The river ran past the mill", steer, 16) for steer in steers]
+    text = "<|im_start|>user\nThe river ran past<|im_end|>\n<|im_start|>assistant\nThe mill"
+    batch = [asked(small, text, steer, 16) for steer in steers]
     options = {"tensor_parallel_size": 2, "max_num_seqs": 4}
     (((line), _),) = run(
         Path(small.spec), [str(tmp_path / "two")], {"options": options, "batches": [batch]}, processes=True

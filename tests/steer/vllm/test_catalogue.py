@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from activations.errors import ConfigError, MismatchError, SaekitError, UnknownNameError
+from activations.errors import ConfigError, MismatchError, ModelError, SaekitError, UnknownNameError
 from activations.models import LoadedModel
 from steer.library import Library
 from steer.pack import About
+from steer.scopes import Scope, latches_of
 from steer.serving.items import Asked
-from steer.vllm.catalogue import Catalogue, model_of
+from steer.vllm.catalogue import Catalogue, Markers, model_of
 from steer.vllm.plugin import block_key
 from steer.vllm.request import read_request
 
@@ -55,8 +56,8 @@ def test_what_is_no_request_is_refused_with_what_is_wrong(given: Any, said: str)
         ({"latent": 8, "scale": 0}, UnknownNameError, "0 to 7"),
         ({"vector": "plus", "dose": 9}, ConfigError, "a dose of at most 2"),
         ({"vector": "plus", "clamp": 1}, ConfigError, "of a latent"),
-        ({"vector": "chat"}, ConfigError, "roles, phases or tool calls"),
-        ({"vector": "plus", "scope": "no-tool-calls"}, ConfigError, "roles, phases or tool calls"),
+        ({"vector": "chat", "scope": "thinking"}, ConfigError, "thinking markers in the model's chat template"),
+        ({"vector": "plus", "scope": "no-tool-calls"}, ConfigError, "tool call markers in the model's chat template"),
         ({"vector": "plus", "scope": "sometimes"}, UnknownNameError, "words among"),
         ({"vector": "plus", "gate": {"on": 0.1, "off": 0.2}}, ConfigError, "off <= on"),
         ({"vector": "plus", "gate": {"on": 0.1, "tokens": 99}}, ConfigError, "at most 16 tokens"),
@@ -73,6 +74,13 @@ def test_more_of_a_kind_than_there_is_room_for_is_refused(catalogue: Catalogue) 
     items = [{"vector": "plus", "operation": "ablate", "dose": 1.0, "scope": f"after:{i}"} for i in range(1, 6)]
     with pytest.raises(ConfigError, match="SAEKIT_VLLM_SLOTS"):
         catalogue.prepare(asked(*items), 5)
+
+
+def test_so_are_more_gates_and_roles_than_there_is_room_for(catalogue: Catalogue) -> None:
+    roles = [{"vector": "plus", "dose": 0.1, "scope": role} for role in ("user", "assistant", "system", "tool")]
+    assert len(catalogue.prepare(asked(*roles), 5).latches) == 4
+    with pytest.raises(ConfigError, match="at most 4 gates, roles, phases and tool calls a request, got 5"):
+        catalogue.prepare(asked(*roles, {"vector": "gated"}), 5)
 
 
 def test_a_library_is_a_name_that_the_engine_was_started_with(catalogue: Catalogue, library: Path) -> None:
@@ -92,6 +100,16 @@ def test_a_library_of_other_weights_does_not_start(tiny: LoadedModel, library: P
 def test_the_stand_in_of_a_folder_is_the_model_that_was_loaded_from_it(tiny: LoadedModel, tiny_llama: Path) -> None:
     found = model_of(tiny_llama, tiny.model.config)
     assert (found.fingerprint, found.d_model, found.n_layers) == (tiny.fingerprint, tiny.d_model, tiny.n_layers)
+    for words in ("assistant", "user generated", "final"):
+        scope = Scope.parse(words)
+        assert latches_of(scope, found.tokenizer) == latches_of(scope, tiny.tokenizer) != []
+
+
+def test_a_folder_without_a_tokenizer_is_one_of_positions(tmp_path: Path) -> None:
+    markers = Markers(lambda: tmp_path)
+    assert latches_of(Scope.parse("generated after:3"), markers) == []
+    with pytest.raises(ModelError):
+        latches_of(Scope.parse("assistant"), markers)
 
 
 def test_a_budget_is_kept(catalogue: Catalogue) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from activations.models import LoadedModel
 from sae.artefact import SaeArtefact
 from steer.operations import ClampLatents, Intervention
 from steer.vllm import plugin
-from steer.vllm.catalogue import check_supported
+from steer.vllm.catalogue import Catalogue, check_supported
 
 
 def test_without_libraries_it_does_not_even_import_vllm() -> None:
@@ -60,6 +61,33 @@ def test_an_engine_that_it_would_steer_wrongly_does_not_start(changes: dict[str,
     plugin._check(config())
     with pytest.raises(ConfigError, match=said):
         plugin._check(config(**changes))
+
+
+def steering_of(catalogue: Catalogue, item: dict[str, Any], speculative: Any = None) -> dict[str, Any]:
+    """What the plugin makes of a request to an engine."""
+    engine = SimpleNamespace(saekit=catalogue, vllm_config=SimpleNamespace(speculative_config=speculative))
+    request = SimpleNamespace(prompt_token_ids=[5, 6, 7], prompt_embeds=None)
+    return plugin._steering(engine, request, {"steer": [item]})
+
+
+@pytest.mark.parametrize("item", [{"vector": "chat"}, {"vector": "plus", "scope": "final"}, {"vector": "gated"}])
+def test_what_depends_on_all_tokens_before_takes_none_from_the_cache_and_no_speculation(
+    catalogue: Catalogue, item: dict[str, Any]
+) -> None:
+    assert steering_of(catalogue, item)["has_flags"]
+    plain = steering_of(catalogue, {"vector": "late"}, speculative="ngram")
+    assert not plain["has_flags"]
+    with pytest.raises(ConfigError, match="roles, phases or tool calls: expected tokens that are computed once"):
+        steering_of(catalogue, item, speculative="ngram")
+
+
+def test_markers_are_those_of_the_tokenizer_that_the_engine_was_given(tiny_llama: Path, tmp_path: Path) -> None:
+    def folder(tokenizer: Path) -> Path:
+        told = {"model": str(tiny_llama), "revision": None, "tokenizer": str(tokenizer), "tokenizer_revision": None}
+        return plugin._tokenizer_folder(SimpleNamespace(model_config=SimpleNamespace(**told)))
+
+    assert folder(tiny_llama) == tiny_llama.resolve()
+    assert folder(tmp_path) == tmp_path.resolve()
 
 
 def artefact(tiny: LoadedModel, **changes: Any) -> SaeArtefact:
