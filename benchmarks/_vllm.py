@@ -24,7 +24,7 @@ ON_GPU = {"gpu_memory_utilization": 0.25, "kv_cache_memory_bytes": 2**33}
 
 
 def save_random(name: str, folder: Path, dtype: torch.dtype) -> Path:
-    """A Llama with random weights, and a tokenizer of words that has markers of turns, in the format of Hugging Face."""
+    """A Llama with random weights and a tokenizer of words and MARKERS, in the format of Hugging Face."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

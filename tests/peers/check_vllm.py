@@ -3,9 +3,10 @@
     check_vllm.py JOB.json
 
 A job has a `model`, the `libraries` to steer with, or null for vLLM without the plugin, and `engines`, which are
-started one after the other: each has `options` of vLLM, and `batches` of requests {"ids", "steer", "tokens", "bias"}, the
-last of which may be left out. One JSON line a batch: `answers`, or why the batch was `refused`, and how often a request
-was `preempted` so far; behind those of an engine whether it ran vLLM's `second_runner`. With `processes`, the engine and its workers have processes of their own, as they do by default.
+started one after the other: each has `options` of vLLM, and `batches` of requests {"ids", "steer", "tokens"}, some with
+a "bias" by token. One JSON line a batch: `answers`, or why the batch was `refused`, and how often a request was
+`preempted` so far; behind those of an engine whether it ran vLLM's `second_runner`. With `processes`, the engine and
+its workers have processes of their own, as they do by default.
 """
 
 import json

@@ -234,7 +234,7 @@ def test_a_mixed_batch_answers_as_the_transformers_backend_does(
 
 
 @pytest.mark.parametrize("name", SCOPED)
-def test_turns_begin_and_end_in_what_is_generated(
+def test_turns_begin_and_end_in_what_is_generated_and_steering_with_them(
     chatting: LoadedModel, libraries: list[str], mixed: list[dict[str, Any]], found: dict[str, Any], name: str
 ) -> None:
     catalogue, at = Catalogue(chatting, libraries, 4), [*CASES].index(name)
