@@ -29,6 +29,8 @@ from steer.operations import Slot
 
 FEW = 4
 """slots up to which one is applied after the other, which a compiler fuses; more take a matrix product"""
+MOST_ENCODED = 2**26
+"""pre-activations of an SAE that are there at once; 4 bytes each, and as much again while the largest are found"""
 
 
 class LaneKey(NamedTuple):
@@ -40,6 +42,11 @@ class LaneKey(NamedTuple):
     topk: SaeArtefact | None
     """the SAE that has to be encoded to know which latents are active"""
     keeps_norm: bool
+
+    @property
+    def reads_apart(self) -> bool:
+        """Whether what is read is not found where it acts from one row alone: elsewhere, or of an SAE, encoded."""
+        return self.reads is not None and (self.topk is not None or self.reads != self.acts)
 
 
 class Where(NamedTuple):
@@ -175,6 +182,12 @@ class Lane(nn.Module):
         if self.encoder is None:
             s = products(x, self.reads) + self.bias[:, None]
             return torch.where(s > self.threshold[:, None], s, 0.0)
+        assert self.key.topk is not None
+        n_tokens = max(1, MOST_ENCODED // (self.key.topk.d_sae * len(x)))
+        return torch.cat([self._encoded(part) for part in x.split(n_tokens, dim=1)], dim=1)
+
+    def _encoded(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos k"]:
+        assert self.encoder is not None
         assert self.key.topk is not None
         pre = self.encoder(x)
         least = pre.topk(int(self.key.topk.k or 1), dim=-1).values[..., -1:]

@@ -6,8 +6,8 @@ what they write. Where gates are read, the program of a request's first token go
 after the other, as the automaton does by definition; the programs of the others end.
 
 It does what `Site.act` does with operations of PyTorch, to rounding: `tests/steer/packed/test_rows.py` compares them
-in Triton's interpreter, and `benchmarks/vllm_equal.py` on a GPU. Left out: SAEs that have to be encoded, and slots that
-read elsewhere than they act, which `can_run` refuses; what goes into the tables (`steer.packed.rows`).
+in Triton's interpreter, and `benchmarks/vllm_equal.py` on a GPU. Left out: reading of lanes that `reads_apart`, which it
+is given; what goes into the tables (`steer.packed.rows`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,20 +33,22 @@ MOST_GATED = 512
 FEWEST = 64
 """slots that are looked through at once, at least: a kernel is compiled for each power of 2 from there on"""
 _ADDS = ("writes", "constant", "low", "high", "need", "veto")
-_READS = (*_ADDS, "reads", "bias", "threshold", "gain", "floor", "ceiling", "strength")
+_GIVEN = (*_ADDS, "gain", "floor", "ceiling", "strength")
+_READS = (*_GIVEN, "reads", "bias", "threshold")
+_KINDS = {"adds": _ADDS, "keeps": _ADDS, "reads": _READS, "given": _GIVEN}
+"""kinds of lanes, of which a hook point may have one each -> what is looked at of their slots"""
 
 
 def can_run(lanes: Sequence[Lane], n_gated: int) -> bool:
     """Whether it does what these lanes do. Args: n_gated: most tokens of a gated request in the pass; 0: no gates."""
-    return n_gated <= MOST_GATED and all(_kind(lane.key) is not None for lane in lanes)
+    kinds = [_kind(lane.key) for lane in lanes]
+    return n_gated <= MOST_GATED and None not in kinds and len({*kinds}) == len(kinds)
 
 
 def _kind(key: LaneKey) -> str | None:
-    if key.topk is not None or key.reads not in (None, key.acts):
-        return None
-    return {(True, False): "adds", (True, True): "keeps", (False, False): "reads"}.get(
-        (key.reads is None, key.keeps_norm)
-    )
+    if key.keeps_norm:
+        return "keeps" if key.reads is None else None
+    return "adds" if key.reads is None else "given" if key.reads_apart else "reads"
 
 
 def run(
@@ -62,17 +64,18 @@ def run(
     Args:
       lanes: those that act here, for which `can_run` is true.
       n_gated_rows: rows of gates of which some may be read here.
-      batch: its flags, ages and log are moved on where gates are read.
+      batch: its flags, ages and log are moved on where gates are read; its readings have z of lanes that read apart.
       gates: `here` and the `gate_...` buffers of a `Site`.
     """
     found = {_kind(lane.key): lane for lane in lanes}
     tables: dict[str, Tensor | int] = {}
-    for kind, names in {"adds": _ADDS, "keeps": _ADDS, "reads": _READS}.items():
+    for kind, names in _KINDS.items():
         lane = found.get(kind)
         tables |= {f"{kind}_{name}": hidden if lane is None else _plain(lane.get_buffer(name)) for name in names}
         tables[f"{kind}_n"] = n = 0 if lane is None else lane.n_slots
         tables[f"{kind}_block"] = triton.next_power_of_2(max(FEWEST, n))
-    d_model = hidden.shape[1]
+    given, d_model = found.get("given"), hidden.shape[1]
+    tables["given_z"] = hidden if given is None else batch.readings[given.key].contiguous()
     with torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
         _steer[(len(hidden),)](
             hidden, hidden if residual is None else residual,
@@ -97,10 +100,14 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
+_NOT, _HERE, _GIVEN_Z = (tl.constexpr(how) for how in range(3))
+"""how a lane reads: not at all, or z is found here, or given"""
+
+
 @_compiled()
 def _sum(
     x, now, up, writes, constant, low, high, need, veto, n,
-    reads, bias, threshold, gain, floor, ceiling, strength,
+    gain, floor, ceiling, strength, reads, bias, threshold, given_z,
     reading: tl.constexpr, slots: tl.constexpr, d_model: tl.constexpr, block: tl.constexpr,
     n_flags: tl.constexpr, n_clauses: tl.constexpr,
 ) -> Any:  # fmt: skip
@@ -122,10 +129,13 @@ def _sum(
         failing = tl.max(fails.to(tl.int32), 1)
         if tl.min(failing, 0) == 0:
             amount = tl.load(constant + k)
-            if reading:
-                row = tl.load(reads + k * d_model + at, mask=inside, other=0.0)
-                s = tl.sum(row * x, 0) + tl.load(bias + k)
-                z = tl.where(s > tl.load(threshold + k), s, 0.0)
+            if reading != _NOT:
+                if reading == _HERE:
+                    row = tl.load(reads + k * d_model + at, mask=inside, other=0.0)
+                    s = tl.sum(row * x, 0) + tl.load(bias + k)
+                    z = tl.where(s > tl.load(threshold + k), s, 0.0)
+                else:
+                    z = tl.load(given_z + k)
                 wanted = tl.load(gain + k) * z
                 wanted = tl.minimum(tl.maximum(wanted, tl.load(floor + k)), tl.load(ceiling + k))
                 amount += tl.load(strength + k) * (wanted - z)
@@ -156,15 +166,17 @@ def _moved(
     return tl.where(where == 0, 0, tl.where(age == 0, opens.to(tl.int64), later))
 
 
-@_compiled("n_gated_rows", "adds_n", "keeps_n", "reads_n")
+@_compiled("n_gated_rows", "adds_n", "keeps_n", "reads_n", "given_n")
 def _steer(
     hidden, residual, index, position, row, first, last, flags, ages, log, n_gated_rows,
     weight, bias, floor, absolute, relative, on, off, min_tokens, here,
     adds_writes, adds_constant, adds_low, adds_high, adds_need, adds_veto, adds_n,
     keeps_writes, keeps_constant, keeps_low, keeps_high, keeps_need, keeps_veto, keeps_n,
     reads_writes, reads_constant, reads_low, reads_high, reads_need, reads_veto,
-    reads_reads, reads_bias, reads_threshold, reads_gain, reads_floor, reads_ceiling, reads_strength, reads_n,
-    adds_block: tl.constexpr, keeps_block: tl.constexpr, reads_block: tl.constexpr,
+    reads_gain, reads_floor, reads_ceiling, reads_strength, reads_reads, reads_bias, reads_threshold, reads_n,
+    given_writes, given_constant, given_low, given_high, given_need, given_veto,
+    given_gain, given_floor, given_ceiling, given_strength, given_z, given_n,
+    adds_block: tl.constexpr, keeps_block: tl.constexpr, reads_block: tl.constexpr, given_block: tl.constexpr,
     has_residual: tl.constexpr, d_model: tl.constexpr, block: tl.constexpr, log_tokens: tl.constexpr,
     n_flags: tl.constexpr, n_clauses: tl.constexpr, max_age: tl.constexpr, nobody: tl.constexpr,
 ):  # fmt: skip
@@ -201,22 +213,28 @@ def _steer(
         now = tl.load(index + token)
         change, n_acting = _sum(
             x, now, up, adds_writes, adds_constant, adds_low, adds_high, adds_need, adds_veto, adds_n,
-            hidden, hidden, hidden, hidden, hidden, hidden, hidden,
-            False, adds_block, d_model, block, n_flags, n_clauses,
+            hidden, hidden, hidden, hidden, hidden, hidden, hidden, hidden,
+            _NOT, adds_block, d_model, block, n_flags, n_clauses,
         )  # fmt: skip
         other, n_keeping = _sum(
             x, now, up, keeps_writes, keeps_constant, keeps_low, keeps_high, keeps_need, keeps_veto, keeps_n,
-            hidden, hidden, hidden, hidden, hidden, hidden, hidden,
-            False, keeps_block, d_model, block, n_flags, n_clauses,
+            hidden, hidden, hidden, hidden, hidden, hidden, hidden, hidden,
+            _NOT, keeps_block, d_model, block, n_flags, n_clauses,
         )  # fmt: skip
         change += other
         other, n_reading = _sum(
             x, now, up, reads_writes, reads_constant, reads_low, reads_high, reads_need, reads_veto, reads_n,
-            reads_reads, reads_bias, reads_threshold, reads_gain, reads_floor, reads_ceiling, reads_strength,
-            True, reads_block, d_model, block, n_flags, n_clauses,
+            reads_gain, reads_floor, reads_ceiling, reads_strength, reads_reads, reads_bias, reads_threshold, hidden,
+            _HERE, reads_block, d_model, block, n_flags, n_clauses,
         )  # fmt: skip
         change += other
-        if n_acting + n_keeping + n_reading > 0:
+        other, n_given = _sum(
+            x, now, up, given_writes, given_constant, given_low, given_high, given_need, given_veto, given_n,
+            given_gain, given_floor, given_ceiling, given_strength, hidden, hidden, hidden, given_z + token * given_n,
+            _GIVEN_Z, given_block, d_model, block, n_flags, n_clauses,
+        )  # fmt: skip
+        change += other
+        if n_acting + n_keeping + n_reading + n_given > 0:
             moved = x + change
             if n_keeping > 0:
                 moved *= tl.sqrt(tl.sum(x * x, 0)) / tl.maximum(tl.sqrt(tl.sum(moved * moved, 0)), 1e-12)

@@ -79,10 +79,20 @@ class Held:
 class Rows:
     """The requests that are steered."""
 
-    def __init__(self, points: Sequence[HookPoint], sizes: Sizes):
-        """Make all tables, empty. Args: points: those that have some from the start."""
+    def __init__(self, points: Sequence[HookPoint], sizes: Sizes, lanes: Sequence[LaneKey] = ()):
+        """Make all tables, empty.
+
+        Args:
+          points: those that have some from the start.
+          lanes: what these have beside lanes that read at most where they act, by a row of their own.
+        """
         self.batch = Batch(sizes)
         self.sites = {point: Site(point, self.batch) for point in points}
+        for key in lanes:
+            self.sites[key.acts].make_room(key, sizes.n_requests * sizes.n_slots)
+        for lane in [lane for site in self.sites.values() for lane in site.all]:
+            if lane.key.reads is not None:
+                self.sites[lane.key.reads].readers.append(lane)
         self._rows: dict[str, Held] = {}
         self._new: list[tuple[Held, Prepared]] = []
         self._room: dict[LaneKey, Room] = {}

@@ -78,7 +78,7 @@ class Batch(nn.Module):
         n, rows = sizes.n_tokens, sizes.n_requests + 1
         self.sizes, self.is_idle, self.n_flags, self.longest = sizes, True, 0, n
         self.readings: dict[LaneKey, Tensor] = {}
-        """what lanes that act at a later hook point have read"""
+        """what lanes have read in this pass, to act here or at a later hook point"""
         self.register_buffer("tokens", torch.tensor(_AT_REST).repeat(1, n), persistent=False)
         self._n_filled = 0
         self.register_buffer("flags", torch.zeros(1, n, MAX_FLAGS, dtype=torch.bool), persistent=False)
@@ -149,6 +149,11 @@ class Batch(nn.Module):
             grow(self, name, n_rows)
 
 
+def _whole(hidden: Tensor, residual: Tensor | None) -> Float[Tensor, "1 pos d_model"]:
+    """The residual stream."""
+    return hidden[None] if residual is None else hidden[None].float() + residual[None].float()
+
+
 def grow(module: nn.Module, name: str, n: int) -> None:
     """Give a buffer at least n rows, those behind its own of zeros; twice what it had, so that it happens seldom."""
     old = module.get_buffer(name)
@@ -156,6 +161,16 @@ def grow(module: nn.Module, name: str, n: int) -> None:
         new = old.new_zeros(max(n, 2 * len(old)), *old.shape[1:])
         new[: len(old)] = old
         module.register_buffer(name, new, persistent=False)
+
+
+class Used(NamedTuple):
+    """What is done at a hook point in a pass."""
+
+    acting: Sequence[Lane]
+    reading: Sequence[Lane]
+    """those that read here, wherever they act"""
+    n_rows: int
+    """rows of gates of which some may be read here"""
 
 
 class Site(nn.Module):
@@ -172,6 +187,8 @@ class Site(nn.Module):
         """of each lane that is in use, the slots of its beginning, behind which none is"""
         self.reading: dict[LaneKey, Lane] = {}
         """the same of lanes that read here"""
+        self.readers: list[Lane] = []
+        """lanes that read here from the start, whole"""
         self.gated_rows = 0
         """the same of rows of gates"""
         if sizes.n_slots:
@@ -234,12 +251,12 @@ class Site(nn.Module):
         """Steer the residual stream, which is `hidden`, or the sum of both; what changes is written into `hidden`."""
         if self._rests(len(hidden)):
             return
-        lanes, n_rows = self._lanes_and_rows(len(hidden))
-        if self._has_kernel(hidden, lanes, n_rows):
-            self._launch(hidden, residual, lanes, n_rows)
+        used = self._used(len(hidden))
+        if self._has_kernel(hidden, used):
+            self._launch(hidden, residual, used)
             return
-        value = hidden[None] if residual is None else hidden[None].float() + residual[None].float()
-        moved = self._by_operations(value, lanes, n_rows)
+        value = _whole(hidden, residual)
+        moved = self._by_operations(value, used)
         # Not `moved - residual`: what nothing acts on keeps its bits, and so do the parts of what does.
         hidden.copy_(torch.where(moved != value, hidden[None] + (moved - value), hidden[None])[0])
 
@@ -247,56 +264,54 @@ class Site(nn.Module):
         """The value at the hook point, steered; the same tensor where nothing acts."""
         if self._rests(value.shape[1]):
             return value
-        lanes, n_rows = self._lanes_and_rows(value.shape[1])
-        if not self._has_kernel(value[0], lanes, n_rows):
-            return self._by_operations(value, lanes, n_rows)
+        used = self._used(value.shape[1])
+        if not self._has_kernel(value[0], used):
+            return self._by_operations(value, used)
         moved = value.clone()
-        self._launch(moved[0], None, lanes, n_rows)
+        self._launch(moved[0], None, used)
         return moved
 
-    def _has_kernel(self, hidden: Float[Tensor, "pos d_model"], lanes: Sequence[Lane], n_rows: int) -> bool:
-        """Whether one kernel does all that is done here in this pass."""
+    def _has_kernel(self, hidden: Float[Tensor, "pos d_model"], used: Used) -> bool:
+        """Whether one kernel does all that is done here in this pass, but for what it is given."""
         if not (has_kernel(hidden) and hidden.is_contiguous()):
             return False
         from steer.packed.kernel import can_run
 
-        n = len(hidden)
-        others = [] if n <= self._batch[0].sizes.n_captured else [*self.reading.values()]
-        return can_run([*lanes, *others], min(n, self._batch[0].longest) if n_rows else 0)
+        return can_run(used.acting, min(len(hidden), self._batch[0].longest) if used.n_rows else 0)
 
     def _launch(
-        self,
-        hidden: Float[Tensor, "pos d_model"],
-        residual: Float[Tensor, "pos d_model"] | None,
-        lanes: Sequence[Lane],
-        n_rows: int,
+        self, hidden: Float[Tensor, "pos d_model"], residual: Float[Tensor, "pos d_model"] | None, used: Used
     ) -> None:
         from steer.packed.kernel import run
 
-        run(hidden, residual, lanes, n_rows, self._batch[0], dict(self.named_buffers(recurse=False)))
+        apart = [lane for lane in used.reading if lane.key.reads_apart]
+        if apart:
+            self._read(_whole(hidden, residual), apart)
+        if used.acting or used.n_rows:
+            run(hidden, residual, used.acting, used.n_rows, self._batch[0], dict(self.named_buffers(recurse=False)))
 
-    def _by_operations(
-        self, value: Float[Tensor, "1 pos d_model"], lanes: Sequence[Lane], n_rows: int
-    ) -> Float[Tensor, "1 pos d_model"]:
+    def _by_operations(self, value: Float[Tensor, "1 pos d_model"], used: Used) -> Float[Tensor, "1 pos d_model"]:
         batch, n = self._batch[0], value.shape[1]
         x, index = value.float(), batch.index[:, :n]
-        if n_rows:
-            self._move_gates(x, n, n_rows)
-        for lane in lanes if n <= batch.sizes.n_captured else self.reading.values():
-            if lane.key.reads is not None:
-                batch.readings[lane.key] = lane.read(x)
-        if not lanes:
+        if used.n_rows:
+            self._move_gates(x, n, used.n_rows)
+        self._read(x, used.reading)
+        if not used.acting:
             return value
-        readings = [batch.readings.pop(lane.key, None) for lane in lanes]
+        readings = [batch.readings[lane.key] if lane.key.reads else None for lane in used.acting]
         flags = batch.flags[:, :n, : self._width(n)]
-        return applied(value, lanes, readings, index, flags)
+        return applied(value, used.acting, readings, index, flags)
 
-    def _lanes_and_rows(self, n: int) -> tuple[list[Lane], int]:
-        """The lanes that act in a pass over so many tokens, and rows of gates of which some may be read."""
-        batch = self._batch[0]
-        if n <= batch.sizes.n_captured:
-            return self.all, len(batch.ages)
-        return [*self.acting.values()], self.gated_rows
+    def _read(self, x: Float[Tensor, "1 pos d_model"], lanes: Sequence[Lane]) -> None:
+        """Keep what they read here until they act, here or later in the pass."""
+        for lane in lanes:
+            self._batch[0].readings[lane.key] = lane.read(x.float())
+
+    def _used(self, n: int) -> Used:
+        """What may be in use in a pass over so many tokens."""
+        if n <= self._batch[0].sizes.n_captured:
+            return Used(self.all, self.readers, len(self._batch[0].ages))
+        return Used([*self.acting.values()], [*self.reading.values()], self.gated_rows)
 
     def _rests(self, n: int) -> bool:
         batch = self._batch[0]

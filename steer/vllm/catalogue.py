@@ -6,8 +6,8 @@ points are where the model gets tables; 3. a request becomes interventions, both
 transformers runtime.
 
 vLLM's model is not the one of transformers, so a `LoadedModel` is stood in for by what its config tells. Left out:
-SAEs whose threshold depends on the token (TopK), hook points other than `resid_post`, and gates and scopes that need
-more room than `steer.packed.prepared` has: each is refused with the reason.
+hook points other than `resid_post`, and gates and scopes that need more room than `steer.packed.prepared` has: each is
+refused with the reason.
 """
 
 import re
@@ -24,11 +24,15 @@ from activations.families import family_of_config
 from activations.fingerprints import cache_dir
 from activations.hook_points import HookPoint
 from activations.models import LoadedModel, fingerprint_folder, load_tokenizer, read_config
+from sae.artefact import SaeArtefact
+from sae.wiring import Wiring
 from steer.gates import gates_of
+from steer.latents import Places, places_of
 from steer.operations import Intervention
 from steer.packed.prepared import Prepared, check_room, prepared
 from steer.serving import catalogue as serving
 from steer.serving.items import Asked
+from steer.tables import LaneKey
 from steer.vllm.request import key_of
 
 SITE = "resid_post"
@@ -62,9 +66,26 @@ class Catalogue:
         vectors = [vector for library in libraries for vector in library.vectors.values()]
         names = {vector.hook_point for vector in vectors}
         names |= {str(gate.readout.hook_point) for vector in vectors for gate in gates_of(vector.gate)}
-        names |= {library.sae.hook_point for library in libraries if library.sae is not None}
+        names |= {str(point) for _, places in self._saes for point in places}
         points = [HookPoint.parse(name) for name in names if re.fullmatch(rf"{SITE}\.\d+", name)]
         return sorted((p for p in points if p.layer < self.model.n_layers), key=lambda point: point.depth)
+
+    @property
+    def lanes(self) -> list[LaneKey]:
+        """Those of the libraries' SAEs, as far as they read and act at one of the hook points."""
+        keys = [
+            LaneKey(places.writes, places.reads, sae if sae.architecture == "topk" else None, False)
+            for sae, places in self._saes
+        ]
+        points = {*self.points}
+        return [key for key in keys if key.acts in points and key.reads in points]
+
+    @cached_property
+    def _saes(self) -> list[tuple[SaeArtefact, Places]]:
+        """Those that are in the libraries, and have latents that can be clamped."""
+        shelves = [each for each in self._shared.shelves if each.library.sae is not None and each.library.sae.dtype]
+        found = [(shelf.sae(), Wiring.parse(shelf.sae().hook_point)) for shelf in shelves]
+        return [(sae, places_of(sae)) for sae, wiring in found if len(wiring.reads) == len(wiring.writes) == 1]
 
     def key(self, request: Asked) -> str:
         """What makes two requests steer in the same way."""
@@ -159,15 +180,7 @@ def stand_in(family: Any, config: Any, name: str, fingerprint: str, tokenizer: A
 
 def check_supported(each: Intervention) -> None:
     """Raise ConfigError, with the reason, for what the transformers backend can do and this one cannot."""
-    sae = each.operation.sae
-    if sae is not None and sae.architecture == "topk":
-        fix = "Add, rotate or ablate the latent, or use the transformers backend."
-        got = "a TopK SAE, all of whose pre-activations would be needed"
-        raise ConfigError(str(each), expected="an SAE with a threshold of its own, under vLLM", got=got, fix=fix)
-    if each.reads_at not in (None, each.acts_at):
-        got, fix = f"one that reads {each.reads_at}", "Use the transformers backend."
-        raise ConfigError(str(each), expected=f"what reads where it acts, {each.acts_at}, under vLLM", got=got, fix=fix)
-    for point in (each.acts_at, *(gate.readout.hook_point for gate in gates_of(each.gate))):
+    for point in (each.acts_at, each.reads_at, *(gate.readout.hook_point for gate in gates_of(each.gate))):
         if point is not None and point.site != SITE:
             fix = "Use the transformers backend."
             raise ConfigError(str(each), expected=f"{SITE}, under vLLM", got=point, fix=fix)

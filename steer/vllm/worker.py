@@ -57,7 +57,7 @@ def attach(runner: Any) -> None:
     catalogue = catalogue_of(config)
     points = [HookPoint.parse(each) for each in config.additional_config[NAME]["points"]]
     sizes = _sizes(config, runner, catalogue.model.d_model)
-    rows = runner.saekit = Rows(points, sizes).to(runner.device)
+    rows = runner.saekit = Rows(points, sizes, catalogue.lanes).to(runner.device)
     for point, site in rows.sites.items():
         SITES[point.layer] = site
         _steer_block(_block(catalogue.model.family, runner.model, point.layer), point.layer)

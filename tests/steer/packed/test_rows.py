@@ -5,6 +5,7 @@ Every test runs with operations of PyTorch and with the kernel, in Triton's inte
 
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from activations.hook_points import HookPoint
 from activations.hooks import capture, run_until
 from activations.models import LoadedModel
-from steer.packed import tables
+from steer.packed import kernel, tables
 from steer.packed.rows import Room, Rows
 from steer.packed.tables import Sizes
 from steer.runtime import steering
@@ -29,7 +30,8 @@ TEXTS = [
     "<|im_start|>user\nThe mill<|im_end|>\n<|im_start|>assistant\nThe sea<|im_end|>\n<|im_start|>assistant\n12",
     "A cat<|im_end|><|im_start|>user\nand the dog on the mat<|im_end|>\n",
 ]  # fmt: skip
-ITEMS: list[list[dict[str, Any]]] = [
+Items = list[dict[str, Any]]
+ITEMS: list[Items] = [
     [], [{"vector": "plus", "dose": 0.7}, {"vector": "some"}], [{"vector": "gated", "dose": 1.5}, {"vector": "out"}],
     [{"vector": "late"}, {"vector": "turn", "dose": 0.5}], [{"vector": "early"}],
     [{"latent": 3, "clamp": 5.0, "gate": {"on": 0.2, "off": 0.1, "tokens": 3}}],
@@ -46,15 +48,19 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
-def request(items: list[dict[str, Any]]) -> Asked:
+def request(items: Items) -> Asked:
     return read_request({"steer": items})
 
 
 @pytest.fixture(scope="module")
 def expected(tiny: LoadedModel, catalogue: Catalogue) -> list[dict[str, Any]]:
+    return alone(tiny, catalogue, ITEMS)
+
+
+def alone(tiny: LoadedModel, catalogue: Catalogue, several: Sequence[Items]) -> list[dict[str, Any]]:
     """By text: the prompt's length, what the two hook points hold without steering, and one of them with it."""
     found = []
-    for text, items in zip(TEXTS, ITEMS, strict=True):
+    for text, items in zip(TEXTS, several, strict=True):
         ids = tiny.tokenizer(text, return_tensors="pt")["input_ids"]
         n_prompt = ids.shape[1] // 2
         with capture(tiny.model, tiny.family, [READ, POINT]) as plain:
@@ -64,7 +70,8 @@ def expected(tiny: LoadedModel, catalogue: Catalogue) -> list[dict[str, Any]]:
             with capture(tiny.model, tiny.family, [POINT]) as moved:
                 run_until(tiny.model, {"input_ids": ids})
             fired = steered.fired()
-        found.append({"ids": ids[0], "n_prompt": n_prompt, **before, "moved": moved[POINT][0].clone(), "fired": fired})
+        told = {"items": items, "ids": ids[0], "n_prompt": n_prompt, "fired": fired}
+        found.append({**told, **before, "moved": moved[POINT][0].clone()})
     return found
 
 
@@ -72,12 +79,13 @@ def rows_for(tiny: LoadedModel, catalogue: Catalogue, n_captured: int | None) ->
     """With all room from the start, for graphs of so many tokens; none: with next to nothing, so that it grows."""
     if n_captured is None:
         return Rows([], Sizes(tiny.d_model, 256, 1, 0, 0))
-    return Rows(catalogue.points, Sizes(tiny.d_model, 256, len(TEXTS), 4, n_captured))
+    return Rows(catalogue.points, Sizes(tiny.d_model, 256, len(TEXTS), 4, n_captured), catalogue.lanes)
 
 
 def keep(rows: Rows, catalogue: Catalogue, expected: Sequence[dict[str, Any]], which: Sequence[int]) -> None:
     for i in which:
-        rows.keep(f"r{i}-12345678", lambda: catalogue.prepare(request(ITEMS[i]), expected[i]["n_prompt"]))  # noqa: B023
+        asked = request(expected[i]["items"])
+        rows.keep(f"r{i}-12345678", lambda: catalogue.prepare(asked, expected[i]["n_prompt"]))  # noqa: B023
 
 
 def run(
@@ -128,6 +136,40 @@ def test_a_mixed_batch_equals_each_request_by_itself(
     assert {name: len(found) > 0 for i in (2, 5, 7) for name, found in (rows.fired(f"r{i}") or {}).items()} == {
         "1 probing": True, "1 latent-3": True
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [["encoded"], ["across"], ["encoded", "across"]])
+@pytest.mark.parametrize(("sizes", "n_captured"), [([256], 256), ([3, 0, 7, 2], 256), ([3, 0, 7, 2], None)])
+def test_so_does_one_of_latents_that_are_encoded_or_read_elsewhere(
+    tiny: LoadedModel, library: Path, apart: dict[str, Path], way: str, monkeypatch: pytest.MonkeyPatch,
+    names: list[str], sizes: list[int], n_captured: int | None,
+) -> None:  # fmt: skip
+    ran = []
+    if way == "kernel":
+        steer = kernel.run
+        monkeypatch.setattr(kernel, "run", lambda *given: (ran.append(given[2]), steer(*given)))
+    catalogue = Catalogue(tiny, [str(library), *(str(apart[name]) for name in names)], 4)
+    latent = f"{names[-1]}/5"
+    gate = {"on": 0.2, "off": 0.1, "tokens": 2}
+    items: list[Items] = [
+        [], [{"latent": f"{names[0]}/2", "clamp": 4.0}], [{"latent": latent, "scale": 0.0}, {"vector": "plus"}],
+        [{"latent": latent, "clamp": 3.0, "scope": "generated"}], [{"vector": "turn"}],
+        [{"latent": f"{names[0]}/7", "clamp": 5.0, "gate": gate}, {"latent": latent, "clamp": 2.0}],
+        [{"latent": f"{name}/{i}", "scale": 2.0} for name in names for i in (1, 6)],
+        [{"latent": latent, "clamp": 3.0, "scope": "user"}, {"vector": "out"}, {"latent": "small/3", "clamp": 1.0}],
+    ]  # fmt: skip
+    expected = alone(tiny, catalogue, items)
+    rows = rows_for(tiny, catalogue, n_captured)
+    keep(rows, catalogue, expected, range(len(TEXTS)))
+    got: dict[int, list[Tensor]] = {i: [] for i in range(len(TEXTS))}
+    for spans in chunks([len(each["moved"]) for each in expected], sizes):
+        for i, part in zip(spans, run(rows, expected, spans, 0.3), strict=True):
+            got[i].append(part)
+    for i, each in enumerate(expected):
+        torch.testing.assert_close(torch.cat(got[i]), each["moved"], atol=2e-5, rtol=0)
+        assert torch.equal(each["moved"], each[POINT]) == (i == 0)
+    taken = {lane.key.reads_apart for lanes in ran for lane in lanes}
+    assert True in taken or way == "operations" or len(names) > 1, "the kernel acts on what it is given"
 
 
 def test_what_is_not_steered_keeps_its_bits(

@@ -48,13 +48,33 @@ def library(tiny: LoadedModel, made: Callable[..., SteeringVector], tmp_path_fac
         made("chat", scope="assistant"),
     ]  # fmt: skip
     Library(vectors={each.name: each for each in vectors}, about=About(name="small")).save(folder)
-    rng, d = np.random.default_rng(0), tiny.d_model
-    enc, dec = (rng.standard_normal(shape).astype(np.float32) / d**0.5 for shape in ((d, 8), (8, d)))
-    about = {"hook_point": "resid_post.1", "model": tiny.ref.model_dump()}
-    zeros = [np.zeros(n, np.float32) for n in (8, d)]
-    SaeArtefact("standard", enc, zeros[0], dec, zeros[1], metadata=about).save(folder.parent / "sae")
-    add(AddConfig(library=folder, sae=folder.parent / "sae", embed=True))
+    put_sae(tiny, folder, "resid_post.1", "standard")
     return folder
+
+
+def put_sae(model: LoadedModel, library: Path, hook_point: str, architecture: str, k: int | None = None) -> None:
+    """A random SAE of 8 latents into a library."""
+    rng, d, transcodes = np.random.default_rng(0), model.d_model, "->" in hook_point
+    enc, dec = (rng.standard_normal(shape).astype(np.float32) / d**0.5 for shape in ((d, 8), (8, d)))
+    zeros = [np.zeros(n, np.float32) for n in (8, d)]
+    about = {"hook_point": hook_point, "model": model.ref.model_dump()}
+    path = library.with_name(f"{library.name} sae")
+    SaeArtefact(
+        architecture, enc, zeros[0], dec, zeros[1], k=k, apply_b_dec_to_input=not transcodes, transcodes=transcodes,
+        metadata=about,
+    ).save(path)  # fmt: skip
+    add(AddConfig(library=library, sae=path, embed=True))
+
+
+@pytest.fixture(scope="session")
+def apart(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Libraries of SAEs: `encoded`, a TopK SAE, and `across`, a transcoder."""
+    folder = tmp_path_factory.mktemp("apart")
+    for name in ("encoded", "across"):
+        Library(vectors={}, about=About(name=name)).save(folder / name)
+    put_sae(tiny, folder / "encoded", "resid_post.1", "topk", 3)
+    put_sae(tiny, folder / "across", "resid_post.0->resid_post.1", "standard")
+    return {name: folder / name for name in ("encoded", "across")}
 
 
 @pytest.fixture(scope="session")
