@@ -6,8 +6,8 @@ what they write. Where gates are read, the program of a request's first token go
 after the other, as the automaton does by definition; the programs of the others end.
 
 It does what `Site.act` does with operations of PyTorch, to rounding: `tests/steer/packed/test_rows.py` compares them
-in Triton's interpreter, and `benchmarks/vllm_equal.py` on a GPU. Left out: reading of lanes that `reads_apart`, which it
-is given; what goes into the tables (`steer.packed.rows`).
+in Triton's interpreter, and `benchmarks/vllm_equal.py` on a GPU. Left out: what lanes read that `reads_apart`, which is
+given to it; what goes into the tables (`steer.packed.rows`).
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -101,25 +101,25 @@ def artefact(tiny: LoadedModel, **changes: Any) -> SaeArtefact:
     return SaeArtefact(**{**fields, **changes})
 
 
+def transcoder(reads: str) -> dict[str, Any]:
+    return {"transcodes": True, "apply_b_dec_to_input": False, "metadata": {"hook_point": f"{reads}->resid_post.1"}}
+
+
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "got"),
     [
-        ({"architecture": "topk", "k": 4}, "a TopK SAE"),
-        (
-            {
-                "transcodes": True,
-                "apply_b_dec_to_input": False,
-                "metadata": {"hook_point": "resid_pre.1->resid_post.1"},
-            },
-            "one that reads resid_pre.1",
-        ),
-        ({"metadata": {"hook_point": "resid_mid.1"}}, "resid_post, under vLLM"),
+        ({"architecture": "topk", "k": 4}, None),
+        (transcoder("resid_post.0"), None),
+        (transcoder("resid_pre.1"), "resid_pre.1"),
+        ({"metadata": {"hook_point": "resid_mid.1"}}, "resid_mid.1"),
     ],
 )
-def test_latents_that_it_cannot_read_are_refused(tiny: LoadedModel, changes: dict[str, Any], said: str) -> None:
-    def clamped(sae: SaeArtefact) -> Intervention:
-        return Intervention(ClampLatents(sae, {3: 1.0}), name="latent 3")
-
-    check_supported(clamped(artefact(tiny)))
-    with pytest.raises(ConfigError, match=said):
-        check_supported(clamped(artefact(tiny, **changes)))
+def test_latents_are_refused_that_are_read_or_act_where_it_does_not_steer(
+    tiny: LoadedModel, changes: dict[str, Any], got: str | None
+) -> None:
+    clamped = Intervention(ClampLatents(artefact(tiny, **changes), {3: 1.0}), name="latent 3")
+    if got is None:
+        check_supported(clamped)
+        return
+    with pytest.raises(ConfigError, match=f"resid_post, under vLLM, got {got}"):
+        check_supported(clamped)
