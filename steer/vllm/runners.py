@@ -2,7 +2,8 @@
 
 vLLM has two model runners, and this module is all that knows of either: the first keeps what it knows of a request and
 says the order of a batch itself; the second, which vLLM prefers on a GPU, hands each request over once, also one that
-comes back after it was preempted, and makes a batch anew for every pass.
+comes back after it was preempted, and makes a batch anew for every pass. One thing is mended on the way, without which
+an engine on a CPU ends: `Rewindable`.
 
 Left out: what is done with it (`steer.packed.rows`).
 """
@@ -10,6 +11,9 @@ Left out: what is done with it (`steer.packed.rows`).
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from steer.packed.prepared import Prepared
 from steer.packed.rows import Rows
@@ -30,6 +34,8 @@ def _follow_first(runner: Any, rows: Rows, prepare: Prepare) -> None:
     @wraps(update_states)
     def updated(scheduled: Any) -> Any:
         result = update_states(scheduled)
+        if runner.device.type == "cpu":
+            _mark(runner)
         _release(rows, scheduled)
         rows.release(scheduled.scheduled_cached_reqs.resumed_req_ids, finished=False)
         for request in runner.input_batch.req_ids:
@@ -46,6 +52,33 @@ def _follow_first(runner: Any, rows: Rows, prepare: Prepare) -> None:
         return result
 
     runner._update_states, runner._prepare_inputs = updated, filled
+
+
+class Rewindable(torch.Generator):
+    """A generator of a CPU that goes back to its mark.
+
+    Behind each part of a prompt vLLM draws a token, which it takes back in a way that only generators of a GPU have.
+    """
+
+    mark: Tensor
+
+    def get_offset(self) -> int:
+        """Whatever it is, less of it is the mark."""
+        return 0
+
+    def set_offset(self, offset: int) -> torch.Generator:
+        """Go back."""
+        return self.set_state(self.mark)
+
+
+def _mark(runner: Any) -> None:
+    """Let the next draw of each request that has a seed be taken back."""
+    batch = runner.input_batch
+    for place, generator in batch.generators.items():
+        if not isinstance(generator, Rewindable):
+            rewindable = Rewindable().set_state(generator.get_state())
+            batch.generators[place] = runner.requests[batch.req_ids[place]].generator = rewindable
+        batch.generators[place].mark = batch.generators[place].get_state()
 
 
 def _follow_second(runner: Any, rows: Rows, prepare: Prepare) -> None:

@@ -38,7 +38,7 @@ TOLERANCE = 1e-4
 ROOT = Path(__file__).resolve().parents[2]
 RIVER, MILL = "The river ran past the mill and", "def add(a, b):\n    return"
 TURNS = "<|im_start|>user\nThe mill?<|im_end|>\n<|im_start|>assistant\n"
-END = "<|im_end|>"
+END, BATCH_TOKENS = "<|im_end|>", 128
 GATE = {"on": 0.1, "off": 0.05, "tokens": 2}
 SERVE = "from steer.cli import main; main()"
 REFUSED = """
@@ -209,7 +209,7 @@ def folder(small: LoadedModel, library: Path, tmp_path_factory: pytest.TempPathF
     """With the config of both servers."""
     config = {
         "model": small.spec, "name": "small", "libraries": [str(library)], "port": 0, "dtype": "float32",
-        "max_tokens": 1500, "max_running": 32, "max_choices": 8, "cache_tokens": 16384, "batch_tokens": 128,
+        "max_tokens": 1500, "max_running": 32, "max_choices": 8, "cache_tokens": 16384, "batch_tokens": BATCH_TOKENS,
         "presets": {"small-up": {"steer": [{"vector": "plus", "dose": 0.6}], "budget": 1.5}},
     }  # fmt: skip
     found = tmp_path_factory.mktemp("servers")
@@ -336,6 +336,10 @@ def test_a_seed_gives_the_same_answer_again_and_none_another(ours: Served) -> No
     assert texts(seed=6)[0] == second, "answers have the seeds behind each other"
     assert len({text for _ in range(3) for text in texts()}) > 1
     assert texts(seed=5, top_k=1) == [ours.ask({})["choices"][0]["text"]] * 2
+    long = {"prompt": f"{RIVER} " * 20, "seed": 5}
+    assert ours.ask({**long, "max_tokens": 1})["usage"]["prompt_tokens"] > 2 * BATCH_TOKENS
+    long["prompt"] = f"Now {long['prompt']}"
+    assert texts(**long) == texts(**long), "in parts, as at once with what the cache has"
 
 
 def test_requests_at_once_do_not_touch_each_other(ours: Served) -> None:
