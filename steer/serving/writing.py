@@ -32,9 +32,21 @@ class Writer:
     def add(self, token: int) -> Piece:
         """The text that this token adds to what is shown."""
         self._tokens.append(token)
-        new = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        new = self._step(token)
         self._decoded += new
         return self._shown(self._held + new)
+
+    def _step(self, token: int) -> str:
+        """What a token completes.
+
+        Tokenizers that fall back to bytes decode a run of them at once, so one that is no character can change those
+        before it, which have been shown. The library raises a bare Exception then; text begins anew at this token.
+        """
+        try:
+            return self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        except Exception:
+            self._stream = DecodeStream(skip_special_tokens=True)
+            return self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
 
     def end(self) -> Piece:
         """What is left when the last token has come."""

@@ -5,6 +5,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteFallback, Fuse, Sequence
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from steer.serving.writing import Writer, bytes_of, text_of
 
@@ -34,6 +38,17 @@ def test_bytes_that_are_no_character_come_at_the_end_as_they_decode(tiny_tokeniz
     writer = Writer(tiny_tokenizer)
     assert writer.add(first).text == ""
     assert writer.end().text == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_bytes_that_undo_what_was_shown_do_not_end_the_text() -> None:
+    """A tokenizer that falls back to bytes, as Gemma's does: a space that was shown is none beside what follows."""
+    vocabulary = {"<unk>": 0, "x": 1, **{f"<0x{byte:02X}>": byte + 2 for byte in range(256)}}
+    backend = Tokenizer(BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = Sequence([ByteFallback(), Fuse()])
+    writer = Writer(PreTrainedTokenizerFast(tokenizer_object=backend))
+    shown = [writer.add(token).text for token in (1, 0x20 + 2, 0xC2 + 2, 0x41 + 2, 1, 1)]
+    assert "".join(shown).startswith("x ")
+    assert "".join(shown).endswith("xx")
 
 
 @given(st.text("abc ", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
