@@ -19,6 +19,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+LEAST_TEMPERATURE = 1e-30
+"""float32 has little below it"""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -58,7 +61,8 @@ class Sampler:
     def choose(self, scores: Float[Tensor, " vocab"]) -> Int[Tensor, ""]:
         """A token drawn from scores, on their device."""
         sampling = self.sampling
-        p = (scores / sampling.temperature).softmax(-1)
+        # Over a tiny temperature logits are infinite, and differences only to the likeliest of no chance.
+        p = ((scores - scores.amax()) / max(sampling.temperature, LEAST_TEMPERATURE)).softmax(-1)
         if sampling.top_k is not None or sampling.top_p < 1:
             ordered, at = p.sort(descending=True, stable=True)
             out = ordered.cumsum(-1) - ordered >= sampling.top_p

@@ -38,6 +38,11 @@ def test_top_k_and_top_p_leave_exactly_these(sampling: Sampling, allowed: set[in
     assert set(draws(sampling, 500)) == allowed
 
 
+@pytest.mark.parametrize("temperature", [1e-9, 1e-40, 5e-324])
+def test_a_tiny_temperature_takes_the_likeliest(temperature: float) -> None:
+    assert draws(Sampling(1, temperature=temperature), 3, LOGITS * 50) == [1, 1, 1]
+
+
 def test_a_seed_gives_the_same_tokens_again_and_another_gives_others() -> None:
     flat = torch.zeros(1000)
     first = draws(Sampling(1, seed=1), 20, flat)
