@@ -36,6 +36,8 @@ class Shape:
     n_prompt: int
     """tokens of all prompts"""
     tells_logprobs: bool
+    tells_usage: bool = False
+    """a stream ends with what it used; its other chunks have the key, too, as OpenAI's do"""
     created: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, int] = field(default_factory=dict)
 
@@ -58,7 +60,7 @@ class Shape:
 
     def usage(self, answers: Answers) -> dict[str, int]:
         """Tokens read and written."""
-        n = answers.n_written
+        n = answers.n_read
         return {"prompt_tokens": self.n_prompt, "completion_tokens": n, "total_tokens": self.n_prompt + n}
 
     def account(self, choices: Sequence[Choice]) -> dict[str, Any]:
@@ -94,9 +96,9 @@ class Shape:
             return ""
         return self._chunk([self._piece(delta.index, said, logprobs, delta.finish)], **extra)
 
-    def last(self, answers: Answers, *, has_usage: bool) -> str:
+    def last(self, answers: Answers) -> str:
         """What it ends with."""
-        return (self._chunk([], usage=self.usage(answers)) if has_usage else "") + DONE
+        return (self._chunk([], usage=self.usage(answers)) if self.tells_usage else "") + DONE
 
     def _piece(self, index: int, said: dict[str, Any], logprobs: Any, finish: str | None) -> dict[str, Any]:
         told = {"delta": said} if self.kind == "chat" else said
@@ -104,7 +106,8 @@ class Shape:
 
     def _chunk(self, choices: list[dict[str, Any]], **extra: Any) -> str:
         name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
-        return f"data: {json.dumps({**self._head(name), 'choices': choices, **extra})}\n\n"
+        usage = {"usage": None} if self.tells_usage else {}
+        return f"data: {json.dumps({**self._head(name), 'choices': choices, **usage, **extra})}\n\n"
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
@@ -126,7 +129,9 @@ class Shape:
         for text in texts:
             offsets.append(self._offsets.get(index, 0))
             self._offsets[index] = offsets[-1] + len(text)
-        top = [{_spelled(tokenizer, token): logprob for token, logprob in reversed(step.top)} for step in steps]
+        # The token itself is told, too, where it is none of the likeliest; of one spelling the likelier comes last.
+        told = [[(step.token, step.logprob), *reversed(step.top)] for step in steps]
+        top = [{_spelled(tokenizer, token): logprob for token, logprob in each} for each in told]
         return {
             "tokens": texts, "token_logprobs": [step.logprob for step in steps], "top_logprobs": top,
             "text_offset": offsets,

@@ -58,7 +58,7 @@ def create_app(
         return {"fingerprint": engine.loaded.fingerprint, "budget": config.budget, "libraries": catalogue.listing()}
 
     app = FastAPI(
-        title="saekit serve", version=version("saekit"), docs_url=None, redoc_url=None, lifespan=_running(engine),
+        title="saekit serve", version=version("saekit"), openapi_url=None, lifespan=_running(engine),
     )  # fmt: skip
     app.add_middleware(Patience, seconds=BODY_S)
     app.add_middleware(Gatekeeper, hosts=hosts, answer=answer_of)

@@ -1,7 +1,8 @@
 """What requests say, in the words of OpenAI's API, and `steering` beside them.
 
-What is in that API and changes nothing here (who asks, what to keep) is read and left; what would change the answer and
-cannot be done is refused, never ignored: tools, formats, images, sound, prediction.
+What is in that API and changes nothing here (who asks, what to keep) is read and left, and so is a key that is null,
+as clients spell what they leave out; what would change the answer and cannot be done is refused, never ignored: tools,
+formats, images, sound, prediction.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from steer.serving.sampling import Sampling
 MOST_STOPS = 4
 MOST_BIASES = 300
 MOST_SEED = 2**63 - 1
+LEAST_TOP_P = 1e-9
+"""stands for 0, with which the likeliest token alone is left"""
 Text = Annotated[str, Field(max_length=1 << 20)]
 Seed = Annotated[int, Field(ge=-MOST_SEED, le=MOST_SEED)]
 
@@ -25,6 +28,11 @@ class Wire(BaseModel):
     """Base of requests: their own types, and no key that nobody reads."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, said: Any) -> Any:
+        return {key: value for key, value in said.items() if value is not None} if isinstance(said, dict) else said
 
 
 class Part(Wire):
@@ -38,16 +46,18 @@ class Message(Wire):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part] | None = None
-    name: Text | None = None
-    refusal: None = None
+    content: Text | list[Part] = ""
+    name: Text = ""
+    annotations: list[Any] = []
+    """of an answer that is sent back; no template reads them"""
+    tool_calls: Annotated[list[Any], Field(max_length=0)] = []
 
     @property
     def text(self) -> str:
         """What it says."""
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
-        return self.content or ""
+        return self.content
 
     def turn(self) -> dict[str, str]:
         """As a chat template reads it; the developer's word is the system's."""
@@ -58,7 +68,7 @@ class StreamOptions(Wire):
     """What a stream has beside text."""
 
     include_usage: bool = False
-    include_obfuscation: bool | None = None
+    include_obfuscation: bool = False
 
 
 class Format(Wire):
@@ -71,23 +81,27 @@ class Request(Wire):
     """What both kinds of requests have."""
 
     model: Text
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    n: int | None = Field(default=1, ge=1)
-    stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    n: int = Field(default=1, ge=1)
+    stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] = []
     seed: Seed | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, ge=0, le=1)
     top_k: Annotated[int, Field(ge=1)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASES)] | None = (
-        None
-    )
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default={}, max_length=MOST_BIASES)
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    user: Text | None = None
     steering: Asked | None = None
     """what it is steered with, beside what the model's name asks for"""
+    user: Text = ""
+    metadata: dict[str, Any] = {}
+    store: bool = False
+    service_tier: Text = ""
+    safety_identifier: Text = ""
+    prompt_cache_key: Text = ""
+    prompt_cache_retention: Text = ""
 
     @field_validator("stop")
     @classmethod
@@ -99,34 +113,24 @@ class Request(Wire):
     @property
     def stops(self) -> list[str]:
         """Stop strings."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-    @property
-    def n_choices(self) -> int:
-        """Answers to each prompt."""
-        return self.n or 1
-
-    @property
-    def includes_usage(self) -> bool:
-        """Whether a stream ends with what it used."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return [self.stop] if isinstance(self.stop, str) else self.stop
 
     def sampling(self, seed: int, max_tokens: int, n_top: int | None, vocabulary: int) -> Sampling:
         """How one of its answers is drawn. Raises: ConfigError for a bias of a token that is not there."""
         bias = {}
-        for token, value in (self.logit_bias or {}).items():
-            if not (token.isascii() and token.isdigit() and int(token[:9]) < vocabulary):
+        for token, value in self.logit_bias.items():
+            if not (token.isascii() and token.isdigit() and len(token) < 10 and int(token) < vocabulary):
                 expected = f"ids of tokens below {vocabulary}"
                 raise ConfigError("logit_bias", expected=expected, got=repr(token[:40]), fix="Correct it.")
             bias[int(token)] = value
         return Sampling(
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            temperature=self.temperature,
+            top_p=self.top_p or LEAST_TOP_P,
             top_k=self.top_k,
             seed=seed,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
             bias=bias,
             n_top=n_top,
         )
@@ -137,18 +141,13 @@ class ChatRequest(Request):
 
     messages: list[Message] = Field(min_length=1, max_length=1000)
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool | None = False
+    logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: Format | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    modalities: list[Literal["text"]] | None = None
-    service_tier: Text | None = None
-    safety_identifier: Text | None = None
-    prompt_cache_key: Text | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] = []
+    tool_choice: Literal["none", "auto"] = "none"
+    parallel_tool_calls: bool = False
+    modalities: list[Literal["text"]] = []
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
@@ -177,9 +176,8 @@ class CompletionRequest(Request):
         | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=64)]
     )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: Literal[False] | None = False
-    suffix: None = None
-    best_of: Literal[1] | None = None
+    echo: Literal[False] = False
+    best_of: Literal[1] = 1
 
     @property
     def n_top(self) -> int | None:

@@ -43,7 +43,8 @@ class Desk:
         self.name = config.name or loaded.id
         if self.name in config.presets:
             raise ConfigError("presets", expected="other names than the model's", got=self.name, fix="Rename it.")
-        self._vocabulary = len(loaded.tokenizer)
+        # A tokenizer may have tokens that the model has no row for.
+        self._vocabulary = min(len(loaded.tokenizer), loaded.model.config.get_text_config().vocab_size)
         for name, preset in config.presets.items():
             engine.check(_job(name, [0], Sampling(1), [preset], catalogue.prepare([preset], config.budget)))
 
@@ -54,7 +55,7 @@ class Desk:
 
     def n_answers(self, body: ChatRequest | CompletionRequest) -> int:
         """Answers that a request asks for. Raises: ConfigError for too many."""
-        n = body.n_choices * (len(body.prompts) if isinstance(body, CompletionRequest) else 1)
+        n = body.n * (len(body.prompts) if isinstance(body, CompletionRequest) else 1)
         if n > self._config.max_choices:
             expected = f"at most {self._config.max_choices} answers of a request"
             raise ConfigError("n", expected=expected, got=n, fix="Ask for fewer at once.")
@@ -74,7 +75,7 @@ class Desk:
         seed = secrets.randbits(62) if body.seed is None else body.seed
         jobs = []
         for row in rows:
-            for _ in range(body.n_choices):
+            for _ in range(body.n):
                 index = len(jobs)
                 sampling = body.sampling(seed + index, self._max_tokens(body, row), body.n_top, self._vocabulary)
                 jobs.append(_job(f"{id_}-{index}", row, sampling, asked, prepared))
@@ -86,7 +87,10 @@ class Desk:
         self, kind: Kind, id_: str, body: ChatRequest | CompletionRequest, prepared: Prepared, n_prompt: int
     ) -> Shape:
         name = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{id_}"
-        return Shape(kind, name, body.model, self._engine.loaded, prepared, n_prompt, body.n_top is not None)
+        return Shape(
+            kind, name, body.model, self._engine.loaded, prepared, n_prompt, body.n_top is not None,
+            tells_usage=body.stream_options.include_usage,
+        )  # fmt: skip
 
     def _rows(self, body: ChatRequest | CompletionRequest) -> list[list[int]]:
         tokenizer = self._engine.loaded.tokenizer
@@ -115,6 +119,6 @@ def _check_rows(rows: Sequence[Sequence[int]], vocabulary: int) -> None:
     for row in rows:
         if not row:
             raise ConfigError("prompt", expected="at least one token", got="none", fix="Write something.")
-        if max(row) >= vocabulary:
-            fix = "Correct it."
-            raise ConfigError("prompt", expected=f"ids of tokens below {vocabulary}", got=max(row), fix=fix)
+        for wrong in (token for token in row if not 0 <= token < vocabulary):
+            expected = f"ids of tokens from 0, below {vocabulary}"
+            raise ConfigError("prompt", expected=expected, got=wrong, fix="Correct it.")

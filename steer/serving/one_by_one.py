@@ -56,6 +56,8 @@ class OneByOne:
 
     def _work(self) -> None:
         while (ticket := self._waiting.get()) is not None and not self._is_closing:
+            if ticket.stop.is_set():
+                continue
             try:
                 self._write(ticket)
             except SaekitError as error:

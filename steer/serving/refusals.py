@@ -16,6 +16,7 @@ from steer.browser.guard import detail_of, refusal
 from steer.serving.desk import UnknownModelError
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 
 
 def answer_of(refused: exceptions.HTTPException) -> JSONResponse:
@@ -28,7 +29,7 @@ def _error_of(refused: exceptions.HTTPException) -> dict[str, Any]:
     kind = TYPES.get(refused.status_code, "server_error" if refused.status_code >= 500 else "invalid_request_error")
     if not isinstance(detail, dict):
         return {"error": {"message": str(detail), "type": kind, "param": None, "code": None, "detail": None}}
-    code = detail.pop("code", None)
+    code = detail.pop("code", None) or CODES.get(refused.status_code)
     message = f"{detail['where']}: expected {detail['expected']}, got {detail['got']}. {detail['fix']}"
     return {"error": {"message": message, "type": kind, "param": detail["where"], "code": code, "detail": detail}}
 

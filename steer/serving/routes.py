@@ -8,7 +8,7 @@ asked is gone. Left out: what stands in front of all routes (`steer.serving.app`
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
@@ -29,6 +29,8 @@ from steer.serving.writes import Answers
 
 CLIENT_GONE = 499
 """in logs, of a request whose answer nobody waits for"""
+LATE_S = 5.0
+"""seconds that whoever reads a stream has behind its end in time"""
 
 
 class Whose:
@@ -52,7 +54,7 @@ def state_router(engine: Engine, admission: Admission, watch: Watch, whose: Whos
     """Whether the server works, and its numbers."""
     router = APIRouter()
 
-    @router.get("/health")
+    @router.api_route("/health", methods=["GET", "HEAD"])
     def health() -> Response:
         told = {"status": "ok" if engine.is_alive else "down", "answers": admission.n, "model": engine.loaded.id}
         return JSONResponse(told, 200 if engine.is_alive else 503)
@@ -128,8 +130,7 @@ class _Asked:
             stack.callback(self._count, order.shape, answers)
             stack.callback(answers.cancel)
             if body.stream:
-                events = self._events(order.shape, answers, body.includes_usage)
-                return _Stream(events, stack.pop_all().close)
+                return _Stream(self._events(order.shape, answers), self._deadline + LATE_S, stack.pop_all().close)
             return JSONResponse(await self._whole(request, order.shape, answers))
 
     async def _whole(self, request: Request, shape: Shape, answers: Answers) -> dict[str, Any]:
@@ -153,7 +154,7 @@ class _Asked:
         async for _ in answers.deltas():
             self._began()
 
-    async def _events(self, shape: Shape, answers: Answers, has_usage: bool) -> AsyncIterator[str]:
+    async def _events(self, shape: Shape, answers: Answers) -> AsyncIterator[str]:
         deltas = answers.deltas()
         try:
             yield shape.first(len(answers.choices))
@@ -161,7 +162,7 @@ class _Asked:
                 self._began()
                 if event := shape.next(delta, answers):
                     yield event
-            yield shape.last(answers, has_usage=has_usage)
+            yield shape.last(answers)
         except TimeoutError:
             self._seen.why = "timeout"
             yield event_of(late())
@@ -180,20 +181,23 @@ class _Asked:
 
     def _count(self, shape: Shape, answers: Answers) -> None:
         seen = self._seen
-        seen.n_prompt, seen.n_written, seen.n_choices = shape.n_prompt, answers.n_written, len(answers.choices)
+        seen.n_prompt, seen.n_written, seen.n_choices = shape.n_prompt, answers.n_read, len(answers.choices)
         seen.steering = shape.prepared.sha256 if shape.prepared.interventions else None
 
 
 class _Stream(StreamingResponse):
-    """A stream that lets go of everything when it ends, or when it never began."""
+    """A stream that lets go of everything when it ends, or when it never began, or is not read."""
 
-    def __init__(self, events: AsyncIterator[str], release: Callable[[], None]):
+    def __init__(self, events: AsyncIterator[str], deadline: float, release: Callable[[], None]):
+        """Args: deadline: of the event loop's clock; somebody who does not read by then is left."""
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
-        self._events, self._release = events, release
+        self._events, self._deadline, self._release = events, deadline, release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            with suppress(TimeoutError):  # the connection is closed, as the stream has no end
+                async with asyncio.timeout_at(self._deadline):
+                    await super().__call__(scope, receive, send)
         finally:
             await self._events.aclose()  # type: ignore[attr-defined]
             self._release()

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from activations.errors import SaekitError
+from activations.errors import EngineError, SaekitError
 from steer.serving.engine import Account, Engine, Job, Ticket
 from steer.serving.sampling import Step
 from steer.serving.writing import Writer
@@ -79,9 +79,9 @@ class Answers:
             choice.ticket.cancel()
 
     @property
-    def n_written(self) -> int:
-        """Tokens of all of them."""
-        return sum(choice.ticket.n_written for choice in self.choices)
+    def n_read(self) -> int:
+        """Tokens of all of them, those that ended them included, and not what an engine wrote beyond."""
+        return sum(choice.n_read for choice in self.choices)
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """What comes next, of whichever answer.
@@ -136,3 +136,6 @@ class Answers:
             say(piece.text, None, "stop" if piece.has_stopped else finish)
         except SaekitError as error:
             queue.put_nowait(error)
+        except Exception as error:  # whoever waits must hear of it, whatever it was
+            got = f"{type(error).__name__}: {error}"[:200]
+            queue.put_nowait(EngineError("server", expected="an answer", got=got, fix="Tell whoever runs the server."))

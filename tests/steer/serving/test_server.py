@@ -90,6 +90,7 @@ def test_a_stream_is_the_same_answer_in_pieces(server: Server) -> None:
     texts, tokens, ends, accounts, usage = ["", ""], [[], []], {}, {}, None
     for chunk in client.chat.completions.create(**ASK, **how, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage or usage
+        assert "usage" in chunk.model_fields_set
         for choice in chunk.choices:
             texts[choice.index] += choice.delta.content or ""
             tokens[choice.index] += choice.logprobs.content if choice.logprobs else []
@@ -118,6 +119,8 @@ def test_log_probabilities_add_up_and_name_their_tokens(server: Server) -> None:
         model="tiny", prompt=["a", "b"], max_tokens=5, logprobs=2, temperature=0
     )
     assert [choice.index for choice in legacy.choices] == [0, 1]
+    told = server.client().completions.create(model="tiny", prompt="a", max_tokens=8, logprobs=0, seed=1).choices[0]
+    assert [each.keys() for each in told.logprobs.top_logprobs] == [{token} for token in told.logprobs.tokens]
     for choice in legacy.choices:
         assert len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs) == len(choice.logprobs.text_offset)
         assert max(choice.logprobs.top_logprobs[0].values()) == choice.logprobs.token_logprobs[0]
@@ -166,22 +169,49 @@ def test_curl_speaks_to_it(server: Server) -> None:
     events = [line.removeprefix("data: ") for line in lines if line]
     assert events[-1] == "[DONE]"
     assert json.loads(events[0])["choices"][0]["delta"]["role"] == "assistant"
+    assert not any("usage" in json.loads(event) for event in events[:-1])
     health = subprocess.run(["curl", "-sS", f"{server.address}/health"], capture_output=True, text=True, check=True)
     assert json.loads(health.stdout)["status"] == "ok"
+
+
+def test_what_clients_send_along_and_changes_nothing_is_left(server: Server) -> None:
+    client = server.client()
+    plain = client.chat.completions.create(**ASK, temperature=0)
+    idle: dict[str, Any] = {
+        "user": "ada", "metadata": {"chat": "1"}, "store": False, "service_tier": "auto", "safety_identifier": "a",
+        "prompt_cache_key": "b", "prompt_cache_retention": "24h", "parallel_tool_calls": True, "tools": [],
+        "tool_choice": "auto", "response_format": {"type": "text"}, "modalities": ["text"],
+    }  # fmt: skip
+    nulls = dict.fromkeys(["audio", "functions", "prediction", "n", "stop", "logit_bias", "seed", "steering"])
+    told = client.chat.completions.create(**ASK, temperature=0, extra_body={**idle, **nulls})
+    assert content(told) == content(plain)
+    # An answer that is sent back as the client's own object dumps it has keys that say nothing.
+    turns = [*ASK["messages"], plain.choices[0].message.model_dump(), {"role": "user", "content": "Why?"}]
+    assert {"tool_calls", "function_call", "audio", "annotations"} <= turns[1].keys()
+    client.chat.completions.create(**{**ASK, "messages": turns})
+    greedy = client.chat.completions.create(**ASK, top_p=0, seed=1)
+    assert content(greedy) == content(plain)
+
+
+def test_a_head_of_health_is_what_probes_ask_for(server: Server) -> None:
+    assert httpx.head(f"{server.address}/health").status_code == 200
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"temperature": -1}, "temperature"), ({"temperature": "hot"}, "temperature"), ({"top_p": 0}, "top_p"),
+    ({"temperature": -1}, "temperature"), ({"temperature": "hot"}, "temperature"), ({"top_p": -0.1}, "top_p"),
     ({"n": 0}, "n:"), ({"n": 9}, "at most 8 answers"), ({"max_tokens": 65}, "at most 64"), ({"stop": ""}, "stop"),
     ({"messages": []}, "messages"), ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0"),
-    ({"logit_bias": {"999": 1}}, "below 300"), ({"logit_bias": {"x": 1}}, "below 300"), ({"wishes": 1}, "wishes"),
-    ({"tools": [{"type": "function"}]}, "tools"), ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"logit_bias": {"999": 1}}, "below 300"), ({"logit_bias": {"x": 1}}, "below 300"),
+    ({"logit_bias": {"0" * 9 + "299999": 1}}, "below 300"), ({"logit_bias": {"0" * 5000: 1}}, "below 300"),
+    ({"wishes": 1}, "wishes"), ({"tools": [{"type": "function"}]}, "tools"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"top_logprobs": 3}, "logprobs true"),
     ({"messages": [{"role": "user", "content": "river " * 600}]}, "at most 512"),
+    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "y"}]}]}, "tool_calls"),
     ({"seed": 2**70}, "seed"), ({"messages": [{"role": "user", "content": "\ud800"}]}, "unicode string"),
 ])  # fmt: skip
 def test_a_request_that_cannot_be_done_is_refused_with_the_reason(
@@ -196,6 +226,13 @@ def test_a_request_that_cannot_be_done_is_refused_with_the_reason(
     assert says in error["message"]
     assert error["type"] == "invalid_request_error"
     assert error["detail"].keys() >= {"where", "expected", "got", "fix"}
+
+
+@pytest.mark.parametrize("prompt", [[[-1]], [[0], [5, 10**12]], [300], "", [[]], []])
+def test_a_prompt_of_tokens_that_are_not_there_is_refused_and_the_engine_goes_on(server: Server, prompt: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="prompt"):
+        server.client().completions.create(model="tiny", prompt=prompt, max_tokens=1)
+    assert httpx.get(f"{server.address}/health").status_code == 200
 
 
 @pytest.mark.parametrize(("steering", "says"), [
@@ -274,6 +311,7 @@ def test_more_than_there_is_room_for_is_refused_at_once(served: LoadedModel, con
         with pytest.raises(openai.RateLimitError, match="at most 3 answers") as caught:
             client.chat.completions.create(**ASK)
         assert caught.value.response.headers["retry-after"] == "1"
+        assert caught.value.code == "rate_limit_exceeded"
         for stream in streams:
             stream.close()
         eventually(lambda: n_answers(server) == 0)
@@ -298,6 +336,22 @@ def test_whoever_is_gone_is_written_for_no_longer(served: LoadedModel, config: S
         assert line["n_written"] < 400
 
 
+def test_whoever_does_not_read_is_left_when_the_time_is_over(
+    served: LoadedModel, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steer.serving.routes.LATE_S", 0.1)
+    with answering(served, slow(config, timeout_s=4.0), Keys(None)) as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        body = json.dumps({**LONG, "n": 8, "logprobs": True, "top_logprobs": 20, "stream": True}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect((host, int(port)))
+            client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            eventually(lambda: n_answers(server) == 8)
+            eventually(lambda: n_answers(server) == 0)
+
+
 @pytest.mark.parametrize("streams", [True, False])
 def test_an_answer_that_takes_too_long_is_given_up(served: LoadedModel, config: ServeConfig, streams: bool) -> None:
     with answering(served, slow(config, timeout_s=0.2), Keys(None)) as server:
@@ -316,9 +370,11 @@ def test_a_key_is_needed_where_there_are_keys(served: LoadedModel, config: Serve
     with answering(served, slow(config, max_running_per_key=1), Keys.read(file)) as server:
         for route in ("v1/models", "v1/steering", "metrics"):
             assert httpx.get(f"{server.address}/{route}").status_code == 401
+        assert httpx.get(f"{server.address}/openapi.json").status_code == 404
         assert httpx.get(f"{server.address}/health").status_code == 200
-        with pytest.raises(openai.AuthenticationError):
+        with pytest.raises(openai.AuthenticationError) as caught:
             server.client("wrong" * 5).chat.completions.create(**ASK)
+        assert caught.value.code == "invalid_api_key"
         ada, bob = server.client(KEY), server.client("another-key-of-length")
         stream = ada.chat.completions.create(**LONG, stream=True)
         with pytest.raises(openai.RateLimitError, match="of one key"):
