@@ -211,7 +211,7 @@ class Pool:
     def wait(self) -> None:
         """Return when a worker has done something. Raises what it raised; WorkerError if too many are lost."""
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
         (ref,), _ = ray.wait(list(self._tasks), num_returns=1)
         worker, item = self._tasks.pop(ref)
@@ -223,6 +223,14 @@ class Pool:
             if item is not None:
                 heapq.heappush(self._queue, item)
             self._lose(worker, error)
+        except (
+            ObjectLostError
+        ) as error:  # the machine that it lay on, once it was done; the worker says itself if it died
+            assert item is not None, "what `begin` returns is small, and comes with the message that it is there"
+            heapq.heappush(self._queue, item)
+            if worker in self._load:
+                self._load[worker] -= 1
+            self._count_loss(error)
         else:
             if item is None:
                 self._ready(value)
@@ -247,6 +255,11 @@ class Pool:
             return
         del self._actors[worker]
         self._load.pop(worker, None)
+        self._count_loss(error)
+        self._start()
+
+    def _count_loss(self, error: Exception) -> None:
+        """One more without a result in between. Raises: WorkerError if they are too many."""
         self._losses += 1
         if self._losses > MAX_LOSSES * self.size:
             raise WorkerError(
@@ -255,7 +268,6 @@ class Pool:
                 got=f"{self._losses} lost in a row: {first_line(error)}",
                 fix="See Ray's logs for why, often memory; then run the same command again, it goes on from there.",
             ) from error
-        self._start()
 
     def _start(self) -> None:
         number = next(self._numbers)

@@ -137,6 +137,34 @@ def test_a_machine_that_is_lost_leaves_its_work_to_the_others(
     assert contents(stores, settings.out) == expected
 
 
+def test_results_that_are_lost_with_their_machine_are_made_again(cluster: Any) -> None:
+    """They were there, and had not come over the network yet."""
+    import ray
+
+    class Worker:
+        def prepare(self) -> None:
+            pass
+
+        def begin(self) -> str:
+            return ""
+
+        def run(self, item: int) -> bytes:
+            return bytes([item]) * 1_000_000
+
+    (node,), begun = cluster.worker_nodes, []
+    with connected(address(cluster)), Pool(Worker, (), 2, "auto") as pool:
+        pool.begin(ready=begun.append)
+        while len(begun) < 2:
+            pool.wait()
+        for item in range(2):
+            pool.submit(item)
+        ray.wait(list(pool._tasks), num_returns=2, fetch_local=False)
+        cluster.remove_node(node, allow_graceful=False)
+        found = list(pool.map([2, 3]))
+        cluster.add_node(num_cpus=1)
+    assert [(len(each), each[0]) for each in found] == [(1_000_000, item) for item in range(4)]
+
+
 def test_a_bucket_on_a_ray_of_its_own(stores: Any, settings: HarvestConfig, bucket: Callable[[], str]) -> None:
     one, many = (settings.model_copy(update={"out": f"{bucket()}/store", "max_tokens": 500}) for _ in range(2))
     harvest(one)
