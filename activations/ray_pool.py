@@ -223,9 +223,8 @@ class Pool:
             if item is not None:
                 heapq.heappush(self._queue, item)
             self._lose(worker, error)
-        except (
-            ObjectLostError
-        ) as error:  # the machine that it lay on, once it was done; the worker says itself if it died
+        except ObjectLostError as error:
+            # The machine on which it lay is gone; of a worker that died with it what else it had tells.
             assert item is not None, "what `begin` returns is small, and comes with the message that it is there"
             heapq.heappush(self._queue, item)
             if worker in self._load:

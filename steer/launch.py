@@ -104,17 +104,17 @@ def launch(
 
 
 def _result(processes: list[Any], ends: list[Any]) -> dict[str, Any]:
-    import ray
-
     is_stopped = False
     try:
         codes = _codes(processes, ends)
     except KeyboardInterrupt:
+        import ray
+
         is_stopped = True
         ray.get(processes[0].stop.remote())
         codes = _codes(processes, ends)
     if not any(codes):
-        return json.loads(ray.get(ends[0])[1].splitlines()[-1])
+        return json.loads(_end(ends[0])[1].splitlines()[-1])
     fix = "Run it again to resume."
     if is_stopped:
         raise InterruptedRunError("training on Ray", expected="the whole run", got="Ctrl-C", fix=fix)
@@ -130,11 +130,22 @@ def _codes(processes: list[Any], ends: list[Any]) -> list[int]:
     left = list(ends)
     while left:
         (end,), left = ray.wait(left)
-        if ray.get(end)[0]:
+        if _end(end)[0]:
             _, hang = ray.wait(left, num_returns=len(left), timeout=END_S) if left else ([], [])
             ray.get([processes[ends.index(end)].kill.remote() for end in hang])
             break
-    return [code for code, _ in ray.get(ends)]
+    return [_end(end)[0] for end in ends]
+
+
+def _end(end: Any) -> tuple[int, str]:
+    """Exit code of a process that has ended, and what it returned; one whose node is gone was killed."""
+    import ray
+    from ray.exceptions import RayActorError
+
+    try:
+        return ray.get(end)
+    except RayActorError:
+        return -signal.SIGKILL, ""
 
 
 def share(

@@ -7,11 +7,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from activations.errors import ConfigError, WorkerError
+from activations.ray_pool import connected
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from steer import launch as launch_module
@@ -88,12 +90,23 @@ def test_a_process_that_hangs_is_ended(
     cluster: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch_module, "END_S", 1.0)
-    long = ["--set", "train_tokens=64000000", "--set", "compute.patience_s=25"]
+    long = ["--set", "train_tokens=64000000", "--set", "compute.patience_s=15"]
     stopper = threading.Thread(target=stop_at_first_row, args=(tmp_path / "run",))
     stopper.start()
     with pytest.raises(WorkerError, match=f"got exit codes 1, {-signal.SIGKILL}"):
         launch([*words, *long], cluster)
     stopper.join()
+
+
+def test_a_process_whose_node_is_gone_is_one_that_was_killed(cluster: str) -> None:
+    with connected(cluster):
+        import ray
+
+        lost: Any = ray.remote(num_cpus=1)(launch_module.Process).remote()
+        end = lost.train.remote(["--help"], ".", {})
+        ray.kill(lost)
+        with pytest.raises(WorkerError, match=f"got exit codes {-signal.SIGKILL}"):
+            launch_module._result([lost], [end])
 
 
 def stop_at_first_row(out: Path) -> None:
