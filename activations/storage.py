@@ -41,6 +41,7 @@ from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore as ZarrLocalStore
 from zarr.storage import ObjectStore as ZarrObjectStore
 
+from activations.disk import sync
 from activations.errors import DiskSpaceError, MismatchError, SaekitError, StorageError
 
 LEASE_S = 60.0
@@ -188,7 +189,7 @@ class FolderStorage:
             new = path.with_name(f".{path.name}{_NEW_SUFFIX}")
             _write_file(new, [data])
             new.replace(path)
-            _sync(path.parent)
+            sync(path.parent)
         return NEW
 
     def write_all(self, objects: Iterable[tuple[str, Callable[[], list[Any]]]]) -> None:
@@ -216,7 +217,7 @@ class FolderStorage:
         # The name of a file is in its folder, and that of the folder in the one above it.
         folders = {folder for path in written for folder in path.parents if folder.is_relative_to(self._path)}
         for folder in sorted(folders, reverse=True):
-            _sync(folder)
+            sync(folder)
 
     def sweep(self) -> None:
         shutil.rmtree(self._path / ATTEMPTS, ignore_errors=True)
@@ -432,7 +433,7 @@ def _make_folder(path: Path) -> None:
     made = list(takewhile(lambda folder: not folder.exists(), (path, *path.parents)))
     path.mkdir(parents=True, exist_ok=True)
     for folder in made:
-        _sync(folder.parent)
+        sync(folder.parent)
 
 
 def _write_file(path: Path, parts: list[Any]) -> None:
@@ -443,14 +444,6 @@ def _write_file(path: Path, parts: list[Any]) -> None:
             while left:
                 left = left[file.write(left) :]
         os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _lease(owner: str) -> bytes:

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from activations.disk import sync
 from activations.errors import ConfigError, MismatchError, UnknownNameError
 from steer.packs.archive import unpack_archive, write_archive
 from steer.packs.config import SearchConfig
 from steer.packs.contents import sha256_of
-from steer.packs.disk import explained, locked, staging, sync, write_whole
+from steer.packs.disk import explained, locked, staging, write_whole
 from steer.packs.index_file import (
     INDEX,
     INDEX_BYTES,

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from activations.disk import sync
 from activations.errors import DiskSpaceError, SaekitError, StorageError
 
 STAGED = ".partial-"
@@ -38,15 +39,6 @@ def explained(where: object) -> Iterator[None]:
             raise DiskSpaceError(where, expected="room to write", got=got, fix=fix) from error
         fix = "Check the path, and who may read and write it."
         raise StorageError(where, expected="a disk to read and write", got=got, fix=fix) from error
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def sync_tree(path: Path) -> None:

@@ -9,9 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from activations.disk import sync
 from activations.errors import ConfigError, UnknownNameError
 from steer.packs import installed
-from steer.packs.disk import explained, locked, staging, sync
+from steer.packs.disk import explained, locked, staging
 from steer.packs.installed import entries, store
 from steer.packs.names import is_pack_name, is_version, newest, parse_pack_name, printable, version_order
 
