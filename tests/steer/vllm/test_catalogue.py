@@ -17,6 +17,7 @@ from steer.serving.items import Asked
 from steer.vllm.catalogue import Catalogue, Markers, model_of
 from steer.vllm.plugin import block_key
 from steer.vllm.request import read_request
+from tests.steer.vllm.conftest import put_sae
 
 
 def asked(*items: dict[str, Any], **more: Any) -> Asked:
@@ -81,6 +82,31 @@ def test_so_are_more_gates_and_roles_than_there_is_room_for(catalogue: Catalogue
     assert len(catalogue.prepare(asked(*roles), 5).latches) == 4
     with pytest.raises(ConfigError, match="at most 4 gates, roles, phases and tool calls a request, got 5"):
         catalogue.prepare(asked(*roles, {"vector": "gated"}), 5)
+
+
+def test_saes_that_are_encoded_or_read_elsewhere_have_tables_from_the_start(
+    tiny: LoadedModel, library: Path, apart: dict[str, Path], tmp_path: Path
+) -> None:
+    for name, hook_point in (("elsewhere", "resid_pre.0->resid_post.1"), ("beside", "resid_mid.1")):
+        Library(vectors={}, about=About(name=name)).save(tmp_path / name)
+        put_sae(tiny, tmp_path / name, hook_point, "standard")
+    folders = [library, *apart.values(), tmp_path / "elsewhere", tmp_path / "beside"]
+    catalogue = Catalogue(tiny, [str(each) for each in folders], 4)
+    assert [str(point) for point in catalogue.points] == [f"resid_post.{layer}" for layer in range(3)]
+    lanes = {(str(key.reads), str(key.acts), None if key.topk is None else key.topk.k): key for key in catalogue.lanes}
+    assert {*lanes} == {
+        ("resid_post.1", "resid_post.1", None), ("resid_post.1", "resid_post.1", 3),
+        ("resid_post.0", "resid_post.1", None),
+    }  # fmt: skip
+    for name in ("encoded", "across"):
+        (key,) = catalogue.prepare(asked({"latent": f"{name}/3", "clamp": 2}), 5).contents
+        assert key in lanes.values(), "a lane that is made later is in no graph"
+    for name, got in (("elsewhere", "resid_pre.0"), ("beside", "resid_mid.1")):
+        with pytest.raises(ConfigError, match=f"resid_post, under vLLM, got {got}"):
+            catalogue.prepare(asked({"latent": f"{name}/3", "clamp": 2}), 5)
+    items = [{"latent": f"encoded/{latent}", "scale": 0} for latent in range(5)]
+    with pytest.raises(ConfigError, match="SAEKIT_VLLM_SLOTS"):
+        catalogue.prepare(asked(*items), 5)
 
 
 def test_a_library_is_a_name_that_the_engine_was_started_with(catalogue: Catalogue, library: Path) -> None:
