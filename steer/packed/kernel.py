@@ -11,7 +11,7 @@ given to it; what goes into the tables (`steer.packed.rows`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from inspect import unwrap
 from typing import Any
 
@@ -76,7 +76,7 @@ def run(
         tables[f"{kind}_block"] = triton.next_power_of_2(max(FEWEST, n))
     given, d_model = found.get("given"), hidden.shape[1]
     tables["given_z"] = hidden if given is None else batch.readings[given.key].contiguous()
-    with torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
+    with on_device(hidden):
         _steer[(len(hidden),)](
             hidden, hidden if residual is None else residual,
             batch.index, batch.position, batch.row, batch.first, batch.last, _plain(batch.flags),
@@ -88,7 +88,12 @@ def run(
         )  # fmt: skip
 
 
-def _compiled(*counts: str) -> Callable[[Callable[..., Any]], Any]:
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Where kernels of it run."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def compiled(*counts: str) -> Callable[[Callable[..., Any]], Any]:
     """A function of Triton, which is not compiled anew for other counts.
 
     Triton reads the source of a function, so it gets that and not what tests put around it to check its types.
@@ -104,7 +109,15 @@ _NOT, _HERE, _GIVEN_Z = (tl.constexpr(how) for how in range(3))
 """how a lane reads: not at all, or z is found here, or given"""
 
 
-@_compiled()
+@compiled()
+def acting(slot, now, low, high, n) -> Any:
+    """Which slots of a lane are those of a token of this index, whatever their conditions."""
+    starts = tl.load(low + slot, mask=slot < n, other=1)
+    ends = tl.load(high + slot, mask=slot < n, other=0)
+    return (starts <= now) & (now < ends)
+
+
+@compiled()
 def _sum(
     x, now, up, writes, constant, low, high, need, veto, n,
     gain, floor, ceiling, strength, reads, bias, threshold, given_z,
@@ -113,10 +126,8 @@ def _sum(
 ) -> Any:  # fmt: skip
     """What the slots of one lane write on a token, and how many of them act."""
     at, slot = tl.arange(0, block), tl.arange(0, slots)
-    inside, is_slot = at < d_model, slot < n
-    starts = tl.load(low + slot, mask=is_slot, other=1)
-    ends = tl.load(high + slot, mask=is_slot, other=0)
-    hit = (starts <= now) & (now < ends)
+    inside = at < d_model
+    hit = acting(slot, now, low, high, n)
     change = tl.zeros([block], dtype=tl.float32)
     n_acting = 0
     clause, flag = tl.arange(0, n_clauses)[:, None], tl.arange(0, n_flags)[None, :]
@@ -144,7 +155,7 @@ def _sum(
     return change, n_acting
 
 
-@_compiled()
+@compiled()
 def _moved(
     age, x, where, gate, is_here, weight, bias, floor, absolute, relative, on, off, min_tokens,
     d_model: tl.constexpr, block: tl.constexpr, max_age: tl.constexpr,
@@ -166,7 +177,7 @@ def _moved(
     return tl.where(where == 0, 0, tl.where(age == 0, opens.to(tl.int64), later))
 
 
-@_compiled("n_gated_rows", "adds_n", "keeps_n", "reads_n", "given_n")
+@compiled("n_gated_rows", "adds_n", "keeps_n", "reads_n", "given_n")
 def _steer(
     hidden, residual, index, position, row, first, last, flags, ages, log, n_gated_rows,
     weight, bias, floor, absolute, relative, on, off, min_tokens, here,

@@ -284,11 +284,22 @@ class Site(nn.Module):
     ) -> None:
         from steer.packed.kernel import run
 
-        apart = [lane for lane in used.reading if lane.key.reads_apart]
-        if apart:
-            self._read(_whole(hidden, residual), apart)
+        self._read_apart(hidden, residual, [lane for lane in used.reading if lane.key.reads_apart])
         if used.acting or used.n_rows:
             run(hidden, residual, used.acting, used.n_rows, self._batch[0], dict(self.named_buffers(recurse=False)))
+
+    def _read_apart(
+        self, hidden: Float[Tensor, "pos d_model"], residual: Float[Tensor, "pos d_model"] | None, lanes: Sequence[Lane]
+    ) -> None:
+        """In front of a kernel. In a graph also lanes that nobody uses are read, which must cost nothing then."""
+        if len(hidden) > self._batch[0].sizes.n_captured:
+            x = _whole(hidden, residual) if lanes else hidden[None]
+            self._read(x, lanes)
+            return
+        from steer.packed.apart import read_apart
+
+        for lane in lanes:
+            self._batch[0].readings[lane.key] = read_apart(hidden, residual, lane, self._batch[0])
 
     def _by_operations(self, value: Float[Tensor, "1 pos d_model"], used: Used) -> Float[Tensor, "1 pos d_model"]:
         batch, n = self._batch[0], value.shape[1]
