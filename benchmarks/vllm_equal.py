@@ -1,6 +1,7 @@
 """Are steered answers under vLLM those of the transformers backend, on a GPU too?
 
     python benchmarks/vllm_equal.py                      both of vLLM's model runners, with CUDA graphs and without
+    python benchmarks/vllm_equal.py --workers 2          tensor-parallel, on as many GPUs
     python benchmarks/vllm_equal.py --record             also appends the line to results/<device>.csv
 
 A random Llama in float32 answers one batch of requests of all kinds under vLLM: unsteered, added, ablated, rotated,
@@ -19,13 +20,14 @@ import random
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from _results import device_name, record
-from _vllm import MARKERS, save_random
+from _vllm import MARKERS, ON_GPU, save_random
 
 from activations.models import LoadedModel, load_model
 from sae.artefact import SaeArtefact
@@ -113,12 +115,13 @@ def put(
 
 def answers(job: dict[str, Any], runner: str, folder: Path) -> list[list[dict[str, Any]]]:
     """What vLLM answers, by engine."""
-    (folder / "job.json").write_text(json.dumps(job))
+    path_of_job = folder / f"{runner}.json"
+    path_of_job.write_text(json.dumps(job))
     python = os.environ.get("VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
     chosen = {"VLLM_USE_V2_MODEL_RUNNER": RUNNERS[runner]}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [python, str(ROOT / "tests" / "peers" / "check_vllm.py"), str(folder / "job.json")], capture_output=True,
+        [python, str(ROOT / "tests" / "peers" / "check_vllm.py"), str(path_of_job)], capture_output=True,
         text=True, check=False, env={**os.environ, "PYTHONPATH": path, **PRECISE, **chosen},
     )  # fmt: skip
     if done.returncode:
@@ -148,7 +151,7 @@ def compared(
         name = "plain" if steer is None else "steered"
         line[name] = max(line[name], far)
         line["tokens"] += int((best != torch.tensor(answer["ids"])).sum())
-        line["fired"] += answer["fired"] != fired
+        line["fired"] += any(each != fired[0] for each in answer["fired"])  # each worker tells
     return line
 
 
@@ -157,11 +160,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--requests", type=int, default=68)
+    parser.add_argument("--workers", type=int, default=1, help="GPUs that share the model")
     parser.add_argument("--attention", default="TRITON_ATTN", help="vLLM's attention on a GPU, one that has float32")
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    line: dict[str, Any] = {"requests": arguments.requests, "answered": arguments.tokens}
+    line: dict[str, Any] = {
+        "requests": arguments.requests, "answered": arguments.tokens, "workers": arguments.workers
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         line |= compare(arguments, device, Path(folder))
     line["device"] = device_name(device)
@@ -187,18 +193,23 @@ def compare(arguments: argparse.Namespace, device: str, folder: Path) -> dict[st
          "steer": None if (items := kinds[i % len(kinds)]) is None else {"steer": items}, "bias": BIAS}
         for i in range(arguments.requests)
     ]  # fmt: skip
-    on_gpu = {"attention_backend": arguments.attention, "gpu_memory_utilization": 0.3} if device == "cuda" else {}
+    on_gpu = {"attention_backend": arguments.attention, **ON_GPU} if device == "cuda" else {}
+    if arguments.workers > 1:
+        on_gpu["tensor_parallel_size"] = arguments.workers
     ways = {"eager": True, "graphs": False} if device == "cuda" else {"eager": True}
     engines = [
         {"options": {**on_gpu, "max_num_seqs": 64, "enforce_eager": is_eager}, "batches": [batch]}
         for is_eager in ways.values()
     ]
-    job = {"model": str(source), "libraries": libraries, "engines": engines}
-    line = {}
-    for runner in RUNNERS if device == "cuda" else ["first"]:
-        for way, found in zip(ways, answers(job, runner, folder), strict=True):
-            line[f"{runner} {way}"] = compared(model, catalogue, batch, found)
-    return line
+    job = {"model": str(source), "libraries": libraries, "engines": engines, "processes": arguments.workers > 1}
+    runners = [*RUNNERS] if device == "cuda" else ["first"]
+    with ThreadPoolExecutor() as pool:
+        several = [*pool.map(lambda runner: answers(job, runner, folder), runners)]
+    return {
+        f"{runner} {way}": compared(model, catalogue, batch, found)
+        for runner, by_way in zip(runners, several, strict=True)
+        for way, found in zip(ways, by_way, strict=True)
+    }
 
 
 if __name__ == "__main__":
