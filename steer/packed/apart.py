@@ -5,12 +5,12 @@ slot is found on the tokens of its own request alone, in two launches:
 
 1. `_encode`, for an SAE that has to be: pre-activations, a block of tokens and latents to a program, where any of the
    tokens is one that any slot of the lane acts on; the programs of other blocks end at once;
-2. `_find`, a program to a token: z of the slots in whose range its index lies. A latent is one of the k largest if fewer
-   than k are larger, so nothing has to be sorted.
+2. `_find`, a program to a token: z of the slots in whose range its index lies. A latent is one of the k largest if
+   fewer than k are larger, so nothing has to be sorted.
 
 What no slot asks for is left as it was, and is read by nobody (`Lane.change` and the kernel of `steer.packed.kernel`
-look at a slot where it acts). It does what `Lane.read` does, to rounding. Left out: passes in no graph, where only lanes
-in use are read and a product of PyTorch is faster.
+look at a slot where it acts). It does what `Lane.read` does, to rounding. Left out: passes in no graph, where only
+lanes in use are read and a product of PyTorch is faster.
 """
 
 import torch
@@ -42,14 +42,14 @@ def read_apart(
     """
     n, d_model = hidden.shape
     other = hidden if residual is None else residual
-    z = hidden.new_empty((n, lane.n_slots), dtype=torch.float32)
+    z = _room(hidden, lane.n_slots)
     pre, k, d_sae = z, 0, 0
     common = {"has_residual": residual is not None, "d_model": d_model}
     with on_device(hidden):
         if lane.key.topk is not None:
             assert isinstance(lane.encoder, nn.Linear)
             k, d_sae = int(lane.key.topk.k or 1), lane.key.topk.d_sae
-            pre = hidden.new_empty((n, d_sae), dtype=torch.float32)
+            pre = _room(hidden, d_sae)
             _encode[(triton.cdiv(d_sae, LATENTS), triton.cdiv(n, TOKENS))](
                 hidden, other, batch.index, lane.low, lane.high, lane.encoder.weight, lane.encoder.bias, pre,
                 n, lane.n_slots, d_sae, **common,
@@ -62,6 +62,11 @@ def read_apart(
             at_once=AT_ONCE,
         )  # fmt: skip
     return z[None]
+
+
+def _room(hidden: Float[Tensor, "pos d_model"], n: int) -> Float[Tensor, "pos {n}"]:
+    """For so many numbers a token, which are whatever was there."""
+    return hidden.new_empty((len(hidden), n), dtype=torch.float32)
 
 
 @compiled("n", "n_slots")

@@ -7,7 +7,7 @@ after the other, as the automaton does by definition; the programs of the others
 
 It does what `Site.act` does with operations of PyTorch, to rounding: `tests/steer/packed/test_rows.py` compares them
 in Triton's interpreter, and `benchmarks/vllm_equal.py` on a GPU. Left out: what lanes read that `reads_apart`, which is
-given to it; what goes into the tables (`steer.packed.rows`).
+given to it (`steer.packed.apart`, `Lane.read`); what goes into the tables (`steer.packed.rows`).
 """
 
 from collections.abc import Callable, Mapping, Sequence

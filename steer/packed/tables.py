@@ -13,7 +13,8 @@ many operations whatever the number of requests.
 
 Where a pass may be captured as a graph, everything is executed, in buffers that were made before any is captured and
 are rewritten in place; shapes depend on the number of tokens alone. Otherwise what is not in use is passed over, and
-tables grow when there is no room. On a GPU one kernel does what is done at a hook point (`steer.packed.kernel`).
+tables grow when there is no room. On a GPU one kernel does what is done at a hook point (`steer.packed.kernel`), behind
+those that find what is not read from one row where it acts (`steer.packed.apart`).
 
 Left out: which request has which slots (`steer.packed.rows`).
 """
