@@ -110,9 +110,9 @@ class Rows:
 
     @property
     def n_bytes(self) -> int:
-        """What the tables take."""
+        """What the tables take, and the encoders of SAEs that have to be encoded."""
         modules = (self.batch, *self.sites.values())
-        return sum(buffer.nbytes for module in modules for buffer in module.buffers())
+        return sum(tensor.nbytes for each in modules for tensor in (*each.buffers(), *each.parameters()))
 
     # --- requests come and go ----------------------------------------------------------------------------------------
 

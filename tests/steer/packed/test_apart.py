@@ -10,6 +10,7 @@ from activations.hook_points import HookPoint
 from sae.artefact import SaeArtefact
 from steer.operations import ScaleLatents
 from steer.packed import apart
+from steer.packed.rows import Rows
 from steer.packed.tables import OWNER, Batch, Sizes
 from steer.tables import Lane, LaneKey, Row, Where
 
@@ -69,3 +70,10 @@ def test_where_nothing_is_steered_nothing_is_encoded(monkeypatch: pytest.MonkeyP
     apart.read_apart(torch.ones(71, D), None, lane, batch)
     blocks = [bool(block.isnan().all()) for block in made[LATENTS].split(apart.TOKENS)]
     assert blocks == [False, True, False], "request 1 has no slots, and 32 to 63 are tokens of its alone"
+
+
+def test_the_room_of_an_encoder_is_told() -> None:
+    key = filled(is_encoded=True, reads=POINT, rng=np.random.default_rng(1)).key
+    sizes = Sizes(D, 8, 2, EACH, 0)
+    with_encoder, without = (Rows([POINT], sizes, [each]) for each in (key, key._replace(topk=None, keeps_norm=True)))
+    assert with_encoder.n_bytes - without.n_bytes == 4 * (D + 1) * LATENTS
