@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -112,7 +113,7 @@ class Shape:
     # --- parts -------------------------------------------------------------------------------------------------------
 
     def _head(self, name: str) -> dict[str, Any]:
-        fingerprint = f"saekit-{version('saekit')}-{self.loaded.fingerprint[:12]}"
+        fingerprint = f"saekit-{_version()}-{self.loaded.fingerprint[:12]}"
         return {
             "id": self.id, "object": name, "created": self.created, "model": self.model,
             "system_fingerprint": fingerprint,
@@ -143,6 +144,12 @@ class Shape:
 
     def _top(self, step: Step) -> dict[str, Any]:
         return {"top_logprobs": [self._told(token, logprob) for token, logprob in step.top]}
+
+
+@cache
+def _version() -> str:
+    """saekit's own; it is looked for in files, which takes longer than a token does."""
+    return version("saekit")
 
 
 def _spelled(tokenizer: Any, token: int) -> str:

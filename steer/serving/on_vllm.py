@@ -13,7 +13,7 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -95,6 +95,7 @@ class OnVllm:
         self.loaded = loaded
         self._most_tokens = min(context_of(loaded), config.cache_tokens // PAGE * PAGE)
         self._ends, self._tasks = ends_of(loaded), set[asyncio.Task[None]]()
+        self._fired_of = _Together(self._ask)
         _prepare_environment(config.libraries)
         engine_args = _of_vllm("engine.arg_utils", "AsyncEngineArgs")
         arguments = _arguments(config, Path(loaded.model.config._name_or_path), self._most_tokens)
@@ -179,9 +180,9 @@ class OnVllm:
         llm, has_ended = self._llm, False
         try:
             async for output in llm.generate(_prompt(ticket.job), params, ticket.job.id):
-                for step in _steps(output.outputs[0], ticket.job.sampling.n_top):
-                    hand_over([(ticket, step)])
-                    has_ended = ticket.is_last(step)
+                steps = [*_steps(output.outputs[0], ticket.job.sampling.n_top)]
+                hand_over([(ticket, step) for step in steps])
+                has_ended = bool(steps) and ticket.is_last(steps[-1])
         except asyncio.CancelledError:
             await llm.abort(ticket.job.id)  # vLLM itself forgets to, of what was not handed over yet
             raise
@@ -193,13 +194,44 @@ class OnVllm:
 
     async def _fired(self, id_: str) -> Fired:
         try:
-            fired = (await self._llm.collective_rpc("saekit_fired", args=(id_,)))[0]
+            fired = await self._fired_of.each(id_)
         except Exception as error:
             raise _failed(error) from error
         if fired is None:
             got, fix = "nothing from its workers", "Try again."
             raise EngineError("engine", expected="where gates were open", got=got, fix=fix)
         return fired
+
+    async def _ask(self, ids: list[str]) -> list[Fired | None]:
+        return (await self._llm.collective_rpc("saekit_fired_of", args=(ids,)))[0]
+
+
+class _Together:
+    """Asks about what is asked for while an earlier question is on its way at once, as answers often end together."""
+
+    def __init__(self, ask: Callable[[list[str]], Awaitable[Sequence[Fired | None]]]):
+        self._ask, self._waiting = ask, dict[str, asyncio.Future[Fired | None]]()
+        self._task: asyncio.Task[None] | None = None
+
+    async def each(self, name: str) -> Fired | None:
+        """What is told of one. Raises: what `ask` raises."""
+        told = self._waiting[name] = asyncio.get_running_loop().create_future()
+        if self._task is None:
+            self._task = asyncio.create_task(self._ask_all())
+        return await told
+
+    async def _ask_all(self) -> None:
+        while self._waiting:
+            asked, self._waiting = self._waiting, {}
+            found = await asyncio.gather(self._ask([*asked]), return_exceptions=True)
+            for i, told in enumerate(asked.values()):
+                if told.done():
+                    continue  # nobody waits any more
+                if isinstance(found[0], BaseException):
+                    told.set_exception(found[0])
+                else:
+                    told.set_result(found[0][i])
+        self._task = None
 
 
 def _prepare_environment(libraries: tuple[str, ...]) -> None:

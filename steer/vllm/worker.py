@@ -47,6 +47,10 @@ class Extension:
         """Where the gates of a request fired, while it runs and for a while after; none: not known, or no gates."""
         return self.model_runner.saekit.fired(request_id)  # type: ignore[attr-defined]
 
+    def saekit_fired_of(self, request_ids: list[str]) -> list[Fired | None]:
+        """The same of several requests."""
+        return [self.saekit_fired(each) for each in request_ids]
+
 
 def attach(runner: Any) -> None:
     """Make a model runner of vLLM steer; its model has been loaded, and not run yet.
