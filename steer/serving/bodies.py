@@ -2,11 +2,13 @@
 
 What is in that API and changes nothing here (who asks, what to keep) is read and left, and so is a key that is null,
 as clients spell what they leave out; what would change the answer and cannot be done is refused, never ignored: tools,
-formats, images, sound, prediction.
+formats, images, sound, prediction, effort. Tools that were called earlier are read as a part of the conversation
+(`steer.serving.turns`).
 """
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -16,8 +18,10 @@ from steer.serving.items import Asked
 from steer.serving.sampling import Sampling
 
 MOST_STOPS = 4
+MOST_CALLS = 128
 MOST_BIASES = 300
 MOST_SEED = 2**63 - 1
+MOST_TOP_K = 2**31 - 1
 LEAST_TOP_P = 1e-9
 """stands for 0, with which the likeliest token alone is left"""
 Text = Annotated[str, Field(max_length=1 << 20)]
@@ -42,6 +46,35 @@ class Part(Wire):
     text: Text
 
 
+class Function(Wire):
+    """The function that was called, and with what."""
+
+    name: Annotated[Text, Field(min_length=1)]
+    arguments: Text = ""
+    """an object of JSON"""
+
+    def read(self) -> dict[str, Any]:
+        """The arguments. Raises: ConfigError if they are no object of JSON."""
+        try:
+            found = json.loads(self.arguments or "{}")
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            where, got = f"arguments of {self.name[:100]}", repr(self.arguments[:100])
+            raise ConfigError(where, expected="an object of JSON", got=got, fix="Correct them.")
+        return found
+
+
+class Call(Wire):
+    """A call of a tool in an earlier answer."""
+
+    id: Text = ""
+    type: Literal["function"] = "function"
+    function: Function
+    index: int = 0
+    """of a call that came as a stream; their order says it"""
+
+
 class Message(Wire):
     """One turn of a conversation."""
 
@@ -50,7 +83,18 @@ class Message(Wire):
     name: Text = ""
     annotations: list[Any] = []
     """of an answer that is sent back; no template reads them"""
-    tool_calls: Annotated[list[Any], Field(max_length=0)] = []
+    tool_calls: Annotated[list[Call], Field(max_length=MOST_CALLS)] = []
+    """of the assistant"""
+    tool_call_id: Text = ""
+    """of a tool: the call that it answers"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls of the assistant alone")
+        if self.tool_call_id and self.role != "tool":
+            raise ValueError("tool_call_id of a tool alone")
+        return self
 
     @property
     def text(self) -> str:
@@ -58,10 +102,6 @@ class Message(Wire):
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content
-
-    def turn(self) -> dict[str, str]:
-        """As a chat template reads it; the developer's word is the system's."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
 
 
 class StreamOptions(Wire):
@@ -88,7 +128,8 @@ class Request(Wire):
     seed: Seed | None = None
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, ge=0, le=1)
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: int = Field(default=0, ge=-1, le=MOST_TOP_K)
+    """0 and -1: all of them, as vLLM's and llama.cpp's clients say it"""
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default={}, max_length=MOST_BIASES)
@@ -127,7 +168,7 @@ class Request(Wire):
             max_tokens=max_tokens,
             temperature=self.temperature,
             top_p=self.top_p or LEAST_TOP_P,
-            top_k=self.top_k,
+            top_k=self.top_k if self.top_k > 0 else None,
             seed=seed,
             frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty,

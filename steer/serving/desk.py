@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from activations.errors import ConfigError, UnknownNameError
-from activations.models import chat_prompt
 from steer.serving.answers import Kind, Shape
 from steer.serving.bodies import ChatRequest, CompletionRequest
 from steer.serving.catalogue import Catalogue, Prepared
@@ -16,6 +15,7 @@ from steer.serving.config import ServeConfig
 from steer.serving.engine import Engine, Job
 from steer.serving.items import Asked
 from steer.serving.sampling import Sampling
+from steer.serving.turns import prompt_of
 
 
 class UnknownModelError(UnknownNameError):
@@ -95,8 +95,7 @@ class Desk:
     def _rows(self, body: ChatRequest | CompletionRequest) -> list[list[int]]:
         tokenizer = self._engine.loaded.tokenizer
         if isinstance(body, ChatRequest):
-            prompt = chat_prompt(self._engine.loaded, [message.turn() for message in body.messages])
-            rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+            rows = [tokenizer(prompt_of(self._engine.loaded, body.messages), add_special_tokens=False)["input_ids"]]
         else:
             rows = [each if isinstance(each, list) else tokenizer(each)["input_ids"] for each in body.prompts]
         _check_rows(rows, self._vocabulary)

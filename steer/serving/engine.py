@@ -26,6 +26,10 @@ from steer.serving.items import Asked
 from steer.serving.sampling import Sampler, Sampling, Step
 
 
+class TooLongError(ConfigError):
+    """A prompt that with its answer is longer than the model's context."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One answer to be written."""
@@ -165,7 +169,7 @@ class Engine(Protocol):
         ...
 
     def check(self, job: Job) -> None:
-        """Raise for a job that cannot be done: ConfigError for a prompt that does not fit, and as
+        """Raise for a job that cannot be done: TooLongError for a prompt that does not fit, and as
         `steer.runtime.steering` does."""
         ...
 
@@ -192,11 +196,11 @@ class Engine(Protocol):
 
 
 def check_length(job: Job, most_tokens: int) -> None:
-    """Raise ConfigError for a job that is longer than an engine can do."""
+    """Raise TooLongError for a job that is longer than an engine can do."""
     if len(job.ids) + job.sampling.max_tokens > most_tokens:
-        raise ConfigError(
+        raise TooLongError(
             "prompt",
-            expected=f"at most {most_tokens} tokens with the answer",
+            expected=f"at most {most_tokens} tokens with the answer, the maximum context length",
             got=f"{len(job.ids)}, and up to {job.sampling.max_tokens} of the answer",
             fix="Shorten the prompt, or ask for fewer tokens.",
         )

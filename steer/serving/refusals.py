@@ -14,9 +14,12 @@ from starlette import exceptions
 from activations.errors import EngineError, SaekitError
 from steer.browser.guard import detail_of, refusal
 from steer.serving.desk import UnknownModelError
+from steer.serving.engine import TooLongError
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
+CODES_OF_ERRORS = {UnknownModelError: "model_not_found", TooLongError: "context_length_exceeded"}
+"""by which clients know what to do, such as to shorten a conversation"""
 
 
 def answer_of(refused: exceptions.HTTPException) -> JSONResponse:
@@ -48,8 +51,7 @@ def late() -> HTTPException:
 def refusal_of(error: SaekitError) -> HTTPException:
     """What an error is over HTTP."""
     status = 404 if isinstance(error, UnknownModelError) else 500 if isinstance(error, EngineError) else 400
-    code = "model_not_found" if status == 404 else None
-    return HTTPException(status, {**detail_of(error), "code": code})
+    return HTTPException(status, {**detail_of(error), "code": CODES_OF_ERRORS.get(type(error))})
 
 
 async def as_answer(request: Request, error: Exception) -> JSONResponse:
@@ -66,4 +68,7 @@ async def as_answer(request: Request, error: Exception) -> JSONResponse:
         return answer_of(refusal(500, "server", expected="an answer", got=got, fix=fix))
     first = error.errors()[0]
     where, got = ".".join(str(part) for part in first["loc"][1:]) or "body", repr(first.get("input"))[:100]
+    if first["type"] == "extra_forbidden":
+        detail = {"where": where, "expected": "only what can be done here", "got": got, "fix": "Leave it out."}
+        return answer_of(HTTPException(400, {**detail, "code": "unsupported_parameter"}))
     return answer_of(refusal(400, where, expected=first["msg"], got=got, fix="Correct it."))

@@ -21,7 +21,7 @@ from steer.runtime import Steering, steering
 from steer.scopes import Scope
 from steer.serving.catalogue import Catalogue
 from steer.serving.continuous import Continuous
-from steer.serving.engine import Engine, Job, Planned
+from steer.serving.engine import Engine, Job, Planned, TooLongError
 from steer.serving.items import Asked
 from steer.serving.one_by_one import OneByOne
 from steer.serving.sampling import Sampling, Step
@@ -248,7 +248,7 @@ def test_what_cannot_be_done_is_refused_before_it_is_begun(make: Make, served: L
     engine.start()
     try:
         for job, error, match in [
-            (Job("a", ids * 400, Sampling(4)), ConfigError, "at most 512 tokens"),
+            (Job("a", ids * 400, Sampling(4)), TooLongError, "at most 512 tokens"),
             (Job("b", ids, Sampling(4), [Intervention.of(up, 100.0)]), ConfigError, "dose of at most 2"),
             (Job("c", ids, Sampling(4), [Intervention.of(other)]), MismatchError, "other weights"),
         ]:

@@ -191,6 +191,13 @@ def test_what_clients_send_along_and_changes_nothing_is_left(server: Server) -> 
     client.chat.completions.create(**{**ASK, "messages": turns})
     greedy = client.chat.completions.create(**ASK, top_p=0, seed=1)
     assert content(greedy) == content(plain)
+    drawn = content(client.chat.completions.create(**ASK, temperature=1.5, seed=1))
+    for off in (0, -1):
+        assert (
+            content(client.chat.completions.create(**ASK, temperature=1.5, seed=1, extra_body={"top_k": off})) == drawn
+        )
+    likeliest = client.chat.completions.create(**ASK, temperature=1.5, seed=1, extra_body={"top_k": 1})
+    assert content(likeliest) == content(plain) != drawn
 
 
 def test_a_head_of_health_is_what_probes_ask_for(server: Server) -> None:
@@ -212,6 +219,7 @@ def test_a_head_of_health_is_what_probes_ask_for(server: Server) -> None:
     ({"top_logprobs": 3}, "logprobs true"),
     ({"messages": [{"role": "user", "content": "river " * 600}]}, "at most 512"),
     ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "y"}]}]}, "tool_calls"),
+    ({"top_k": -2}, "top_k"), ({"top_k": 2**70}, "top_k"),
     ({"seed": 2**70}, "seed"), ({"messages": [{"role": "user", "content": "\ud800"}]}, "unicode string"),
 ])  # fmt: skip
 def test_a_request_that_cannot_be_done_is_refused_with_the_reason(
@@ -258,6 +266,21 @@ def test_steering_that_cannot_be_done_is_refused_and_never_left_out(
     with pytest.raises(openai.BadRequestError) as caught:
         server.client().chat.completions.create(**ASK, extra_body={"steering": steering})
     assert says in caught.value.body["message"]
+
+
+@pytest.mark.parametrize(("change", "code", "param"), [
+    ({"messages": [{"role": "user", "content": "river " * 600}]}, "context_length_exceeded", "prompt"),
+    ({"reasoning_effort": "low"}, "unsupported_parameter", "reasoning_effort"),
+    ({"verbosity": "low"}, "unsupported_parameter", "verbosity"),
+    ({"temperature": -1}, None, "temperature"),
+])  # fmt: skip
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_refusal_has_the_code_by_which_clients_know_what_to_do(
+    server: Server, change: dict[str, Any], code: str | None, param: str, streams: bool
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.client().chat.completions.create(**{**ASK, "stream": streams, "extra_body": change})
+    assert (caught.value.type, caught.value.code, caught.value.param) == ("invalid_request_error", code, param)
 
 
 def test_a_model_that_is_not_there_is_404(server: Server) -> None:
@@ -312,9 +335,13 @@ def test_more_than_there_is_room_for_is_refused_at_once(served: LoadedModel, con
             client.chat.completions.create(**ASK)
         assert caught.value.response.headers["retry-after"] == "1"
         assert caught.value.code == "rate_limit_exceeded"
+        with pytest.raises(openai.BadRequestError, match="at most 3 answers at once, got 4 in one request"):
+            client.chat.completions.create(**ASK, n=4)
         for stream in streams:
             stream.close()
         eventually(lambda: n_answers(server) == 0)
+        with pytest.raises(openai.BadRequestError, match="at most 3 answers at once"):
+            client.completions.create(model="tiny", prompt=["a", "b"], n=2)
         assert content(client.chat.completions.create(**ASK)) is not None
 
 
@@ -379,6 +406,8 @@ def test_a_key_is_needed_where_there_are_keys(served: LoadedModel, config: Serve
         stream = ada.chat.completions.create(**LONG, stream=True)
         with pytest.raises(openai.RateLimitError, match="of one key"):
             ada.chat.completions.create(**ASK)
+        with pytest.raises(openai.BadRequestError, match="at most 1 answers of one key, got 2 in one request"):
+            ada.chat.completions.create(**ASK, n=2)
         assert content(bob.chat.completions.create(**ASK)) is not None
         stream.close()
         eventually(lambda: "ada" in {line["key"] for line in server.lines() if line["why"] == "gone"})
