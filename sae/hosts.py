@@ -8,7 +8,7 @@ after the same step (`stop_after`).
 
 Process 0 alone writes logs and the SAE; all write checkpoints (orbax), to a folder that they share. With one process
 all of this does nothing. The network is trusted, as JAX itself trusts it. Left out: which device keeps what
-(`sae.kernels.devices`), starting the processes (`saekit train --ray` does).
+(`sae.kernels.devices`), who is let in (`sae.lines`), starting the processes (`saekit train --ray` does).
 """
 
 import atexit
@@ -23,8 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import count
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Listener, wait
+from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +34,7 @@ from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from activations.errors import ConfigError, HostLostError, InterruptedRunError, MismatchError, SaekitError
+from sae.lines import call, calls
 from sae.stalls import Report, Stalls
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -45,8 +45,6 @@ BEAT_S = 1.0
 """seconds between looks at what changed, at most"""
 NEVER_S = 7 * 24 * 3600
 """seconds for which JAX waits, where it is the watch that finds out who is missing"""
-IDLE_S, PROBE_S, PROBES = 10, 5, 3
-"""a host that is gone without a word is missed after IDLE_S + PROBE_S * PROBES seconds"""
 SOUNDS = ("Gloo", "NCCL", "oordination")
 """in messages of JAX when another process has gone"""
 BYE, AT, END = "bye", "at ", "the end of one: "
@@ -206,22 +204,18 @@ class _Watch:
     def _listen(self) -> dict[int, Any]:
         key = secrets.token_hex(16)
         # On all addresses: which of them the others reach is theirs to know.
-        with Listener(("0.0.0.0", 0), backlog=jax.process_count(), authkey=key.encode()) as listener:
-            _client().key_value_set("saekit/watch", json.dumps([listener.address[1], key]))
-            lines: dict[int, Any] = {}
-            while len(lines) < jax.process_count() - 1:
-                with suppress(OSError, EOFError, AuthenticationError):  # a stranger
-                    line = _kept_alive(listener.accept())
-                    lines[int(line.recv_bytes())] = line
-        return lines
+        with socket.create_server(("0.0.0.0", 0), backlog=jax.process_count()) as server:
+            _client().key_value_set("saekit/watch", json.dumps([server.getsockname()[1], key]))
+            try:
+                return calls(server, key.encode(), jax.process_count(), JOIN_S)
+            except TimeoutError as error:
+                raise _lost(f"no call of {error} in {JOIN_S} s") from error
 
     def _call(self) -> Any:
         port, key = json.loads(_client().blocking_key_value_get("saekit/watch", JOIN_S * 1000))
         assert global_state.coordinator_address is not None
         host = global_state.coordinator_address.rpartition(":")[0].strip("[]")
-        line = _kept_alive(Client((host, port), authkey=key.encode()))
-        line.send_bytes(str(jax.process_index()).encode())
-        return line
+        return call((host, port), key.encode(), jax.process_index())
 
     def _hear(self) -> None:
         numbers = {line: number for number, line in self._lines.items()}
@@ -304,15 +298,6 @@ _numbers = count()
 
 def _client() -> Any:
     return global_state.client
-
-
-def _kept_alive(line: Any) -> Any:
-    """A line that ends a while after its other host is gone without a word."""
-    with socket.socket(fileno=os.dup(line.fileno())) as there:
-        there.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in {"TCP_KEEPIDLE": IDLE_S, "TCP_KEEPINTVL": PROBE_S, "TCP_KEEPCNT": PROBES}.items():
-            there.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    return line
 
 
 def at(doing: str) -> None:

@@ -116,7 +116,7 @@ def train(
 
         sets = [word for setting in [*(set_ or []), *initial] for word in ("--set", setting)]
         words = [*([] if config is None else [str(config)]), *sets]
-        return show(launch(words, cluster, ray_processes, ray_gpus), json_)
+        return show(launch(words, cluster, ray_processes, ray_gpus, on_status=status), json_)
     from sae.train import train as run
 
     result = run(settings)

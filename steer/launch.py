@@ -15,15 +15,19 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from activations.errors import ConfigError, InterruptedRunError, WorkerError
 from activations.ray_pool import connected
 
+Status = Callable[[str], None]
 SAEKIT = "from steer.cli import main; main()"
 END_S = 60.0
 """seconds for the others to end once one has failed"""
+ROOM_S = 5.0
+"""seconds for a cluster with room to give it, before somebody is told that it is busy"""
 
 
 class Process:
@@ -61,7 +65,12 @@ class Process:
 
 
 def launch(
-    words: list[str], address: str, n_processes: int | None = None, n_gpus: int | None = None, n_cpus: float = 1.0
+    words: list[str],
+    address: str,
+    n_processes: int | None = None,
+    n_gpus: int | None = None,
+    n_cpus: float = 1.0,
+    on_status: Status = lambda line: None,
 ) -> dict[str, Any]:
     """What `saekit train WORDS` returns in several processes, on nodes apart as far as there are enough.
 
@@ -70,6 +79,7 @@ def launch(
       n_processes: none: as many as there are nodes, of those with GPUs if some have any.
       n_gpus: that each process takes; none: as many as each node has.
       n_cpus: that each process reserves.
+      on_status: told what is waited for, if the cluster is busy.
 
     Raises: ConfigError without Ray, or if the cluster is too small; WorkerError if it does not answer, or if a process
     does not end well; InterruptedRunError after Ctrl-C, with a checkpoint kept.
@@ -84,6 +94,9 @@ def launch(
         )
         needs = {"CPU": n_cpus} | ({"GPU": float(n_gpus)} if n_gpus else {})
         group = placement_group([needs] * n_processes, strategy="SPREAD")
+        if not group.wait(ROOM_S):
+            each = f"{n_cpus:g} CPUs" + (f" and {n_gpus} GPUs" if n_gpus else "")
+            on_status(f"waiting for the Ray cluster, which is busy, to have room for {n_processes} processes of {each}")
         actor: Any = ray.remote(Process)
         processes = [
             actor.options(
@@ -109,9 +122,11 @@ def _result(processes: list[Any], ends: list[Any]) -> dict[str, Any]:
         codes = _codes(processes, ends)
     except KeyboardInterrupt:
         import ray
+        from ray.exceptions import RayActorError
 
-        is_stopped = True
-        ray.get(processes[0].stop.remote())
+        with suppress(RayActorError):  # its node is gone, of which the others learn by themselves
+            ray.get(processes[0].stop.remote())
+            is_stopped = True
         codes = _codes(processes, ends)
     if not any(codes):
         return json.loads(_end(ends[0])[1].splitlines()[-1])

@@ -98,15 +98,45 @@ def test_a_process_that_hangs_is_ended(
     stopper.join()
 
 
-def test_a_process_whose_node_is_gone_is_one_that_was_killed(cluster: str) -> None:
+def test_a_process_whose_node_is_gone_is_one_that_was_killed(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Ctrl-C comes, which cannot reach it."""
+    codes, presses = launch_module._codes, [False, True]
+
+    def codes_or_ctrl_c(*arguments: Any) -> list[int]:
+        if presses.pop(0):
+            raise KeyboardInterrupt
+        return codes(*arguments)
+
     with connected(cluster):
         import ray
 
         lost: Any = ray.remote(num_cpus=1)(launch_module.Process).remote()
         end = lost.train.remote(["--help"], ".", {})
         ray.kill(lost)
-        with pytest.raises(WorkerError, match=f"got exit codes {-signal.SIGKILL}"):
-            launch_module._result([lost], [end])
+        monkeypatch.setattr(launch_module, "_codes", codes_or_ctrl_c)
+        for _ in range(2):
+            presses.append(False)
+            with pytest.raises(WorkerError, match=f"got exit codes {-signal.SIGKILL}"):
+                launch_module._result([lost], [end])
+        assert presses == [False]
+
+
+def test_a_busy_cluster_is_waited_for_in_one_line(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_module, "ROOM_S", 0.1)
+    said: list[str] = []
+    with connected(cluster):
+        import ray
+
+        other: Any = ray.remote(num_cpus=1)(launch_module.Process).remote()
+        ray.get(other.address.remote())
+
+        def then_make_room(line: str) -> None:
+            said.append(line)
+            ray.kill(other)
+
+        with pytest.raises(WorkerError, match="got exit codes 2, 2"):
+            launch(["--no-such-option"], cluster, on_status=then_make_room)
+    assert said == ["waiting for the Ray cluster, which is busy, to have room for 2 processes of 1 CPUs"]
 
 
 def stop_at_first_row(out: Path) -> None:
