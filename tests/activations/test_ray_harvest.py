@@ -33,7 +33,10 @@ N_KILLS = 3
 def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    # Ray asks every 3 seconds whether a machine answers, and believes the fifth time that it does not.
+    asks = {"health_check_initial_delay_ms": 100, "health_check_period_ms": 200}
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": asks}
+    made = Cluster(initialize_head=True, head_node_args=head)
     made.add_node(num_cpus=1)
     yield made
     made.shutdown()

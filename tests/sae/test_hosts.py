@@ -24,6 +24,7 @@ from sae.hosts import Place, place
 from sae.log import read_log
 from sae.run import _check_alone
 from sae.train import train
+from tests.sae.conftest import write_store
 from tests.sae.runs import HOOK, OTHERS, WIRINGS, short_run
 
 MakeStore = Callable[..., ActivationStore]
@@ -35,9 +36,17 @@ PATIENCE_S = 15.0
 GRID = ComputeConfig(data_parallel=2, latent_parallel=2)
 
 
-@pytest.fixture
-def store(make_store: MakeStore) -> ActivationStore:
-    return make_store(hook_points=(HOOK, *OTHERS))
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    return write_store(tmp_path_factory.mktemp("hosts"), hook_points=(HOOK, *OTHERS))
+
+
+@pytest.fixture(scope="module")
+def whole(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A long run of one process, which broken ones have to come to."""
+    config = config_of(store, tmp_path_factory.mktemp("whole") / "run", LONG)
+    train(config)
+    return config
 
 
 def config_of(
@@ -164,10 +173,8 @@ def test_two_processes_take_the_steps_of_one(
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_killed_process_ends_the_others_and_the_run_resumes_on_another_number(
-    dies: int, store: ActivationStore, tmp_path: Path, start_process: Callable[..., Any]
+    dies: int, whole: TrainConfig, tmp_path: Path, start_process: Callable[..., Any]
 ) -> None:
-    whole = config_of(store, tmp_path / "whole", LONG)
-    train(whole)
     broken = whole.model_copy(update={"out": tmp_path / "broken"})
     two = broken.model_copy(update={"compute": GRID})
     processes = Processes(start_process, [[two], [two]], 2, tmp_path / "first")
@@ -189,17 +196,22 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_on_another_number(
 
 
 def test_a_process_that_hangs_is_named_and_the_run_resumes(
-    store: ActivationStore, tmp_path: Path, start_process: Callable[..., Any]
+    whole: TrainConfig, store: ActivationStore, make_store: MakeStore, tmp_path: Path, start_process: Callable[..., Any]
 ) -> None:
-    """Stopped by a signal: it is there, and says nothing. Two runs at once, since each has to wait."""
-    whole = config_of(store, tmp_path / "whole", LONG)
+    """Stopped by a signal, it is there, and says nothing; or its disk never answers. All at once: each has to wait."""
     compute = GRID.model_copy(update={"patience_s": PATIENCE_S})
     runs = [whole.model_copy(update={"out": tmp_path / f"{i}_hangs", "compute": compute}) for i in range(2)]
     both = [Processes(start_process, [[run], [run]], 2, tmp_path / f"said_{i}") for i, run in enumerate(runs)]
     for hangs, processes in enumerate(both):
         wait_for(runs[hangs].out, 15, processes)
         os.kill(processes.all[hangs].pid, signal.SIGSTOP)
-    train(whole)
+    copy = make_store("copy", hook_points=(HOOK, *OTHERS))
+    shard = Path(copy.path) / HOOK / "c.5.0.0"  # of the part that process 1 reads
+    shard.unlink()
+    os.mkfifo(shard)
+    halves = ComputeConfig(data_parallel=2, patience_s=PATIENCE_S)
+    mine = config_of(store, tmp_path / "dead", compute=halves)
+    dead = Processes(start_process, [[mine], [mine.model_copy(update={"store": copy.path})]], 1, tmp_path / "said_dead")
     for hangs, processes in enumerate(both):
         processes.all[1 - hangs].join(120)
         assert processes.all[1 - hangs].exitcode == 1
@@ -212,6 +224,10 @@ def test_a_process_that_hangs_is_named_and_the_run_resumes(
         assert processes.end()[hangs] != 0, "it finds the others gone"
         assert train(runs[hangs]).resumed_from in (10, 20, 30)
         same(runs[hangs], whole)
+    assert dead.end() == [1, 1]
+    for i in range(2):
+        assert f"process {i} of 2: expected all processes to go on, got process 1 hangs: no" in dead.said(i)
+        assert "at batch 1." in dead.said(i)
 
 
 def test_a_run_moves_from_one_process_to_two_that_a_signal_to_one_stops(
@@ -255,7 +271,7 @@ def test_processes_that_were_told_different_things_say_so(
 def test_slurm_starts_processes_that_have_copies_of_the_store(
     store: ActivationStore, make_store: MakeStore, tmp_path: Path, start_process: Callable[..., Any]
 ) -> None:
-    """And a process that fails alone says why; the others repeat it. One whose disk never answers is named."""
+    """And a process that fails alone says why; the others repeat it."""
     copy = make_store("copy", hook_points=(HOOK, *OTHERS))
     mine = config_of(store, tmp_path / "out", compute=ComputeConfig(data_parallel=2))
     theirs = mine.model_copy(update={"store": copy.path})
@@ -267,16 +283,6 @@ def test_slurm_starts_processes_that_have_copies_of_the_store(
     assert processes.end() == [1, 1]
     assert "got the end of one:" in processes.said(0)
     assert "nowhere" in processes.said(0)
-    compute = mine.compute.model_copy(update={"patience_s": PATIENCE_S})
-    again = {"out": tmp_path / "again", "compute": compute}
-    shard = Path(copy.path) / HOOK / "c.5.0.0"  # of the part that process 1 reads
-    shard.unlink()
-    os.mkfifo(shard)
-    processes = Processes(start_process, [[c.model_copy(update=again)] for c in (mine, theirs)], 1, tmp_path / "dead")
-    assert processes.end() == [1, 1]
-    for i in range(2):
-        assert f"process {i} of 2: expected all processes to go on, got process 1 hangs: no" in processes.said(i)
-        assert "at batch 1." in processes.said(i)
 
 
 def test_a_long_evaluation_gives_signs_of_work(
