@@ -20,7 +20,7 @@ ID = "q12345678"
 """nine letters and digits, which is what templates of Mistral take"""
 Form = Callable[[Function], Any]
 FORMS: tuple[Form, ...] = (Function.read, lambda function: function.arguments or "{}")
-"""of the arguments of a call: most templates want objects, DeepSeek's a text"""
+"""of the arguments of a call: most templates want objects, some (those of DeepSeek) a text"""
 
 
 def prompt_of(loaded: LoadedModel, messages: Sequence[Message]) -> str:
