@@ -78,7 +78,8 @@ class Desk:
             for _ in range(body.n):
                 index = len(jobs)
                 sampling = body.sampling(seed + index, self._max_tokens(body, row), body.n_top, self._vocabulary)
-                jobs.append(_job(f"{id_}-{index}", row, sampling, asked, prepared))
+                is_whole = not body.stream and not body.stops
+                jobs.append(_job(f"{id_}-{index}", row, sampling, asked, prepared, is_whole=is_whole))
         kind: Kind = "chat" if isinstance(body, ChatRequest) else "text"
         n_prompt = sum(map(len, rows))
         return Order(jobs, self._shape(kind, id_, body, prepared, n_prompt), body.stops)
@@ -109,9 +110,11 @@ class Desk:
         return asked or max(1, min(most, self._engine.most_tokens - len(row)))
 
 
-def _job(id_: str, row: list[int], sampling: Sampling, asked: Sequence[Asked], prepared: Prepared) -> Job:
+def _job(
+    id_: str, row: list[int], sampling: Sampling, asked: Sequence[Asked], prepared: Prepared, *, is_whole: bool = False
+) -> Job:
     whole = Asked.model_construct(steer=[item for each in asked for item in each.steer], budget=prepared.budget)
-    return Job(id_, row, sampling, prepared.interventions, prepared.budget, whole)
+    return Job(id_, row, sampling, prepared.interventions, prepared.budget, whole, is_whole)
 
 
 def _check_rows(rows: Sequence[Sequence[int]], vocabulary: int) -> None:

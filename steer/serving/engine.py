@@ -42,6 +42,8 @@ class Job:
     budget: float | None = None
     asked: Asked = field(default_factory=Asked)
     """interventions and budget in the words of requests, for an engine that finds them itself"""
+    is_whole: bool = False
+    """whether nobody needs a token before the last one: an engine may hand all over together"""
 
 
 class Account(NamedTuple):

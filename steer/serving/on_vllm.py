@@ -154,13 +154,14 @@ class OnVllm:
 
     def _params(self, job: Job) -> Any:
         sampling, steering = job.sampling, job.asked.model_dump(mode="json")
+        kinds = _of_vllm("sampling_params", "RequestOutputKind")
         return _of_vllm("sampling_params", "SamplingParams")(
             max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
             top_k=sampling.top_k or 0,
             seed=sampling.seed & MOST_SEED,  # not below 0, where -1 would stand for none
             frequency_penalty=sampling.frequency_penalty, presence_penalty=sampling.presence_penalty,
             logit_bias=dict(sampling.bias) or None, logprobs=sampling.n_top, stop_token_ids=sorted(self._ends),
-            ignore_eos=True, detokenize=False, output_kind=_of_vllm("sampling_params", "RequestOutputKind").DELTA,
+            ignore_eos=True, detokenize=False, output_kind=kinds.FINAL_ONLY if job.is_whole else kinds.DELTA,
             extra_args={NAME: steering} if job.asked.steer else None,
         )  # fmt: skip
 
