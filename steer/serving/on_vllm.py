@@ -95,7 +95,7 @@ class OnVllm:
         self.loaded = loaded
         self._most_tokens = min(context_of(loaded), config.cache_tokens // PAGE * PAGE)
         self._ends, self._tasks = ends_of(loaded), set[asyncio.Task[None]]()
-        self._fired_of = _Together(self._ask)
+        self._fired_of = Together(self._ask)
         _prepare_environment(config.libraries)
         engine_args = _of_vllm("engine.arg_utils", "AsyncEngineArgs")
         arguments = _arguments(config, Path(loaded.model.config._name_or_path), self._most_tokens)
@@ -207,7 +207,7 @@ class OnVllm:
         return (await self._llm.collective_rpc("saekit_fired_of", args=(ids,)))[0]
 
 
-class _Together:
+class Together:
     """Asks about what is asked for while an earlier question is on its way at once, as answers often end together."""
 
     def __init__(self, ask: Callable[[list[str]], Awaitable[Sequence[Fired | None]]]):
@@ -224,14 +224,17 @@ class _Together:
     async def _ask_all(self) -> None:
         while self._waiting:
             asked, self._waiting = self._waiting, {}
-            found = await asyncio.gather(self._ask([*asked]), return_exceptions=True)
+            try:
+                found: Sequence[Fired | None] | Exception = await self._ask([*asked])
+            except Exception as error:  # whoever waits must hear of it, whatever it was
+                found = error
             for i, told in enumerate(asked.values()):
                 if told.done():
                     continue  # nobody waits any more
-                if isinstance(found[0], BaseException):
-                    told.set_exception(found[0])
+                if isinstance(found, Exception):
+                    told.set_exception(found)
                 else:
-                    told.set_result(found[0][i])
+                    told.set_result(found[i])
         self._task = None
 
 
