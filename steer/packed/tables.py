@@ -294,8 +294,8 @@ class Site(nn.Module):
     ) -> None:
         """In front of a kernel. In a graph also lanes that nobody uses are read, which must cost nothing then."""
         if len(hidden) > self._batch[0].sizes.n_captured:
-            x = _whole(hidden, residual) if lanes else hidden[None]
-            self._read(x, lanes)
+            if lanes:
+                self._read(_whole(hidden, residual), lanes)
             return
         from steer.packed.apart import read_apart
 
