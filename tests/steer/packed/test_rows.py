@@ -118,6 +118,15 @@ def chunks(lengths: Sequence[int], sizes: Sequence[int]) -> list[dict[int, tuple
     return passes
 
 
+def run_all(rows: Rows, expected: Sequence[dict[str, Any]], sizes: Sequence[int]) -> list[Tensor]:
+    """Every sequence, in chunks of these sizes."""
+    got: list[list[Tensor]] = [[] for _ in expected]
+    for spans in chunks([len(each["moved"]) for each in expected], sizes):
+        for i, part in zip(spans, run(rows, expected, spans, 0.3), strict=True):
+            got[i].append(part)
+    return [torch.cat(parts) for parts in got]
+
+
 @pytest.mark.parametrize("n_captured", [0, 256, None])
 @pytest.mark.parametrize("sizes", [[256], [1], [3, 0, 7, 2]])
 def test_a_mixed_batch_equals_each_request_by_itself(
@@ -125,12 +134,9 @@ def test_a_mixed_batch_equals_each_request_by_itself(
 ) -> None:
     rows = rows_for(tiny, catalogue, n_captured)
     keep(rows, catalogue, expected, range(len(TEXTS)))
-    got: dict[int, list[Tensor]] = {i: [] for i in range(len(TEXTS))}
-    for spans in chunks([len(each["moved"]) for each in expected], sizes):
-        for i, part in zip(spans, run(rows, expected, spans, 0.3), strict=True):
-            got[i].append(part)
+    got = run_all(rows, expected, sizes)
     for i, each in enumerate(expected):
-        torch.testing.assert_close(torch.cat(got[i]), each["moved"], atol=2e-5, rtol=0)
+        torch.testing.assert_close(got[i], each["moved"], atol=2e-5, rtol=0)
         if each["fired"] and any(each["fired"][0].values()):
             assert rows.fired(f"r{i}") == each["fired"][0]
     assert {name: len(found) > 0 for i in (2, 5, 7) for name, found in (rows.fired(f"r{i}") or {}).items()} == {
@@ -161,12 +167,9 @@ def test_so_does_one_of_latents_that_are_encoded_or_read_elsewhere(
     expected = alone(tiny, catalogue, items)
     rows = rows_for(tiny, catalogue, n_captured)
     keep(rows, catalogue, expected, range(len(TEXTS)))
-    got: dict[int, list[Tensor]] = {i: [] for i in range(len(TEXTS))}
-    for spans in chunks([len(each["moved"]) for each in expected], sizes):
-        for i, part in zip(spans, run(rows, expected, spans, 0.3), strict=True):
-            got[i].append(part)
+    got = run_all(rows, expected, sizes)
     for i, each in enumerate(expected):
-        torch.testing.assert_close(torch.cat(got[i]), each["moved"], atol=2e-5, rtol=0)
+        torch.testing.assert_close(got[i], each["moved"], atol=2e-5, rtol=0)
         assert torch.equal(each["moved"], each[POINT]) == (i == 0)
     taken = {lane.key.reads_apart for lanes in ran for lane in lanes}
     assert True in taken or way == "operations" or len(names) > 1, "the kernel acts on what it is given"
