@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
+from activations.devices import sent
 from activations.errors import ConfigError, ModelError
 from activations.hook_points import HookPoint
 from activations.hooks import capture, run_until
@@ -133,9 +134,7 @@ class GroupRunner:
             _keep(buffer.device, str(point), where, resid, keep)
 
     def _to_device(self, values: np.ndarray) -> Tensor:
-        """Pinned on the way to a GPU: a copy from other memory waits for everything that was asked before."""
-        tensor = torch.from_numpy(np.ascontiguousarray(values))
-        return tensor.pin_memory().to(self._loaded.device, non_blocking=True) if self._is_cuda else tensor
+        return sent(torch.from_numpy(np.ascontiguousarray(values)), self._loaded.device)
 
     def _norms(self, buffer: Buffer, name: str, n: int) -> Float[Tensor, "seq ctx"]:
         parts = [torch.linalg.vector_norm(widened(buffer.device, name, rows), dim=-1) for rows in self._slices(n)]

@@ -414,24 +414,32 @@ def chat_prompt(loaded: LoadedModel, messages: str | Sequence[Mapping[str, str]]
         turns = [{"role": "system", "content": system}, *turns]
     if loaded.tokenizer.chat_template is not None:
         for candidate in (turns, _without_system(turns)):
-            prompt = _apply_template(loaded.tokenizer, candidate)
+            prompt = _try_template(loaded.tokenizer, candidate)
             if prompt is not None:
                 return prompt
     return _plain_prompt(loaded.tokenizer, turns)
 
 
-def _apply_template(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]]) -> str | None:
+def apply_template(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, Any]]) -> str:
+    """What the chat template makes of turns; a last one of the assistant is left open.
+
+    Raises: TemplateError of jinja2, ValueError and whatever else the template runs into.
+    """
+    is_open = bool(turns) and turns[-1]["role"] == "assistant"
+    prompt = tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=not is_open, continue_final_message=is_open
+    )
+    return str(prompt)
+
+
+def _try_template(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]]) -> str | None:
     """The prompt, or None where the template refuses the roles, as some refuse a system message."""
     from jinja2 import TemplateError
 
-    is_open = bool(turns) and turns[-1]["role"] == "assistant"
     try:
-        prompt = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=not is_open, continue_final_message=is_open
-        )
+        return apply_template(tokenizer, turns)
     except (TemplateError, ValueError):
         return None
-    return str(prompt)
 
 
 def _without_system(turns: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from activations.devices import sent
 from activations.hook_points import HookPoint
 from sae.artefact import SaeArtefact
 from steer.operations import Slot
@@ -240,11 +241,6 @@ def _conditions(several: Sequence[Where], n_clauses: int, n_flags: int) -> dict[
             for flag, wanted in clause:
                 (need if wanted else veto)[i, c, flag] = True
     return {"need": torch.from_numpy(need), "veto": torch.from_numpy(veto)}
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same on a device, which the host does not wait for: what was asked of the device before may still run."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def products(x: Float[Tensor, "batch pos d"], rows: Float[Tensor, "r k d"]) -> Float[Tensor, "batch pos k"]:

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from activations.devices import sent
 from steer.scopes import NONE, Latch, LatchTable, latch_table, run_latches
-from steer.tables import sent
 
 
 class Part(NamedTuple):

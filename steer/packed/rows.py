@@ -20,13 +20,14 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from activations.devices import sent
 from activations.hook_points import HookPoint
 from steer.gates import Gate, gate_table
 from steer.packed.latches import Latched, Part
 from steer.packed.prepared import Prepared
 from steer.packed.tables import LOG_TOKENS, NOBODY, OWNER, Batch, Site, Sizes
 from steer.scopes import Latch
-from steer.tables import LaneKey, Row, sent
+from steer.tables import LaneKey, Row
 
 KEPT = 1024
 """finished requests of which it is known where their gates fired"""

@@ -28,10 +28,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from activations.devices import sent
 from activations.hook_points import HookPoint
 from steer.gates import GateTable, composed, moves, read
 from steer.packed.prepared import MAX_AGE, MAX_CLAUSES, MAX_FLAGS
-from steer.tables import Lane, LaneKey, applied, sent
+from steer.tables import Lane, LaneKey, applied
 
 OWNER = 2**32
 """positions of a request are below it"""

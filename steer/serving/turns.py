@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from activations.errors import ConfigError
-from activations.models import LoadedModel, chat_prompt
+from activations.models import LoadedModel, apply_template, chat_prompt
 from steer.serving.bodies import Call, Function, Message
 
 NAME, KEY, VALUE, RESULT = "qfunctionq", "qargumentq", "qvalueq", "qresultq"
@@ -85,13 +85,8 @@ def _form(loaded: LoadedModel, calls: bool, results: bool) -> Form:
 def _written(loaded: LoadedModel, turns: list[dict[str, Any]]) -> str:
     from jinja2 import TemplateError
 
-    is_open = turns[-1]["role"] == "assistant"
     try:
-        return str(
-            loaded.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=not is_open, continue_final_message=is_open
-            )
-        )
+        return apply_template(loaded.tokenizer, turns)
     except (TemplateError, ValueError, TypeError, RecursionError) as error:
         got, fix = " ".join(str(error).split())[:300], "Change the conversation as the chat template says."
         raise ConfigError("messages", expected="what the chat template takes", got=got, fix=fix) from error
