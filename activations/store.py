@@ -181,9 +181,9 @@ class ActivationStore:
         return self._layout[self.hook_points[0]].chunk_rows
 
     def room(self, n: int) -> Stored:
-        """Memory for `n` sequences of one hook point, to be read into."""
-        values = np.empty((n, self.ctx, self.d_model), self._layout[self.hook_points[0]].dtype)
-        scale = np.empty((n, self.ctx), np.float32) if self.meta.store_dtype == "int8" else None
+        """Memory for `n` sequences of one hook point, to be read into; zeros until then."""
+        values = np.zeros((n, self.ctx, self.d_model), self._layout[self.hook_points[0]].dtype)
+        scale = np.zeros((n, self.ctx), np.float32) if self.meta.store_dtype == "int8" else None
         return Stored(values, scale)
 
     def read_into(self, room: Stored, hook_point: str, start: int) -> None:

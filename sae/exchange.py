@@ -82,7 +82,7 @@ class Exchange:
     ) -> tuple[Int[np.ndarray, "n_batches slots"], Int[np.ndarray, "n_batches batch"]]:
         """For each of this process's slots which token of the batch it gets, and for each token its slot among all.
 
-        Slots that are left over get token 0, which nothing reads.
+        Slots that are left over get token 0, or zeros where it is another process's; nothing reads them.
         """
         n, batch = sequences.shape
         part = np.searchsorted(bounds[1:-1], sequences, side="right")
