@@ -44,6 +44,12 @@ def converted(gguf: Path, on_status: Callable[[str], None]) -> tuple[Path, str]:
     return folder, sha256
 
 
+def converted_from(folder: Path) -> str | None:
+    """The SHA-256 of the GGUF file that a folder is the converted copy of; None for a folder of another kind."""
+    whole = folder.resolve()
+    return whole.name if whole.parent == (cache_dir() / "models").resolve() else None
+
+
 def check_magic(gguf: Path) -> None:
     """Refuse at once what is not a GGUF file."""
     if not gguf.is_file():

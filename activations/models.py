@@ -30,7 +30,7 @@ import torch
 from activations.errors import MissingArtefactError, ModelError
 from activations.families import ModelFamily, family_of_config
 from activations.fingerprints import digest, digest_of, file_sha256, tensor_digests
-from activations.gguf_cache import check_magic, converted
+from activations.gguf_cache import check_magic, converted, converted_from
 from activations.quantised import NONE, quantisation_config
 from activations.quiet import first_line, quiet_transformers
 from activations.store_schema import ModelRef
@@ -95,6 +95,10 @@ class Source(NamedTuple):
     gguf_sha256: str | None
     """SHA-256 of the GGUF file that the folder was converted from, if it was."""
 
+    def fingerprint(self) -> str:
+        """What `LoadedModel.fingerprint` is. Raises: ModelError if there is no model in the folder."""
+        return self.gguf_sha256 or fingerprint_folder(self.folder, read_config(self.folder))
+
 
 def load_model(
     spec: str,
@@ -128,7 +132,7 @@ def load_model(
         family=family,
         spec=spec,
         id=source.id if quantised is None else f"{source.id}+{quantization}",
-        fingerprint=source.gguf_sha256 or fingerprint_folder(source.folder, config),
+        fingerprint=source.fingerprint(),
         tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
         d_model=family.d_model(model.config),
         n_layers=family.n_layers(model.config),
@@ -183,7 +187,7 @@ def find_source(spec: str, on_status: Status) -> Source:
     if path.suffix.lower() == ".gguf":
         return _gguf_source(path, on_status)
     if path.is_dir():
-        return Source(path, path.resolve().name, None)
+        return Source(path, path.resolve().name, converted_from(path))
     match = HUB_ID.fullmatch(spec)
     if match is not None and not spec.startswith("."):
         return hub_source(match["repo"], match["revision"], on_status)
@@ -210,8 +214,7 @@ def weight_fingerprint(spec: str, on_status: Status | None = None) -> str:
     if path.suffix.lower() == ".gguf":
         check_magic(path)
         return file_sha256(path)
-    folder = find_source(spec, on_status or (lambda line: None)).folder
-    return fingerprint_folder(folder, read_config(folder))
+    return find_source(spec, on_status or (lambda line: None)).fingerprint()
 
 
 def gguf_in_wheel(name: str) -> Path:

@@ -75,7 +75,7 @@ def model_of(spec: str, on_status: Status | None = None) -> LoadedModel:
             generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
         except OSError:
             generation = GenerationConfig.from_model_config(config)
-    found, tokenizer = catalogue.model_of(folder, config), load_tokenizer(folder)
+    found, tokenizer = catalogue.model_of(source, config), load_tokenizer(folder)
     found.model.generation_config = generation
     return replace(
         found, tokenizer=tokenizer, tokenizer_fingerprint=fingerprint_tokenizer(tokenizer), spec=spec, id=source.id

@@ -21,9 +21,8 @@ import torch
 
 from activations.errors import ConfigError
 from activations.families import family_of_config
-from activations.fingerprints import cache_dir
 from activations.hook_points import HookPoint
-from activations.models import LoadedModel, fingerprint_folder, load_tokenizer, read_config
+from activations.models import LoadedModel, Source, load_tokenizer
 from sae.artefact import SaeArtefact
 from sae.wiring import Wiring
 from steer.gates import gates_of
@@ -142,23 +141,20 @@ class Markers:
         return self._tokenizer.encode(text, **how)
 
 
-def model_of(folder: Path, config: Any) -> LoadedModel:
+def model_of(source: Source, config: Any) -> LoadedModel:
     """The stand-in for a model that vLLM serves.
-
-    A folder that saekit made of a GGUF file has the fingerprint of that file, which is its name.
 
     Args:
       config: of Hugging Face.
     Raises: UnknownNameError for a family that saekit does not know; ConfigError for one with several streams.
     """
+    folder = source.folder.resolve()
     family = family_of_config(config, where=str(folder))
     place = family.sites(config)[SITE]
     if place.streams or place.path:
         fix = "Serve it with the transformers backend."
         raise ConfigError(str(folder), expected="blocks that return one residual stream", got=family.name, fix=fix)
-    is_converted = folder.parent == (cache_dir() / "models").resolve()
-    fingerprint = folder.name if is_converted else fingerprint_folder(folder, read_config(folder))
-    return stand_in(family, config, str(folder), fingerprint, Markers(lambda: folder))
+    return stand_in(family, config, str(folder), source.fingerprint(), Markers(lambda: folder))
 
 
 def stand_in(family: Any, config: Any, name: str, fingerprint: str, tokenizer: Any) -> LoadedModel:

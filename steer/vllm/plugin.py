@@ -115,14 +115,14 @@ def _fingerprint(config: Any) -> str:
     from steer.vllm.catalogue import model_of
 
     told = config.model_config
-    return model_of(_folder(told.model, told.revision), told.hf_config).fingerprint
+    return model_of(_source(told.model, told.revision), told.hf_config).fingerprint
 
 
-def _folder(name: str, revision: str | None) -> Path:
+def _source(name: str, revision: str | None) -> Any:
     from activations.models import find_source
 
     spec = name if Path(name).is_dir() or revision is None else f"{name}@{revision}"
-    return find_source(spec, log.info).folder.resolve()
+    return find_source(spec, log.info)
 
 
 def _tokenizer_folder(config: Any) -> Path:
@@ -131,7 +131,7 @@ def _tokenizer_folder(config: Any) -> Path:
     told = config.model_config
     name, revision = told.tokenizer, told.tokenizer_revision
     if name == told.model or Path(name).is_dir():
-        return _folder(name, revision)
+        return _source(name, revision).folder.resolve()
     return hub_source(name, revision, log.info, unwanted=("*/*", "*.safetensors")).folder
 
 

@@ -15,7 +15,7 @@ import torch
 from activations import gguf_cache
 from activations.errors import DiskSpaceError, ModelError
 from activations.gguf_cache import converted
-from activations.models import load_model
+from activations.models import load_model, weight_fingerprint
 
 D_MODEL, D_MLP, N_HEADS, N_KV = 32, 48, 4, 2
 
@@ -111,6 +111,15 @@ def test_load_a_gguf(own_cache: Path, tmp_path: Path, tiny_tokenizer: Any, capfd
     assert again.fingerprint == loaded.fingerprint
     assert again.tokenizer("the river").input_ids == tiny_tokenizer("the river").input_ids
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_converted_folder_is_the_model_of_its_file(own_cache: Path, tiny_gguf: Path, tmp_path: Path) -> None:
+    folder, sha256 = converted(tiny_gguf, print)
+    (tmp_path / "link").symlink_to(folder)
+    for path in (folder, tmp_path / "link", tiny_gguf):
+        assert weight_fingerprint(str(path)) == sha256
+    moved = shutil.copytree(folder, tmp_path / "models" / sha256)
+    assert weight_fingerprint(str(moved)) != sha256, "a name proves nothing outside of the cache"
 
 
 def test_interrupted_conversion_leaves_nothing(
