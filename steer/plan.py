@@ -196,9 +196,7 @@ class Plan:
 
     def _lane(self, each: Intervention) -> LaneKey:
         self._check(each)
-        operation = each.operation
-        topk = operation.sae if operation.sae is not None and operation.sae.architecture == "topk" else None
-        return LaneKey(each.acts_at, each.reads_at, topk, operation.keeps_norm)
+        return LaneKey.of(each.acts_at, each.reads_at, each.operation.sae, each.operation.keeps_norm)
 
     def _slots(self, each: Intervention) -> list[Slot]:
         where = f"{each} at {each.acts_at}"

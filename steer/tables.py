@@ -44,6 +44,13 @@ class LaneKey(NamedTuple):
     """the SAE that has to be encoded to know which latents are active"""
     keeps_norm: bool
 
+    @classmethod
+    def of(
+        cls, acts: HookPoint, reads: HookPoint | None, sae: SaeArtefact | None, keeps_norm: bool = False
+    ) -> "LaneKey":
+        """The lane of an operation, or of all latents of an SAE."""
+        return cls(acts, reads, sae if sae is not None and sae.architecture == "topk" else None, keeps_norm)
+
     @property
     def reads_apart(self) -> bool:
         """Whether what is read is not found where it acts from one row alone: elsewhere, or of an SAE, encoded."""

@@ -72,10 +72,7 @@ class Catalogue:
     @property
     def lanes(self) -> list[LaneKey]:
         """Those of the libraries' SAEs, as far as they read and act at one of the hook points."""
-        keys = [
-            LaneKey(places.writes, places.reads, sae if sae.architecture == "topk" else None, False)
-            for sae, places in self._saes
-        ]
+        keys = [LaneKey.of(places.writes, places.reads, sae) for sae, places in self._saes]
         points = {*self.points}
         return [key for key in keys if key.acts in points and key.reads in points]
 
