@@ -83,9 +83,7 @@ def _encode(
     n_acting = 0
     for start in range(0, n_slots, fewest):
         slot = start + tl.arange(0, fewest)
-        starts = tl.load(low + slot, mask=slot < n_slots, other=1)
-        ends = tl.load(high + slot, mask=slot < n_slots, other=0)
-        hit = (starts[None, :] <= now[:, None]) & (now[:, None] < ends[None, :])
+        hit = acting(slot[None, :], now[:, None], low, high, n_slots)
         n_acting += tl.sum(tl.sum(hit.to(tl.int32), 1), 0)
     if n_acting > 0:
         total = tl.zeros([tokens, latents], dtype=tl.float32)
@@ -123,10 +121,10 @@ def _find(
     for _ in range(tl.sum(hit.to(tl.int32), 0)):
         i = tl.min(tl.where(hit, slot, slots), 0)
         hit = hit & (slot != i)
-        n_larger = 0
         if is_encoded:
             own = pre + token * d_sae
             s = tl.load(own + tl.load(latent + i))
+            n_larger = 0
             for start in range(0, d_sae, at_once):
                 other = start + tl.arange(0, at_once)
                 value = tl.load(own + other, mask=other < d_sae, other=float("-inf"))
@@ -135,5 +133,5 @@ def _find(
         else:
             row = tl.load(reads + i * d_model + at, mask=at < d_model, other=0.0)
             s = tl.sum(row * x, 0) + tl.load(bias + i)
-            is_active = n_larger == 0
+            is_active = True
         tl.store(z + token * n_slots + i, tl.where(is_active & (s > tl.load(threshold + i)), s, 0.0))
