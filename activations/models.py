@@ -10,15 +10,13 @@ Flow: 1. a spec becomes a folder on this disk, an id and a fingerprint; 2. the f
 safetensors only; 3. transformers loads it, quantised if asked to, and a weight that is absent is an error instead of a
 random tensor; 4. gradients are switched off. Code and pickles that come with a model are never run.
 
-`chat_prompt` writes messages the way the model was taught to read them.
-
-Left out: models that are quantised in their files (a GGUF file is dequantised), adapters, and models spread over
-several devices.
+Left out: models that are quantised in their files (a GGUF file is dequantised), adapters, models spread over several
+devices, and chat templates (`activations.chat`).
 """
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -34,7 +32,6 @@ from activations.gguf_cache import check_magic, converted, converted_from
 from activations.quantised import NONE, quantisation_config
 from activations.quiet import first_line, quiet_transformers
 from activations.store_schema import ModelRef
-from activations.tokens import bos_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -399,63 +396,3 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
             backend.enable_padding(**padding)
         if truncation is not None:
             backend.enable_truncation(**truncation)
-
-
-def chat_prompt(loaded: LoadedModel, messages: str | Sequence[Mapping[str, str]], system: str | None = None) -> str:
-    """Messages as one prompt that ends where the model is to write.
-
-    Tokenise it with `add_special_tokens=False`: it holds every special token it needs.
-
-    Args:
-      messages: what the user says, or a list of {"role", "content"}. A last message of the assistant is left open, for
-        the model to go on with.
-      system: the system message. None leaves it to the chat template, and some write their own (SmolLM2: "You are a
-        helpful AI assistant named SmolLM"); "" asks for an empty one, which keeps such a default out.
-    """
-    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(turn) for turn in messages]
-    if system is not None and not (turns and turns[0]["role"] == "system"):
-        turns = [{"role": "system", "content": system}, *turns]
-    if loaded.tokenizer.chat_template is not None:
-        for candidate in (turns, _without_system(turns)):
-            prompt = _try_template(loaded.tokenizer, candidate)
-            if prompt is not None:
-                return prompt
-    return _plain_prompt(loaded.tokenizer, turns)
-
-
-def apply_template(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, Any]]) -> str:
-    """What the chat template makes of turns; a last one of the assistant is left open.
-
-    Raises: TemplateError of jinja2, ValueError and whatever else the template runs into.
-    """
-    is_open = bool(turns) and turns[-1]["role"] == "assistant"
-    prompt = tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=not is_open, continue_final_message=is_open
-    )
-    return str(prompt)
-
-
-def _try_template(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]]) -> str | None:
-    """The prompt, or None where the template refuses the roles, as some refuse a system message."""
-    from jinja2 import TemplateError
-
-    try:
-        return apply_template(tokenizer, turns)
-    except (TemplateError, ValueError):
-        return None
-
-
-def _without_system(turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The same turns with a leading system message put at the head of the first one after it."""
-    if len(turns) < 2 or turns[0]["role"] != "system":
-        return turns
-    first = turns[1]
-    content = f"{turns[0]['content']}\n\n{first['content']}".strip()
-    return [{**first, "content": content}, *turns[2:]]
-
-
-def _plain_prompt(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]]) -> str:
-    bos = str(tokenizer.decode(bos_ids(tokenizer)))
-    lines = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns if turn["content"]]
-    is_open = bool(turns) and turns[-1]["role"] == "assistant"
-    return bos + "\n\n".join(lines if is_open else [*lines, "Assistant:"])

@@ -17,7 +17,7 @@ chat template of the model's tokenizer; 3. `run_latches` goes over the tokens of
 the pass before left, so that a sequence may arrive in chunks of any length.
 
 Indices count attended tokens, so padding changes nothing. Left out: markers that are neither a token of their own nor
-one with a word behind it, such as a role; tool calls that are plain text.
+one with a word behind it, such as a role; tool calls that are plain text; answers of tools that the user says.
 """
 
 import re
@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from activations.chat import write
 from activations.errors import ConfigError, UnknownNameError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -127,7 +128,9 @@ class Event(NamedTuple):
 
     tokens: tuple[int, ...]
     effect: int
-    """1 opens the latch, -1 closes it, 0 leaves it and is a marker all the same"""
+    """1 opens the latch, -1 closes it, 0 leaves it"""
+    is_marker: bool = True
+    """whether it is a marker of what the latch follows; such as the end of a turn closes more than that"""
 
 
 @dataclass(frozen=True)
@@ -149,11 +152,13 @@ class ChatFormat(NamedTuple):
     start: str | None
     """token in front of the word of a role; none: each role has a token of its own"""
     roles: dict[str, str]
-    """role -> its word, or its token"""
+    """role -> its word, or its token, with words behind it or not"""
     ends: tuple[str, ...]
     """tokens that end a turn"""
     frames: tuple[str, ...] = ()
     """other tokens that are no content"""
+    returns: tuple[str, ...] = ()
+    """tokens at which the assistant goes on, behind what a tool answered; the first that is in the template"""
 
 
 _WORDS = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -164,9 +169,20 @@ CHAT_FORMATS: dict[str, ChatFormat] = {
     ),
     "llama4": ChatFormat("<|header_start|>", _WORDS | {"tool": "ipython"}, ("<|eot|>", "<|eom|>"), ("<|header_end|>",)),
     "gemma": ChatFormat("<start_of_turn>", {"user": "user", "assistant": "model"}, ("<end_of_turn>",)),
+    "gemma4": ChatFormat(
+        "<|turn>",
+        {"system": "system", "user": "user", "assistant": "model"},
+        ("<turn|>", "<|tool_response>"),
+        returns=("<tool_response|>",),
+    ),
+    "granite": ChatFormat(
+        "<|start_of_role|>", _WORDS | {"tool": "tool_response"}, ("<|end_of_text|>",), ("<|end_of_role|>",)
+    ),
+    "seed": ChatFormat("<seed:bos>", _WORDS, ("<seed:eos>",)),
+    "minimax": ChatFormat("]~b]", _WORDS | {"assistant": "ai"}, ("[e~[",)),
     "harmony": ChatFormat(
         "<|start|>",
-        _WORDS | {"developer": "developer"},
+        {"system": "system", "developer": "developer", "user": "user", "assistant": "assistant"},
         ("<|end|>", "<|return|>", "<|call|>"),
         ("<|channel|>", "<|message|>", "<|constrain|>"),
     ),
@@ -175,14 +191,33 @@ CHAT_FORMATS: dict[str, ChatFormat] = {
         {"system": "<|SYSTEM_TOKEN|>", "user": "<|USER_TOKEN|>", "assistant": "<|CHATBOT_TOKEN|>"},
         ("<|END_OF_TURN_TOKEN|>",),
     ),
-    "deepseek": ChatFormat(None, {"user": "<｜User｜>", "assistant": "<｜Assistant｜>"}, ("<｜end▁of▁sentence｜>",)),
+    "deepseek": ChatFormat(
+        None,
+        {"user": "<｜User｜>", "assistant": "<｜Assistant｜>", "tool": "<｜tool▁output▁begin｜>"},
+        ("<｜end▁of▁sentence｜>", "<｜tool▁output▁end｜>"),
+        ("<｜tool▁outputs▁begin｜>",),
+        ("<｜tool▁outputs▁end｜>", "<｜tool▁output▁end｜>"),
+    ),
+    "kimi": ChatFormat(
+        None,
+        {
+            "system": "<|im_system|>system<|im_middle|>",
+            "user": "<|im_user|>user<|im_middle|>",
+            "assistant": "<|im_assistant|>assistant<|im_middle|>",
+            "tool": "<|im_system|>tool<|im_middle|>",
+        },
+        ("<|im_end|>",),
+    ),
     "phi": ChatFormat(
-        None, {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}, ("<|end|>", "<|endoftext|>")
+        None,
+        {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>", "tool": "<|observation|>"},
+        ("<|end|>", "<|endoftext|>"),
     ),
     "mistral": ChatFormat(
         None,
-        {"system": "[SYSTEM_PROMPT]", "user": "[INST]", "assistant": "[/INST]"},
-        ("[/SYSTEM_PROMPT]", "</s>"),
+        {"system": "[SYSTEM_PROMPT]", "user": "[INST]", "assistant": "[/INST]", "tool": "[TOOL_RESULTS]"},
+        ("[/SYSTEM_PROMPT]", "</s>", "[/TOOL_RESULTS]"),
+        returns=("[/TOOL_RESULTS]",),
     ),
 }
 """The first whose markers are in a chat template is its format."""
@@ -192,6 +227,8 @@ THINKING: tuple[tuple[str, str], ...] = (
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
     ("<|channel|>analysis", "<|end|>"),
+    ("<|channel>thought", "<channel|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
 )
 TOOL_CALLS: tuple[tuple[str, str], ...] = (
     ("<tool_call>", "</tool_call>"),
@@ -201,8 +238,14 @@ TOOL_CALLS: tuple[tuple[str, str], ...] = (
     ("<|python_tag|>", "<|eom_id|>"),
     ("[TOOL_CALLS]", "</s>"),
     ("<|channel|>commentary", "<|call|>"),
+    ("<|tool_call>", "<tool_call|>"),
+    ("<seed:tool_call>", "</seed:tool_call>"),
+    ("<minimax:tool_call>", "</minimax:tool_call>"),
+    ("<|START_ACTION|>", "<|END_ACTION|>"),
+    ("｜DSML｜tool_calls", "<｜end▁of▁sentence｜>"),
+    ("｜DSML｜function_calls", "<｜end▁of▁sentence｜>"),
 )
-"""What opens and closes them; the end of a turn closes them too."""
+"""What opens and closes them; the end of a turn, and the start of another, close them too."""
 
 
 def latches_of(scope: Scope, tokenizer: Any) -> list[tuple[Latch, bool]]:
@@ -236,22 +279,48 @@ class _Markers:
         self._tokenizer, self._where = tokenizer, where
         template = tokenizer.chat_template
         self._template = "\n".join(template.values()) if isinstance(template, dict) else template or ""
-        formats = (form for form in CHAT_FORMATS.values() if (form.start or form.roles["assistant"]) in self._template)
+        formats = (form for form in CHAT_FORMATS.values() if self._has_token(form.start or form.roles["assistant"]))
         self._format = next(formats, None)
 
     def role(self, role: str) -> Latch:
         form = self._format
-        if form is None or role not in form.roles:
+        if form is None or role not in form.roles or (form.start is None and not self._has_token(form.roles[role])):
             raise self._missing(f"markers of the role {role}")
-        shut = {*self._known(form.ends)}
-        if form.start is not None:
-            shut.add(self._ids(form.start))
-        else:
-            shut |= {self._ids(marker) for marker in form.roles.values() if marker in self._template}
-        opens = self._ids(form.roles[role], behind=form.start or "")
-        events = {Event(tokens, -1) for tokens in shut - {opens}} | {Event(opens, 1)}
+        opens = {self._opens(form, role)}
+        if role == "tool" and not self._is_written(*opens):
+            raise self._missing("markers of the role tool")
+        if role == "assistant":
+            opens |= {*self._known([marker for marker in form.returns if marker in self._template][:1])}
+        shut = {*self._known(form.ends)} | self._starts(form)
+        events = {Event(tokens, -1) for tokens in shut - opens} | {Event(tokens, 1) for tokens in opens}
         frames = {Event(tokens, 0) for tokens in self._known(form.frames)}
         return Latch(role, frozenset(events | frames), with_markers=False)
+
+    def _opens(self, form: ChatFormat, role: str) -> tuple[int, ...]:
+        token, word = (form.start, form.roles[role]) if form.start else _split(form.roles[role])
+        return self._ids(word or token, behind=token if word else "")
+
+    def _starts(self, form: ChatFormat) -> set[tuple[int, ...]]:
+        """The tokens with which a turn starts, whoever's."""
+        if form.start is not None:
+            return {self._ids(form.start)}
+        return {self._opens(form, role) for role, marker in form.roles.items() if self._has_token(marker)}
+
+    def _has_token(self, marker: str) -> bool:
+        return _split(marker)[0] in self._template
+
+    def _is_written(self, opens: tuple[int, ...]) -> bool:
+        """Whether a tool's answer stands behind these tokens: many templates have it said by the user."""
+        call = {"id": "q12345678", "type": "function", "function": {"name": "q", "arguments": "{}"}}
+        answer = {"role": "tool", "content": "q", "tool_call_id": call["id"], "name": "q"}
+        for calls in ([{"role": "assistant", "content": "", "tool_calls": [call]}], []):
+            try:
+                written = write(self._tokenizer, [{"role": "user", "content": "q"}, *calls, answer])
+            except ConfigError:
+                continue
+            ids = self._tokenizer.encode(written, add_special_tokens=False)
+            return any(tuple(ids[i : i + len(opens)]) == opens for i in range(len(ids)))
+        return False
 
     def has(self, pairs: Sequence[tuple[str, str]]) -> bool:
         return any(self._holds(start) for start, _ in pairs)
@@ -261,11 +330,14 @@ class _Markers:
         if not present:
             raise self._missing(f"{name} markers")
         start, end = present[0]
-        form = self._format
-        ends = {self._ids(end), *self._known(form.ends if form else ())}
         token, word = _split(start)
-        opens = self._ids(word or token, behind=token if word else "")
-        return Latch(name, frozenset([Event(opens, 1), *(Event(tokens, -1) for tokens in ends)]), with_markers)
+        opens, shuts = self._ids(word or token, behind=token if word else ""), self._ids(end)
+        form = self._format
+        others = {*self._known(form.ends), *self._starts(form)} if form else set[tuple[int, ...]]()
+        events = {Event(tokens, -1, is_marker=False) for tokens in others} | {Event(opens, 1)}
+        if shuts not in others:
+            events.add(Event(shuts, -1))
+        return Latch(name, frozenset(events), with_markers)
 
     def _holds(self, marker: str) -> bool:
         """Whether the template speaks of it; a word behind a token may be put in by the template's logic."""
@@ -297,9 +369,9 @@ class _Markers:
 
 
 def _split(marker: str) -> tuple[str, str]:
-    """A marker's token and the word behind it, if there is one."""
-    token, end, word = marker.rpartition("|>")
-    return (token + end, word) if end else (marker, "")
+    """A marker's token and what stands behind it, if anything does."""
+    found = re.fullmatch(r"(<[^<>]*>|｜[^｜]*｜)(.*)", marker)
+    return (found[1], found[2]) if found else (marker, "")
 
 
 # --- latches over tokens ---------------------------------------------------------------------------------------------
@@ -313,7 +385,7 @@ class LatchTable(NamedTuple):
     effect: Int[Tensor, "event latch"]
     """1, -1 or 0"""
     marks: Bool[Tensor, "event latch"]
-    """whether the event is one of the latch"""
+    """whether the event is a marker of the latch"""
     with_markers: Bool[Tensor, " latch"]
 
 
@@ -325,7 +397,7 @@ def latch_table(latches: Sequence[Latch]) -> LatchTable:
     for i, latch in enumerate(latches):
         for event in latch.events:
             row = keys.index(event.tokens)
-            effect[row, i], marks[row, i] = event.effect, True
+            effect[row, i], marks[row, i] = event.effect, event.is_marker
     longest = max(map(len, keys))
     tokens = torch.tensor([[*reversed(key), *[-1] * (longest - len(key))] for key in keys])
     with_markers = torch.tensor([latch.with_markers for latch in latches], dtype=torch.bool)

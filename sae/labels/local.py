@@ -5,9 +5,10 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
+from activations.chat import chat_prompt
 from activations.errors import ConfigError
 from activations.generate import generate
-from activations.models import LoadedModel, chat_prompt
+from activations.models import LoadedModel
 from sae.labels.chat import Message, Reply, Request
 from sae.labels.config import LOCAL, ChatModelConfig
 

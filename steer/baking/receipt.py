@@ -23,9 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from activations.chat import chat_prompt
 from activations.hook_points import HookPoint
 from activations.hooks import edit
-from activations.models import LoadedModel, chat_prompt
+from activations.models import LoadedModel
 from activations.text import documents
 from steer.composition import by_point
 from steer.measures.openings import prompts

@@ -142,7 +142,7 @@ class Runs:
 
 
 def _write(run: Run, loaded: Any) -> None:
-    from activations.models import chat_prompt
+    from activations.chat import chat_prompt
     from steer.generate import streaming
 
     asked, rows = run.asked, run.rows(run.steers)

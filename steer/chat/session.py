@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from activations.chat import chat_prompt
 from activations.errors import ConfigError, MissingArtefactError, UnknownNameError
-from activations.models import LoadedModel, Status, chat_prompt, load_model
+from activations.models import LoadedModel, Status, load_model
 from steer.chat import commands
 from steer.chat.commands import Command
 from steer.chat.state import (

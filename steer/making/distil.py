@@ -28,9 +28,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from activations.chat import chat_prompt
 from activations.errors import ConfigError, NumericsError
 from activations.generate import continuation_ids
-from activations.models import LoadedModel, chat_prompt
+from activations.models import LoadedModel
 from activations.progress import progress
 
 DIFFERENTIABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -25,10 +25,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from activations.chat import chat_prompt
 from activations.errors import ConfigError, TextError
 from activations.hook_points import HookPoint
 from activations.hooks import capture, run_until
-from activations.models import LoadedModel, chat_prompt, load_model
+from activations.models import LoadedModel, load_model
 from activations.store import ActivationStore
 from sae.artefact import SaeArtefact
 from sae.belongs import check_index, check_sae, check_store

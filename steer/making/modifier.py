@@ -31,9 +31,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from activations.chat import chat_prompt
 from activations.errors import TextError
 from activations.hook_points import HookPoint
-from activations.models import LoadedModel, chat_prompt
+from activations.models import LoadedModel
 from activations.tokens import without_bos
 from sae.metrics import bootstrap, means
 from steer.generate import generate

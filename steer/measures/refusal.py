@@ -23,8 +23,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
+from activations.chat import chat_prompt
 from activations.errors import TextError
-from activations.models import LoadedModel, chat_prompt
+from activations.models import LoadedModel
 from activations.text import documents, parquet_rows
 from steer.generate import generate
 from steer.measures.effect import Arm

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from activations.chat import chat_prompt
 from activations.errors import CorruptArtefactError, MissingArtefactError
 from activations.fingerprints import digest, digest_of
 from activations.hook_points import HookPoint
-from activations.models import LoadedModel, chat_prompt
+from activations.models import LoadedModel
 from activations.tokens import without_bos
 from steer.library import load_library
 from steer.making.axes import Axis, shown_texts

@@ -8,7 +8,6 @@ formats, images, sound, prediction, effort. Tools that were called earlier are r
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -52,17 +51,6 @@ class Function(Wire):
     name: Annotated[Text, Field(min_length=1)]
     arguments: Text = ""
     """an object of JSON"""
-
-    def read(self) -> dict[str, Any]:
-        """The arguments. Raises: ConfigError if they are no object of JSON."""
-        try:
-            found = json.loads(self.arguments or "{}")
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
-            where, got = f"arguments of {self.name[:100]}", repr(self.arguments[:100])
-            raise ConfigError(where, expected="an object of JSON", got=got, fix="Correct them.")
-        return found
 
 
 class Call(Wire):

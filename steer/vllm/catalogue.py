@@ -133,6 +133,10 @@ class Markers:
         """What marks turns. Raises: ModelError if there is no tokenizer that transformers reads."""
         return self._tokenizer.chat_template
 
+    def apply_chat_template(self, turns: list[dict[str, Any]], **how: Any) -> Any:
+        """What the chat template writes."""
+        return self._tokenizer.apply_chat_template(turns, **how)
+
     def encode(self, text: str, **how: Any) -> list[int]:
         """The ids of a text."""
         return self._tokenizer.encode(text, **how)

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,6 @@ from activations.errors import MissingArtefactError, ModelError
 from activations.families import FAMILIES
 from activations.models import (
     LoadedModel,
-    chat_prompt,
     choose_device,
     choose_dtype,
     fingerprint_folder,
@@ -239,50 +237,6 @@ def test_absent_and_broken_tokenizer(folder: Path) -> None:
     assert message(folder).startswith(str(folder))
 
 
-# --- chat ------------------------------------------------------------------------------------------------------------
-
-
-def with_template(loaded: LoadedModel, template: str | None) -> LoadedModel:
-    tokenizer = type(loaded.tokenizer)(
-        tokenizer_object=loaded.tokenizer.backend_tokenizer, chat_template=template, eos_token="<|endoftext|>"
-    )
-    return replace(loaded, tokenizer=tokenizer)
-
-
-def test_chat_template(loaded: LoadedModel) -> None:
-    user = "<|im_start|>user\nhey<|im_end|>\n"
-    end = "<|im_start|>assistant\n"
-    assert chat_prompt(loaded, "hey") == user + end
-    assert chat_prompt(loaded, "hey", system="Be kind.") == "<|im_start|>system\nBe kind.<|im_end|>\n" + user + end
-    turns = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "hey"}]
-    assert chat_prompt(loaded, turns, system="Not this.") == "<|im_start|>system\nMine.<|im_end|>\n" + user + end
-
-
-def test_open_answer_is_continued(loaded: LoadedModel) -> None:
-    turns = [{"role": "user", "content": "hey"}, {"role": "assistant", "content": "Well"}]
-    assert chat_prompt(loaded, turns).endswith("<|im_start|>assistant\nWell")
-
-
-def test_template_that_refuses_a_system_message(loaded: LoadedModel) -> None:
-    refusing = with_template(
-        loaded,
-        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-        "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}",
-    )
-    assert chat_prompt(refusing, "hey", system="Be kind.") == "<user>Be kind.\n\nhey"
-    assert chat_prompt(refusing, "hey", system="") == "<user>hey"
-
-
-def test_plain_prompt_without_a_template(loaded: LoadedModel) -> None:
-    plain = with_template(loaded, None)
-    assert chat_prompt(plain, "hey", system="Be kind.") == "System: Be kind.\n\nUser: hey\n\nAssistant:"
-    broken = with_template(loaded, "{{ raise_exception('never') }}")
-    assert chat_prompt(broken, "hey", system="") == "User: hey\n\nAssistant:"
-    assert chat_prompt(plain, [{"role": "user", "content": "hey"}, {"role": "assistant", "content": "Well"}]) == (
-        "User: hey\n\nAssistant: Well"
-    )
-
-
 # --- the real model --------------------------------------------------------------------------------------------------
 
 
@@ -292,12 +246,6 @@ def test_smollm2(smollm2: LoadedModel) -> None:
     assert smollm2.fingerprint == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     ids = smollm2.tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert smollm2.tokenizer.decode(smollm2.model(ids).logits[0, -1].argmax()) == " Paris"
-
-
-def test_smollm2_system_message(smollm2: LoadedModel) -> None:
-    assert "named SmolLM" in chat_prompt(smollm2, "hey")
-    assert "named SmolLM" not in chat_prompt(smollm2, "hey", system="")
-    assert chat_prompt(smollm2, "hey", system="").endswith("<|im_start|>user\nhey<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_wheel_with_several_files(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Scopes: words to tokens, whatever chunks and padding the tokens come in."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from activations.chat import write
 from activations.errors import ConfigError, UnknownNameError
 from steer.scopes import (
     NO_END,
@@ -145,10 +147,10 @@ def spelling_tokenizer(tiny_tokenizer: Any) -> Any:
     return tokenizer
 
 
-def chosen(tokenizer: Any, words: str) -> str:
-    """The part of TEXT that a scope picks."""
+def chosen(tokenizer: Any, words: str, text: str = TEXT) -> str:
+    """The part of a text that a scope picks."""
     latches = latches_of(Scope.parse(words), tokenizer)
-    ids = torch.tensor([tokenizer.encode(TEXT, add_special_tokens=False)])
+    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
     index = torch.arange(ids.shape[1])[None]
     n = len(latches)
     table = latch_table([latch for latch, _ in latches])
@@ -204,3 +206,102 @@ def test_formats_whose_roles_have_tokens_of_their_own(tiny_tokenizer: Any) -> No
     table, index = latch_table([found[0]]), torch.arange(ids.shape[1])[None]
     inside = run_latches(table, ids, index, torch.zeros(1, 1).bool(), torch.zeros(1, 1).long()).inside
     assert tokenizer.decode(ids[0][inside[0, :, 0]].tolist()) == "yes"
+
+
+# --- formats of chat templates ---------------------------------------------------------------------------------------
+
+SAID_BY_USER = "the user"
+CALLS = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
+END, OUTPUT = "<｜end▁of▁sentence｜>", ("<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>")
+FORMATS: dict[str, dict[str, tuple[str, str]]] = {
+    "chatml": {
+        "user": ("<|im_start|>user\n", "<|im_end|>"), "assistant": ("<|im_start|>assistant\n", "<|im_end|>"),
+        "tool": ("<|im_start|>tool\n", "<|im_end|>"), "call": ("<tool_call>", "</tool_call>"),
+    },
+    f"chatml, {SAID_BY_USER}": {
+        "user": ("<|im_start|>user\n", "<|im_end|>"), "assistant": ("<|im_start|>assistant\n", "<|im_end|>"),
+        "tool": ("<|im_start|>user\n", "<|im_end|>"), "call": ("<tool_call>", "</tool_call>"),
+    },
+    "glm": {
+        "user": ("<|user|>", ""), "assistant": ("<|assistant|>", ""), "tool": ("<|observation|>", ""),
+        "call": ("<tool_call>", "</tool_call>"),
+    },
+    "mistral": {
+        "user": ("[INST]", "[/INST]"), "assistant": ("", "</s>"), "tool": ("[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+        "call": ("[TOOL_CALLS]", ""),
+    },
+    "deepseek 3": {
+        "user": ("<｜User｜>", "<｜Assistant｜>"), "assistant": ("", END), "call": CALLS,
+        "tool": (f"<｜tool▁outputs▁begin｜>{OUTPUT[0]}", f"{OUTPUT[1]}<｜tool▁outputs▁end｜>"),
+    },
+    "deepseek 3.1": {
+        "user": ("<｜User｜>", "<｜Assistant｜>"), "assistant": ("", END), "call": CALLS,
+        "tool": OUTPUT,
+    },
+    f"deepseek 4, {SAID_BY_USER}": {
+        "user": ("<｜User｜>", "<｜Assistant｜>"), "assistant": ("", END), "call": ("｜DSML｜tool_calls", ""),
+        "tool": ("<｜User｜>", "<｜Assistant｜>"),
+    },
+    "kimi": {
+        "user": ("<|im_user|>user<|im_middle|>", "<|im_end|>"),
+        "tool": ("<|im_system|>tool<|im_middle|>", "<|im_end|>"),
+        "assistant": ("<|im_assistant|>assistant<|im_middle|>", "<|im_end|>"),
+        "call": ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+    },
+    "gemma 4, nobody": {
+        "user": ("<|turn>user\n", "<turn|>"), "assistant": ("<|turn>model\n", "<turn|>"),
+        "tool": ("<|turn>model\n<|tool_response>", "<tool_response|>"), "call": ("<|tool_call>", "<tool_call|>"),
+    },
+    "granite": {
+        "user": ("<|start_of_role|>user<|end_of_role|>", "<|end_of_text|>"),
+        "assistant": ("<|start_of_role|>assistant<|end_of_role|>", "<|end_of_text|>"),
+        "tool": ("<|start_of_role|>tool_response<|end_of_role|>", "<|end_of_text|>"),
+        "call": ("<tool_call>", "</tool_call>"),
+    },
+    "seed": {
+        "user": ("<seed:bos>user\n", "<seed:eos>"), "assistant": ("<seed:bos>assistant\n", "<seed:eos>"),
+        "tool": ("<seed:bos>tool\n", "<seed:eos>"), "call": ("<seed:tool_call>", "</seed:tool_call>"),
+    },
+    "minimax": {
+        "user": ("]~b]user\n", "[e~["), "assistant": ("]~b]ai\n", "[e~["), "tool": ("]~b]tool\n", "[e~["),
+        "call": ("<minimax:tool_call>", "</minimax:tool_call>"),
+    },
+}  # fmt: skip
+"""what stands before and behind what each says, and a call; who says what a tool answered, if it is no tool"""
+TOKEN = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]|｜DSML｜|\]~b\]|\[e~\[")
+CALL = {"id": "q12345678", "type": "function", "function": {"name": "fn", "arguments": "{}"}}
+TURNS: list[dict[str, Any]] = [
+    {"role": "user", "content": "ask"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "told", "tool_call_id": CALL["id"], "name": "fn"},
+    {"role": "assistant", "content": "say"},
+    {"role": "user", "content": "ask"},
+]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_who_says_what_in_each_format(tiny_tokenizer: Any, name: str) -> None:
+    form, template = FORMATS[name], ""
+    for role in ("user", "assistant", "tool"):
+        (before, behind), (opens, shuts) = form[role], form["call"]
+        calls = f"{{% for c in m.tool_calls %}}{opens}{{{{ c.function.name }}}}{shuts}{{% endfor %}}"
+        said = "{{ m.content }}" + (calls if role == "assistant" else "")
+        template += f"{{% if m.role == '{role}' %}}{before}{said}{behind}{{% endif %}}"
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(sorted({*TOKEN.findall(template)}), special_tokens=True)
+    tokenizer.chat_template = f"{{% for m in messages %}}{template}{{% endfor %}}"
+    text = write(tokenizer, TURNS)
+    who = name.partition(", ")[2] or "tool"
+    expected = {"user": "asktoldask" if who == SAID_BY_USER else "askask", "tool": "told"}
+    for words, said in expected.items():
+        if words != who and words == "tool":
+            with pytest.raises(ConfigError, match="markers of the role tool"):
+                latches_of(Scope.parse(words), tokenizer)
+        else:
+            assert re.sub(r"\s", "", chosen(tokenizer, words, text)) == said
+    opens, shuts = form["call"]
+    assert re.sub(r"\s", "", chosen(tokenizer, "assistant", text)) == f"{opens}fn{shuts}say"
+    sparing = chosen(tokenizer, "no-tool-calls", text)
+    assert "fn" not in sparing
+    assert all(sparing.count(word) == text.count(word) for word in ("ask", "told", "say"))
+    assert all(sparing.count(end) == text.count(end) for _, end in (form["user"], form["assistant"]) if end)

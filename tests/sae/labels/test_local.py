@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import Iterator
 
+from activations.chat import chat_prompt
 from activations.generate import generate
-from activations.models import chat_prompt
 from sae.labels.chat import Message, Reply, Request
 from sae.labels.config import ChatModelConfig
 from sae.labels.local import LocalChat

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from activations.chat import chat_prompt
 from activations.errors import ConfigError, MismatchError, SaekitError
-from activations.models import LoadedModel, chat_prompt
+from activations.models import LoadedModel
 from steer.chat.commands import parse
 from steer.chat.session import Chat, summary
 from steer.chat.state import doses_together, open_pieces

@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from activations.chat import chat_prompt
 from activations.errors import TextError
-from activations.models import LoadedModel, chat_prompt
+from activations.models import LoadedModel
 from steer.generate import generate
 from steer.measures.effect import Arm
 from steer.measures.refusal import RefusalPrompt, is_refusal, load_refusal_prompts, normalised, refusals

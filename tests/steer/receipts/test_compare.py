@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from activations.chat import chat_prompt
 from activations.errors import ConfigError, UnknownNameError
 from activations.hook_points import HookPoint
-from activations.models import LoadedModel, chat_prompt, load_model
+from activations.models import LoadedModel, load_model
 from activations.text import documents
 from steer.batches import costs
 from steer.library import load_library

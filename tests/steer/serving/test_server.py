@@ -12,9 +12,10 @@ import httpx2 as httpx
 import openai
 import pytest
 
+from activations.chat import chat_prompt
 from activations.errors import ConfigError, CorruptArtefactError, MismatchError
 from activations.generate import generate
-from activations.models import LoadedModel, chat_prompt
+from activations.models import LoadedModel
 from steer.generate import generate as steered_generate
 from steer.library import load_library
 from steer.operations import Intervention

@@ -1,0 +1,192 @@
+"""Messages as the one prompt that a model was taught to read, or a refusal.
+
+1. The chat template writes them. Templates differ in what they take, so there are several ways to give it the same
+(`_WAYS`): the system message by itself or at the head of the first turn, the arguments of a tool's call as an object or
+as text. 2. What a template does not know it leaves out without a word, and the model would read another conversation
+than the one meant. So each way is tried with marks in place of all that is said (`_marked`): the first in which the
+template writes every mark is taken, and if there is none the conversation is refused. 3. A model without a template
+gets plain lines.
+
+What a template does to a text is its own affair: many strip it, or leave thoughts of earlier answers out. Left out:
+tools that are offered, and turns of another kind than text.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from activations.errors import ConfigError
+from activations.models import LoadedModel
+from activations.tokens import bos_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+else:  # Importing it takes 3 seconds.
+    PreTrainedTokenizerFast = Any
+
+Turn = Mapping[str, Any]
+"""{"role", "content"}; {"tool_calls"} of the assistant, as OpenAI's API has them; {"tool_call_id", "name"} of a tool"""
+
+
+class _Way(NamedTuple):
+    """How turns are given to a template."""
+
+    folds_system: bool
+    """whether a leading system message stands at the head of the first turn"""
+    reads_arguments: bool
+    """whether the arguments of a call are an object, and not text"""
+
+    def turns(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        given = [dict(turn) for turn in turns]
+        if self.folds_system and len(given) > 1 and given[0]["role"] == "system":
+            system, first, *others = given
+            given = [{**first, "content": f"{system['content']}\n\n{first['content']}".strip()}, *others]
+        for turn in given:
+            if self.reads_arguments and _calls(turn):
+                turn["tool_calls"] = [*map(_read, _calls(turn))]
+        return given
+
+
+_WAYS = tuple(_Way(*way) for way in product((False, True), (True, False)))
+"""that first which most templates take; DeepSeek's want texts"""
+_TOLD = _Way(folds_system=True, reads_arguments=True)
+"""that of which is told what is wrong where all are"""
+
+
+def chat_prompt(loaded: LoadedModel, messages: str | Sequence[Turn], system: str | None = None) -> str:
+    """Messages as one prompt that ends where the model is to write.
+
+    Tokenise it with `add_special_tokens=False`: it holds every special token it needs.
+
+    Args:
+      messages: what the user says, or turns. A last one of the assistant is left open, for the model to go on with.
+      system: the system message. None leaves it to the chat template, and some write their own (SmolLM2: "You are a
+        helpful AI assistant named SmolLM"); "" asks for an empty one, which keeps such a default out.
+    Raises: ConfigError where the chat template refuses the messages, or leaves some of them out.
+    """
+    turns: list[Turn] = [{"role": "user", "content": messages}] if isinstance(messages, str) else [*messages]
+    if system is not None and not (turns and turns[0]["role"] == "system"):
+        turns = [{"role": "system", "content": system}, *turns]
+    if loaded.tokenizer.chat_template is None:
+        return _plain_prompt(loaded.tokenizer, turns)
+    return write(loaded.tokenizer, turns)
+
+
+def write(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> str:
+    """What the chat template makes of turns. Raises: as `chat_prompt` does."""
+    found = _way(tokenizer, json.dumps(_marked(turns)))
+    if isinstance(found, ConfigError):
+        raise found
+    return _written(tokenizer, found.turns(turns))
+
+
+@lru_cache(1024)
+def _way(tokenizer: PreTrainedTokenizerFast, marked: str) -> _Way | ConfigError:
+    """The first way in which a template writes all marks of turns (JSON), or what is wrong with it."""
+    turns, errors = json.loads(marked), dict[_Way, ConfigError]()
+    for way in _WAYS:
+        try:
+            _check(turns, _written(tokenizer, way.turns(turns)))
+        except ConfigError as error:
+            errors[way] = error
+        else:
+            return way
+    return errors[_TOLD]
+
+
+def _marked(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """The same turns, with marks for what is said, called and answered."""
+    ids, names, marked = dict[str, str](), dict[str, str](), []
+    for i, turn in enumerate(turns):
+        own: dict[str, Any] = {"role": turn["role"], "content": f"q{i}textq" if turn["content"] else ""}
+        if "tool_call_id" in turn:
+            own["tool_call_id"] = _mark(ids, turn["tool_call_id"])
+        if "name" in turn:
+            own["name"] = _mark(names, turn["name"])
+        if calls := _calls(turn):
+            own["tool_calls"] = [
+                {
+                    "id": _mark(ids, call["id"]),
+                    "type": "function",
+                    "function": {
+                        "name": _mark(names, call["function"]["name"]),
+                        "arguments": json.dumps({f"q{i}key{j}q": f"q{i}value{j}q"} if _object(call) else {}),
+                    },
+                }
+                for j, call in enumerate(calls)
+            ]
+        marked.append(own)
+    return marked
+
+
+def _mark(marks: dict[str, str], meant: str) -> str:
+    """Always the same for the same; nine letters and digits, which is what templates of Mistral take for an id."""
+    return marks.setdefault(meant, f"q{len(marks):07}q")
+
+
+def _check(turns: Sequence[Turn], written: str) -> None:
+    """Raises: ConfigError unless all marks of the turns are in what was written."""
+    expected, fix, written = "a chat template that writes it", "Leave it out.", written.lower()
+    for i, turn in enumerate(turns):
+        if turn["content"] not in written:
+            beside = " beside its calls" if _calls(turn) else ""
+            got = f"one that leaves out what the {turn['role']} says{beside}"
+            raise ConfigError(f"messages[{i}]", expected=expected, got=got, fix=fix)
+    names = Counter(call["function"]["name"] for turn in turns for call in _calls(turn))
+    for i, turn in enumerate(turns):
+        for call in _calls(turn):
+            name = call["function"]["name"]
+            marks = [mark for pair in _object(call).items() for mark in pair]
+            if written.count(name) < names[name] or any(mark not in written for mark in marks):
+                got = "one that leaves out calls of tools, or all but one"
+                raise ConfigError(f"messages[{i}].tool_calls", expected=expected, got=got, fix=fix)
+
+
+def _calls(turn: Turn) -> Sequence[Any]:
+    return turn.get("tool_calls", ())
+
+
+def _object(call: Any) -> dict[str, Any]:
+    """The arguments of a call. Raises: ConfigError if they are no object of JSON."""
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        where, got = f"arguments of {name[:100]}", repr(arguments[:100])
+        raise ConfigError(where, expected="an object of JSON", got=got, fix="Correct them.")
+    return found
+
+
+def _read(call: Any) -> dict[str, Any]:
+    return {**call, "function": {**call["function"], "arguments": _object(call)}}
+
+
+def _written(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, Any]]) -> str:
+    from jinja2 import TemplateError
+
+    is_open = bool(turns) and turns[-1]["role"] == "assistant"
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=not is_open, continue_final_message=is_open
+            )
+        )
+    except (TemplateError, ValueError, TypeError, RecursionError) as error:
+        got, fix = " ".join(str(error).split())[:300].rstrip("."), "Change the conversation as the chat template says."
+        raise ConfigError("messages", expected="what the chat template takes", got=got, fix=fix) from error
+
+
+def _plain_prompt(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> str:
+    for i, turn in enumerate(turns):
+        if _calls(turn):
+            expected, got = "a model whose chat template writes calls of tools", "one without a chat template"
+            raise ConfigError(f"messages[{i}].tool_calls", expected=expected, got=got, fix="Leave them out.")
+    bos = str(tokenizer.decode(bos_ids(tokenizer)))
+    lines = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns if turn["content"]]
+    is_open = bool(turns) and turns[-1]["role"] == "assistant"
+    return bos + "\n\n".join(lines if is_open else [*lines, "Assistant:"])

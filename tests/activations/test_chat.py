@@ -1,0 +1,147 @@
+"""A prompt holds all that was said, as the chat template writes it, or there is none."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from activations import chat
+from activations.chat import chat_prompt
+from activations.errors import ConfigError
+from activations.models import LoadedModel, load_model
+
+EACH = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+CALLING = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls %}"
+    "<call {{ c.function.name }}>{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+)
+OF_ONE = CALLING.replace("m.tool_calls", "(m.tool_calls or [])[:1]")
+REFUSED = "{{ raise_exception('no system') if m.role == 'system' }}"
+USER, SAID = {"role": "user", "content": "hey"}, {"role": "assistant", "content": "Well"}
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_llama: Path) -> LoadedModel:
+    return load_model(str(tiny_llama), device="cpu", dtype="float32")
+
+
+def with_template(loaded: LoadedModel, template: str | None) -> LoadedModel:
+    backend = loaded.tokenizer.backend_tokenizer
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, eos_token="<|endoftext|>")
+    return replace(loaded, tokenizer=made)
+
+
+def calling(*calls: tuple[str, str], content: str = "") -> list[dict[str, Any]]:
+    """A conversation in which tools are called, each by its name and arguments, and answer."""
+    made = [
+        {"id": f"call_{i}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for i, (name, arguments) in enumerate(calls)
+    ]
+    answers = [{"role": "tool", "content": f"{each['id']}!", "tool_call_id": each["id"]} for each in made]
+    return [USER, {"role": "assistant", "content": content, "tool_calls": made}, *answers]
+
+
+def test_chat_template(loaded: LoadedModel) -> None:
+    user = "<|im_start|>user\nhey<|im_end|>\n"
+    end = "<|im_start|>assistant\n"
+    assert chat_prompt(loaded, "hey") == user + end
+    assert chat_prompt(loaded, "hey", system="Be kind.") == "<|im_start|>system\nBe kind.<|im_end|>\n" + user + end
+    turns = [{"role": "system", "content": "Mine."}, USER]
+    assert chat_prompt(loaded, turns, system="Not this.") == "<|im_start|>system\nMine.<|im_end|>\n" + user + end
+
+
+def test_open_answer_is_continued(loaded: LoadedModel) -> None:
+    assert chat_prompt(loaded, [USER, SAID]).endswith("<|im_start|>assistant\nWell")
+
+
+@pytest.mark.parametrize("template", [
+    EACH.replace("<{{", f"{REFUSED}<{{{{"), EACH.replace("in messages", "in messages if m.role != 'system'"),
+], ids=["refuses", "leaves out"])  # fmt: skip
+def test_a_system_message_that_a_template_does_not_write_is_said_by_the_user(
+    loaded: LoadedModel, template: str
+) -> None:
+    without = with_template(loaded, template)
+    assert chat_prompt(without, "hey", system="Be kind.") == "<user>Be kind.\n\nhey"
+    assert chat_prompt(without, "hey", system="") == "<user>hey"
+    assert chat_prompt(without, [SYSTEM, USER, SAID, USER]) == "<user>Be kind.\n\nhey<assistant>Well<user>hey"
+    with pytest.raises(ConfigError, match=r"no system|messages.2.: .*leaves out what the system says"):
+        chat_prompt(without, [USER, SAID, SYSTEM, USER])
+
+
+def test_plain_prompt_without_a_template(loaded: LoadedModel) -> None:
+    plain = with_template(loaded, None)
+    assert chat_prompt(plain, "hey", system="Be kind.") == "System: Be kind.\n\nUser: hey\n\nAssistant:"
+    assert chat_prompt(plain, [USER, SAID]) == "User: hey\n\nAssistant: Well"
+    with pytest.raises(ConfigError, match=r"messages.1..tool_calls: .*without a chat template"):
+        chat_prompt(plain, calling(("tide", "{}")))
+
+
+@pytest.mark.parametrize(("template", "says"), [
+    ("{{ raise_exception('never.') }}", "what the chat template takes, got never. Change"),
+    ("{{ tools | length }}", "has no len"), ("{{ functions | tojson }}", "functions|Undefined"),
+    ("{{ messages | length }}", r"messages.0.: .*leaves out what the user says. Leave it out"),
+])  # fmt: skip
+def test_a_template_that_takes_no_message_is_an_error_and_not_another_prompt(
+    loaded: LoadedModel, template: str, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        chat_prompt(with_template(loaded, template), "hey")
+
+
+def test_calls_are_written_as_the_template_wants_them(loaded: LoadedModel) -> None:
+    expected = '<user>hey<assistant><call tide>{"at": 1}<call moon>{}<tool>call_0!<tool>call_1!'
+    turns = calling(("tide", '{"at":1}'), ("moon", "{}"))
+    assert chat_prompt(with_template(loaded, CALLING), turns) == expected
+    of_texts = with_template(loaded, CALLING.replace("c.function.arguments | tojson", "'' + c.function.arguments"))
+    assert chat_prompt(of_texts, turns) == expected.replace('"at": 1', '"at":1')
+    for got in ("{", "[]", "null", "[" * 100_000):
+        with pytest.raises(ConfigError, match="arguments of tide: expected an object of JSON"):
+            chat_prompt(of_texts, calling(("tide", got)))
+
+
+@pytest.mark.parametrize(("template", "turns", "says"), [
+    (EACH, calling(("tide", '{"at": 1}')), r"messages.1..tool_calls: .*leaves out calls"),
+    (OF_ONE, calling(("tide", "{}"), ("tide", "{}")), "all but one"),
+    (OF_ONE, calling(("tide", "{}"), ("moon", "{}")), "all but one"),
+    (CALLING.replace("| tojson", "| length"), calling(("tide", '{"at": 1}')), "leaves out calls"),
+    (CALLING.replace("m.content", "'' if m.tool_calls else m.content"), calling(("tide", "{}"), content="So:"),
+     r"messages.1.: .*what the assistant says beside its calls"),
+    (CALLING.replace("m.content", "'' if m.role == 'tool' else m.content"), calling(("tide", "{}")),
+     r"messages.2.: .*what the tool says"),
+])  # fmt: skip
+def test_what_a_template_leaves_out_is_told(
+    loaded: LoadedModel, template: str, turns: list[dict[str, Any]], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        chat_prompt(with_template(loaded, template), turns)
+
+
+def test_a_template_may_do_to_a_text_what_it_likes(loaded: LoadedModel) -> None:
+    thoughtless = with_template(loaded, EACH.replace("m.content", "m.content.split('</think>')[-1] | upper"))
+    turns = [USER, {"role": "assistant", "content": "<think>Oh</think>Well"}, USER]
+    assert chat_prompt(with_template(loaded, EACH), turns) == "<user>hey<assistant><think>Oh</think>Well<user>hey"
+    assert chat_prompt(thoughtless, turns) == "<user>HEY<assistant>WELL<user>HEY"
+
+
+def test_a_conversation_of_one_form_is_tried_once(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, written, write = with_template(loaded, EACH), [], chat._written
+
+    def count(tokenizer: Any, turns: Any) -> str:
+        written.append(turns)
+        return write(tokenizer, turns)
+
+    monkeypatch.setattr(chat, "_written", count)
+    for text in ("one", "two", "three"):
+        assert chat_prompt(own, [{**USER, "content": text}]) == f"<user>{text}"
+    assert len(written) == 1 + 3
+    turns = [USER, SAID] * 12
+    assert chat_prompt(own, [*turns, USER]) == "<user>hey<assistant>Well" * 12 + "<user>hey"
+
+
+def test_smollm2_system_message(smollm2: LoadedModel) -> None:
+    assert "named SmolLM" in chat_prompt(smollm2, "hey")
+    assert "named SmolLM" not in chat_prompt(smollm2, "hey", system="")
+    assert chat_prompt(smollm2, "hey", system="").endswith("<|im_start|>user\nhey<|im_end|>\n<|im_start|>assistant\n")
