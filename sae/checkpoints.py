@@ -8,6 +8,7 @@ keep, to a folder that all share, and any other number of processes and devices 
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,8 +43,8 @@ class Checkpoints:
         if hosts.is_first():
             self.path.mkdir(parents=True, exist_ok=True)
             _check_identity(self.path / "run.json", _identity(config, store_fingerprint))
-        hosts.meet("the folder of checkpoints")
-        _check_shared(self.path / "run.json")
+        if hosts.several():
+            _check_shared(self.path / "shared")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep_checkpoints, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
@@ -133,9 +134,15 @@ def _check_identity(path: Path, mine: dict[str, Any]) -> None:
 
 
 def _check_shared(path: Path) -> None:
-    if not path.exists():
-        fix = "Put out on a file system that all processes share."
-        raise StorageError(path, expected="what process 0 has written there", got="nothing", fix=fix)
+    """What process 0 writes now tells a folder that is shared from one that a run has left on this host."""
+    mark = secrets.token_hex(8)
+    if hosts.is_first():
+        path.write_text(mark)
+    mark = hosts.of_first_text(mark)
+    got = path.read_text() if path.exists() else "nothing"
+    if got != mark:
+        fix = "Put out on a file system that all processes share; a path that is not absolute starts from each one's."
+        raise StorageError(path, expected=f"what process 0 has written there, {mark}", got=got, fix=fix)
 
 
 def _check_space(path: Path, needed: int) -> None:

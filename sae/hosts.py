@@ -85,7 +85,8 @@ def place(environment: Mapping[str, str]) -> Place | None:
         fix = "Set all three, or unset them to train in one process."
         raise ConfigError("environment", expected=expected, got=f"no {', '.join(sorted(missing))}", fix=fix)
     address, n, process = given.values()
-    if not (n.isdecimal() and process.isdecimal() and int(process) < int(n) and address.rpartition(":")[2].isdecimal()):
+    host, _, port = address.rpartition(":")
+    if not (n.isdecimal() and process.isdecimal() and int(process) < int(n) and host and port.isdecimal()):
         expected = "HOST:PORT, the number of processes, and this one's number, from 0"
         fix = "Number the processes 0 to JAX_NUM_PROCESSES - 1."
         raise ConfigError(", ".join(VARIABLES), expected=expected, got=f"{address}, {n}, {process}", fix=fix)
@@ -161,6 +162,9 @@ def together(patience_s: float) -> Iterator[None]:
         watch.wait()  # only the sound of another process dying, of which the watch knows more
         watch.tell(reason)
         raise _lost(reason) from error
+    except BaseException as error:  # Ctrl-C, whose goodbye as it leaves would let the others wait for good
+        watch.tell(f"{END}{type(error).__name__}")
+        raise
     finally:
         watch.active = False
 
@@ -339,6 +343,17 @@ def agree(told: Mapping[str, Any]) -> None:
                 got=", ".join(f"{key}={other.get(key)}" for key in differing),
                 fix="Start all processes with one config, on one store or copies of it, with the same versions.",
             )
+
+
+def of_first_text(text: str) -> str:
+    """The text of process 0, for which all have to ask; with one process, as it is."""
+    if not several():
+        return text
+    key = f"saekit/text/{next(_numbers)}"
+    if is_first():
+        _client().key_value_set(key, text)
+    meet("text")
+    return _client().key_value_try_get(key)
 
 
 def stop_after(step: int, is_asked: bool) -> bool:

@@ -1,6 +1,7 @@
 """`saekit train --ray`: one run in several processes on the nodes of a Ray cluster, which train together.
 
-1. Ray finds a node for each process, with its GPUs. 2. The node of process 0 names its address and a free port.
+1. Ray finds a node for each process, with its GPUs. 2. The node of process 0 names its address and a port, which it
+keeps from others.
 3. Each runs `saekit train` in the folder where this was started, with the variables that `sae.hosts` reads; what they
 say comes here through Ray, and what process 0 returns is the result. 4. Ctrl-C here stops all of them after the same
 step, with a checkpoint. Once one has failed, those that do not end by themselves are ended; run it again, and the run
@@ -19,8 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from activations.errors import ConfigError, InterruptedRunError, WorkerError
-from activations.ray_pool import connected
+from activations.errors import ConfigError, InterruptedRunError, StorageError, WorkerError
+from activations.ray_pool import connected, here
 
 Status = Callable[[str], None]
 SAEKIT = "from steer.cli import main; main()"
@@ -35,17 +36,24 @@ class Process:
 
     def __init__(self) -> None:
         self._running: subprocess.Popen[bytes] | None = None
+        self.port = socket.socket()
 
     def address(self) -> str:
-        """Where other nodes reach this one, with a port that is free now."""
+        """Where other nodes reach this one, with a port that stays free for the process that this one starts."""
         import ray
 
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+        # JAX, too, binds with this option, and so can while this is bound; nobody else gets the port meanwhile.
+        self.port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self.port.bind(("", 0))
+        return f"{ray.util.get_node_ip_address()}:{self.port.getsockname()[1]}"
 
     def train(self, words: list[str], folder: str, variables: dict[str, str]) -> tuple[int, str]:
         """Exit code of `saekit train`, and what it returned."""
+        if not os.path.isdir(folder):
+            fix = "Start it in a folder that all nodes share."
+            error = StorageError(folder, expected=f"a folder that {here()} has, too", got="nothing", fix=fix)
+            sys.stderr.write(f"saekit: {error}\n")
+            return 1, ""
         command = [sys.executable, "-c", SAEKIT, "train", *words, "--json"]
         self._running = subprocess.Popen(command, cwd=folder, env=os.environ | variables, stdout=subprocess.PIPE)
         returned, _ = self._running.communicate()

@@ -84,6 +84,21 @@ def test_a_store_too_small_for_a_batch_says_so(store: ActivationStore) -> None:
         order_of(store, batch_size=5000)
 
 
+def test_epochs_whose_blocks_are_less_than_a_batch_are_passed_over(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch as large as one block of the first epoch, whose two chunks meet again in few others."""
+    chunk_bytes = order_of(store).block_bytes
+    monkeypatch.setattr("sae.data.N_BLOCKS", 2**20 // (2 * chunk_bytes))
+    tokens = order_of(store, batch_size=1, memory_mb=1).epoch(0)
+    order = order_of(store, batch_size=max(block.n_batches for block in tokens), memory_mb=1)
+    places = [order.locate(i) for i in range(4)]
+    assert len({len(block.chunks) for block in tokens}) == 1
+    assert any(not sum(block.n_batches for block in order.epoch(e)) for e in range(places[-1].epoch))
+    for i, batch in enumerate(order.batches(0, 4)):
+        assert ids(batch) == ids(order.batch(i))
+
+
 def test_split_is_a_document_boundary(store: ActivationStore) -> None:
     for fraction in (0.05, 0.2, 0.5):
         stop = split(store, fraction)

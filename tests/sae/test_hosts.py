@@ -285,6 +285,49 @@ def test_slurm_starts_processes_that_have_copies_of_the_store(
     assert "nowhere" in processes.said(0)
 
 
+def run_interrupted(configs: list[TrainConfig], environment: dict[str, str], said: Path) -> None:
+    """As `run`; Ctrl-C reaches process 1 before its first step, where nothing waits for one that it could end after."""
+
+    def interrupted(*arguments: Any) -> Any:
+        if jax.process_index() == 1:
+            raise KeyboardInterrupt
+        return step.create(*arguments)
+
+    sae.train.create = interrupted
+    run(configs, environment, said)
+
+
+def test_ctrl_c_at_the_start_of_one_ends_the_others(
+    store: ActivationStore, tmp_path: Path, start_process: Callable[..., Any]
+) -> None:
+    config = config_of(store, tmp_path / "out", compute=ComputeConfig(data_parallel=2))
+    processes = Processes(start_process, [[config], [config]], 1, tmp_path / "said", run=run_interrupted)
+    assert processes.end() == [1, 1]
+    assert "process 0 of 2: expected all processes to go on, got the end of one: KeyboardInterrupt" in processes.said(0)
+
+
+def run_apart(configs: list[TrainConfig], environment: dict[str, str], said: Path) -> None:
+    """As `run`; each process is in a folder of its own, as hosts have that share none."""
+    os.chdir(said.with_name(f"host_{environment['JAX_PROCESS_ID']}"))
+    run(configs, environment, said)
+
+
+def test_hosts_that_do_not_share_out_say_so_whatever_an_earlier_run_left_there(
+    store: ActivationStore, tmp_path: Path, start_process: Callable[..., Any]
+) -> None:
+    config = config_of(store, Path("out"), compute=ComputeConfig(data_parallel=2))
+    for i in range(2):
+        checkpoints = tmp_path / f"host_{i}" / "out" / "checkpoints"
+        checkpoints.mkdir(parents=True)
+        (checkpoints / "shared").write_text("an earlier run's")
+    (tmp_path / "host_1" / "out" / "checkpoints" / "run.json").write_text("{}")
+    processes = Processes(start_process, [[config], [config]], 1, tmp_path, run=run_apart)
+    assert processes.end() == [1, 1]
+    for i in range(2):
+        assert "got an earlier run's. Put out on a file system that all processes share" in processes.said(i)
+    assert not (tmp_path / "host_1" / "out" / "sae").exists()
+
+
 def test_a_long_evaluation_gives_signs_of_work(
     store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +348,7 @@ def test_a_long_evaluation_gives_signs_of_work(
         ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_PROCESS_ID": "0"}, "no JAX_NUM_PROCESSES"),
         ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "got a:1, 2, 2"),
         ({"JAX_COORDINATOR_ADDRESS": "a", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, "HOST:PORT"),
+        ({"JAX_COORDINATOR_ADDRESS": "12345", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, "HOST:PORT"),
         ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "1"}, "HOST:PORT"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -119,6 +120,23 @@ def test_a_process_whose_node_is_gone_is_one_that_was_killed(cluster: str, monke
             with pytest.raises(WorkerError, match=f"got exit codes {-signal.SIGKILL}"):
                 launch_module._result([lost], [end])
         assert presses == [False]
+
+
+def test_the_port_stays_free_for_the_process_and_nobody_else(cluster: str) -> None:
+    with connected(cluster):
+        first = launch_module.Process()
+        with first.port, socket.socket() as other:
+            port = int(first.address().rpartition(":")[2])
+            with pytest.raises(OSError, match="in use"):
+                other.bind(("", port))
+            socket.create_server(("", port), reuse_port=True).close()
+
+
+def test_a_folder_that_a_node_has_not_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    first = launch_module.Process()
+    with first.port:
+        assert first.train([], str(tmp_path / "nowhere"), {}) == (1, "")
+    assert "nowhere: expected a folder that process" in capfd.readouterr().err
 
 
 def test_a_busy_cluster_is_waited_for_in_one_line(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
