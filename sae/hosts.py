@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import count
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
@@ -86,7 +87,8 @@ def place(environment: Mapping[str, str]) -> Place | None:
         raise ConfigError("environment", expected=expected, got=f"no {', '.join(sorted(missing))}", fix=fix)
     address, n, process = given.values()
     host, _, port = address.rpartition(":")
-    if not (n.isdecimal() and process.isdecimal() and int(process) < int(n) and host and port.isdecimal()):
+    is_address = host and port.isdecimal() and 0 < int(port) < 2**16  # at another port JAX waits for good
+    if not (n.isdecimal() and process.isdecimal() and int(process) < int(n) and is_address):
         expected = "HOST:PORT, the number of processes, and this one's number, from 0"
         fix = "Number the processes 0 to JAX_NUM_PROCESSES - 1."
         raise ConfigError(", ".join(VARIABLES), expected=expected, got=f"{address}, {n}, {process}", fix=fix)
@@ -216,10 +218,13 @@ class _Watch:
                 raise _lost(f"no call of {error} in {JOIN_S} s") from error
 
     def _call(self) -> Any:
-        port, key = json.loads(_client().blocking_key_value_get("saekit/watch", JOIN_S * 1000))
         assert global_state.coordinator_address is not None
         host = global_state.coordinator_address.rpartition(":")[0].strip("[]")
-        return call((host, port), key.encode(), jax.process_index())
+        try:
+            port, key = json.loads(_client().blocking_key_value_get("saekit/watch", JOIN_S * 1000))
+            return call((host, port), key.encode(), jax.process_index())
+        except (OSError, EOFError, AuthenticationError, RuntimeError) as error:
+            raise _lost(f"no line to process 0 on {host}: {' '.join(str(error).split())[:200]}") from error
 
     def _hear(self) -> None:
         numbers = {line: number for number, line in self._lines.items()}

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import sae.hosts
 import sae.train
 from activations.errors import ConfigError, SaekitError
 from activations.store import ActivationStore
@@ -21,6 +22,7 @@ from sae.architectures import ARCHITECTURES
 from sae.artefact import SaeArtefact
 from sae.config import ComputeConfig, SaeConfig, TrainConfig
 from sae.hosts import Place, place
+from sae.lines import call
 from sae.log import read_log
 from sae.run import _check_alone
 from sae.train import train
@@ -306,6 +308,23 @@ def test_ctrl_c_at_the_start_of_one_ends_the_others(
     assert "process 0 of 2: expected all processes to go on, got the end of one: KeyboardInterrupt" in processes.said(0)
 
 
+def run_cut_off(configs: list[TrainConfig], environment: dict[str, str], said: Path) -> None:
+    """As `run`; the port on which process 0 waits for the others is closed to them."""
+    sae.hosts.call = lambda address, key, number: call((address[0], 1), key, number)
+    run(configs, environment, said)
+
+
+def test_a_port_that_is_closed_between_hosts_is_one_line(
+    store: ActivationStore, tmp_path: Path, start_process: Callable[..., Any]
+) -> None:
+    config = config_of(store, tmp_path / "out", compute=ComputeConfig(data_parallel=2))
+    processes = Processes(start_process, [[config], [config]], 1, tmp_path / "said", run=run_cut_off)
+    processes.all[1].join(120)
+    processes.all[0].kill()  # it would wait for five minutes
+    assert processes.all[1].exitcode == 1
+    assert "got no line to process 0 on 127.0.0.1: [Errno 111] Connection refused" in processes.said(1)
+
+
 def run_apart(configs: list[TrainConfig], environment: dict[str, str], said: Path) -> None:
     """As `run`; each process is in a folder of its own, as hosts have that share none."""
     os.chdir(said.with_name(f"host_{environment['JAX_PROCESS_ID']}"))
@@ -348,6 +367,7 @@ def test_a_long_evaluation_gives_signs_of_work(
         ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_PROCESS_ID": "0"}, "no JAX_NUM_PROCESSES"),
         ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "got a:1, 2, 2"),
         ({"JAX_COORDINATOR_ADDRESS": "a", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, "HOST:PORT"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:65536", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, "HOST:PORT"),
         ({"JAX_COORDINATOR_ADDRESS": "12345", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, "HOST:PORT"),
         ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "1"}, "HOST:PORT"),
     ],
