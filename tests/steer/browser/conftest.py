@@ -28,13 +28,13 @@ from steer.browser.people import single
 from steer.browser.sources import Opened, open_paths
 from steer.listening import LOOPBACK, listen
 
+expect.set_options(timeout=20_000)  # milliseconds: processors that others use are slow
 TOKEN = "t" * 32
 N_LATENTS = 300
 D_SAE = 24
 DENSITY = [0.5 if i % 6 == 0 else 0.001 * (i + 1) for i in range(D_SAE)]
 """of the latents of an SAE that can be run"""
 OFFLINE = "ERR_INTERNET_DISCONNECTED"
-expect.set_options(timeout=20_000)  # milliseconds: processors that others use are slow
 """what a test means that takes the page's network away"""
 TEXTS = (b" river", b" cat", b"<script>", b" 12", b"\n", b"&amp;", b" mill", b" dog", b"\xe2\x80\xae", b"\x1b[31m",
          "\u05e9\u05dc".encode(), b"\xc3", b"\xa9", b"<img src=x onerror=alert(1)>", b"\x00", b" of")  # fmt: skip
