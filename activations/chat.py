@@ -14,6 +14,7 @@ tools that are offered, and turns of another kind than text.
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 else:  # Importing it takes 3 seconds.
     PreTrainedTokenizerFast = Any
 
+LONGEST_KEPT = 10_000
+"""letters of marked turns for which is kept what became of them, since clients may send any number of forms"""
 Turn = Mapping[str, Any]
 """{"role", "content"}; {"tool_calls"} of the assistant, as OpenAI's API has them; {"tool_call_id", "name"} of a tool"""
 
@@ -77,13 +80,14 @@ def chat_prompt(loaded: LoadedModel, messages: str | Sequence[Turn], system: str
 
 def write(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> str:
     """What the chat template makes of turns. Raises: as `chat_prompt` does."""
-    found = _way(tokenizer, json.dumps(_marked(turns)))
+    marked = json.dumps(_marked(turns))
+    found = (_way if len(marked) <= LONGEST_KEPT else _way.__wrapped__)(tokenizer, marked)
     if isinstance(found, ConfigError):
-        raise found
+        raise copy(found)  # which was raised nowhere, and so holds on to nothing
     return _written(tokenizer, found.turns(turns))
 
 
-@lru_cache(1024)
+@lru_cache(256)
 def _way(tokenizer: PreTrainedTokenizerFast, marked: str) -> _Way | ConfigError:
     """The first way in which a template writes all marks of turns (JSON), or what is wrong with it."""
     turns, errors = json.loads(marked), dict[_Way, ConfigError]()
@@ -91,7 +95,7 @@ def _way(tokenizer: PreTrainedTokenizerFast, marked: str) -> _Way | ConfigError:
         try:
             _check(turns, _written(tokenizer, way.turns(turns)))
         except ConfigError as error:
-            errors[way] = error
+            errors[way] = copy(error)
         else:
             return way
     return errors[_TOLD]
@@ -103,16 +107,16 @@ def _marked(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     for i, turn in enumerate(turns):
         own: dict[str, Any] = {"role": turn["role"], "content": f"q{i}textq" if turn["content"] else ""}
         if "tool_call_id" in turn:
-            own["tool_call_id"] = _mark(ids, turn["tool_call_id"])
+            own["tool_call_id"] = _mark("i", ids, turn["tool_call_id"])
         if "name" in turn:
-            own["name"] = _mark(names, turn["name"])
+            own["name"] = _mark("n", names, turn["name"])
         if calls := _calls(turn):
             own["tool_calls"] = [
                 {
-                    "id": _mark(ids, call["id"]),
+                    "id": _mark("i", ids, call["id"]),
                     "type": "function",
                     "function": {
-                        "name": _mark(names, call["function"]["name"]),
+                        "name": _mark("n", names, call["function"]["name"]),
                         "arguments": json.dumps({f"q{i}key{j}q": f"q{i}value{j}q"} if _object(call) else {}),
                     },
                 }
@@ -122,9 +126,9 @@ def _marked(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     return marked
 
 
-def _mark(marks: dict[str, str], meant: str) -> str:
+def _mark(kind: str, marks: dict[str, str], meant: str) -> str:
     """Always the same for the same; nine letters and digits, which is what templates of Mistral take for an id."""
-    return marks.setdefault(meant, f"q{len(marks):07}q")
+    return marks.setdefault(meant, f"{kind}{len(marks):07}q")
 
 
 def _check(turns: Sequence[Turn], written: str) -> None:

@@ -106,6 +106,7 @@ def test_calls_are_written_as_the_template_wants_them(loaded: LoadedModel) -> No
     (EACH, calling(("tide", '{"at": 1}')), r"messages.1..tool_calls: .*leaves out calls"),
     (OF_ONE, calling(("tide", "{}"), ("tide", "{}")), "all but one"),
     (OF_ONE, calling(("tide", "{}"), ("moon", "{}")), "all but one"),
+    (CALLING.replace("c.function.name", "c.id"), calling(("tide", "{}")), "leaves out calls"),
     (CALLING.replace("| tojson", "| length"), calling(("tide", '{"at": 1}')), "leaves out calls"),
     (CALLING.replace("m.content", "'' if m.tool_calls else m.content"), calling(("tide", "{}"), content="So:"),
      r"messages.1.: .*what the assistant says beside its calls"),
@@ -137,8 +138,22 @@ def test_a_conversation_of_one_form_is_tried_once(loaded: LoadedModel, monkeypat
     for text in ("one", "two", "three"):
         assert chat_prompt(own, [{**USER, "content": text}]) == f"<user>{text}"
     assert len(written) == 1 + 3
-    turns = [USER, SAID] * 12
-    assert chat_prompt(own, [*turns, USER]) == "<user>hey<assistant>Well" * 12 + "<user>hey"
+
+
+@pytest.mark.parametrize("n", [12, 500])
+def test_conversations_of_any_length(loaded: LoadedModel, n: int) -> None:
+    own, turns, kept = with_template(loaded, EACH), [USER, SAID] * n, chat._way.cache_info().currsize
+    assert chat_prompt(own, [*turns, USER]) == "<user>hey<assistant>Well" * n + "<user>hey"
+    assert chat._way.cache_info().currsize - kept == (n == 12), "no more is kept than of short ones"
+
+
+def test_errors_of_one_form_hold_on_to_no_earlier_one(loaded: LoadedModel) -> None:
+    own, depths = with_template(loaded, "{{ messages | length }}"), []
+    for _ in range(3):
+        with pytest.raises(ConfigError) as caught:
+            chat_prompt(own, "hey")
+        depths.append(len(caught.traceback))
+    assert depths[0] == depths[1] == depths[2]
 
 
 def test_smollm2_system_message(smollm2: LoadedModel) -> None:

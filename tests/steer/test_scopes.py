@@ -279,17 +279,24 @@ TURNS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_who_says_what_in_each_format(tiny_tokenizer: Any, name: str) -> None:
-    form, template = FORMATS[name], ""
+def with_format(tokenizer: Any, form: dict[str, tuple[str, str]]) -> Any:
+    """A tokenizer whose chat template writes turns so."""
+    template = ""
     for role in ("user", "assistant", "tool"):
         (before, behind), (opens, shuts) = form[role], form["call"]
         calls = f"{{% for c in m.tool_calls %}}{opens}{{{{ c.function.name }}}}{shuts}{{% endfor %}}"
         said = "{{ m.content }}" + (calls if role == "assistant" else "")
         template += f"{{% if m.role == '{role}' %}}{before}{said}{behind}{{% endif %}}"
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.add_tokens(sorted({*TOKEN.findall(template)}), special_tokens=True)
-    tokenizer.chat_template = f"{{% for m in messages %}}{template}{{% endfor %}}"
+    made = copy.deepcopy(tokenizer)
+    made.add_tokens(sorted({*TOKEN.findall(template)}), special_tokens=True)
+    made.chat_template = f"{{% for m in messages %}}{template}{{% endfor %}}"
+    return made
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_who_says_what_in_each_format(tiny_tokenizer: Any, name: str) -> None:
+    form = FORMATS[name]
+    tokenizer = with_format(tiny_tokenizer, form)
     text = write(tokenizer, TURNS)
     who = name.partition(", ")[2] or "tool"
     expected = {"user": "asktoldask" if who == SAID_BY_USER else "askask", "tool": "told"}
@@ -305,3 +312,11 @@ def test_who_says_what_in_each_format(tiny_tokenizer: Any, name: str) -> None:
     assert "fn" not in sparing
     assert all(sparing.count(word) == text.count(word) for word in ("ask", "told", "say"))
     assert all(sparing.count(end) == text.count(end) for _, end in (form["user"], form["assistant"]) if end)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_call_that_is_spoken_of_ends_with_the_turn(tiny_tokenizer: Any, name: str) -> None:
+    tokenizer, opens = with_format(tiny_tokenizer, FORMATS[name]), FORMATS[name]["call"][0]
+    text = write(tokenizer, [{"role": "user", "content": f"Why {opens} now"}, {"role": "assistant", "content": "say"}])
+    sparing = chosen(tokenizer, "no-tool-calls", text)
+    assert ("now" in sparing, "say" in sparing) == (False, True)
