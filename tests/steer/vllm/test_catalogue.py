@@ -126,7 +126,7 @@ def test_a_library_of_other_weights_does_not_start(tiny: LoadedModel, library: P
 def test_the_stand_in_of_a_folder_is_the_model_that_was_loaded_from_it(tiny: LoadedModel, tiny_llama: Path) -> None:
     found = model_of(find_source(str(tiny_llama), print), tiny.model.config)
     assert (found.fingerprint, found.d_model, found.n_layers) == (tiny.fingerprint, tiny.d_model, tiny.n_layers)
-    for words in ("assistant", "user generated", "final"):
+    for words in ("assistant", "user generated", "final", "tool"):
         scope = Scope.parse(words)
         assert latches_of(scope, found.tokenizer) == latches_of(scope, tiny.tokenizer) != []
 
