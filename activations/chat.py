@@ -1,11 +1,11 @@
 """Messages as the one prompt that a model was taught to read, or a refusal.
 
 1. The chat template writes them. Templates differ in what they take, so there are several ways to give it the same
-(`_WAYS`): the system message by itself or at the head of the first turn, the arguments of a tool's call as an object or
-as text. 2. What a template does not know it leaves out without a word, and the model would read another conversation
-than the one meant. So each way is tried with marks in place of all that is said (`_marked`): the first in which the
-template writes every mark is taken, and if there is none the conversation is refused. 3. A model without a template
-gets plain lines.
+(`_WAYS`): the system message by itself or at the head of the first turn, the ids of calls as they are or short, their
+arguments as an object or as text. 2. What a template does not know it leaves out without a word, and the model would
+read another conversation than the one meant. So each way is tried with marks in place of all that is said (`_marked`):
+the first in which the template writes every mark is taken, and if there is none the conversation is refused. 3. A model
+without a template gets plain lines.
 
 What a template does to a text is its own affair: many strip it, or leave thoughts of earlier answers out. Left out:
 tools that are offered, and turns of another kind than text.
@@ -38,24 +38,36 @@ class _Way(NamedTuple):
     """How turns are given to a template."""
 
     folds_system: bool
-    """whether a leading system message stands at the head of the first turn"""
+    """whether leading system messages stand at the head of the first turn"""
+    shortens_ids: bool
+    """whether ids of calls are nine letters and digits, and not those of the client"""
     reads_arguments: bool
     """whether the arguments of a call are an object, and not text"""
 
     def turns(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-        given = [dict(turn) for turn in turns]
-        if self.folds_system and len(given) > 1 and given[0]["role"] == "system":
-            system, first, *others = given
-            given = [{**first, "content": f"{system['content']}\n\n{first['content']}".strip()}, *others]
+        given, ids = [dict(turn) for turn in turns], dict[str, str]()
+        while self.folds_system and len(given) > 1 and given[0]["role"] == "system":
+            system, *given = given
+            given[0]["content"] = f"{system['content']}\n\n{given[0]['content']}".strip()
         for turn in given:
-            if self.reads_arguments and _calls(turn):
-                turn["tool_calls"] = [*map(_read, _calls(turn))]
+            if calls := _calls(turn):
+                turn["tool_calls"] = [self._call(call, ids) for call in calls]
+            if self.shortens_ids and "tool_call_id" in turn:
+                turn["tool_call_id"] = _mark("i", ids, turn["tool_call_id"])
         return given
 
+    def _call(self, call: Any, ids: dict[str, str]) -> dict[str, Any]:
+        function = call["function"]
+        return {
+            **call,
+            "id": _mark("i", ids, call["id"]) if self.shortens_ids else call["id"],
+            "function": {**function, "arguments": _object(call)} if self.reads_arguments else function,
+        }
 
-_WAYS = tuple(_Way(*way) for way in product((False, True), (True, False)))
-"""that first which most templates take; DeepSeek's want texts"""
-_TOLD = _Way(folds_system=True, reads_arguments=True)
+
+_WAYS = tuple(_Way(*way) for way in product((False, True), (False, True), (True, False)))
+"""that first which most templates take; DeepSeek's want texts, Mistral's their own ids"""
+_TOLD = _Way(folds_system=True, shortens_ids=True, reads_arguments=True)
 """that of which is told what is wrong where all are"""
 
 
@@ -107,13 +119,13 @@ def _marked(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     for i, turn in enumerate(turns):
         own: dict[str, Any] = {"role": turn["role"], "content": f"q{i}textq" if turn["content"] else ""}
         if "tool_call_id" in turn:
-            own["tool_call_id"] = _mark("i", ids, turn["tool_call_id"])
+            own["tool_call_id"] = _mark_id(ids, turn["tool_call_id"])
         if "name" in turn:
             own["name"] = _mark("n", names, turn["name"])
         if calls := _calls(turn):
             own["tool_calls"] = [
                 {
-                    "id": _mark("i", ids, call["id"]),
+                    "id": _mark_id(ids, call["id"]),
                     "type": "function",
                     "function": {
                         "name": _mark("n", names, call["function"]["name"]),
@@ -131,6 +143,11 @@ def _mark(kind: str, marks: dict[str, str], meant: str) -> str:
     return marks.setdefault(meant, f"{kind}{len(marks):07}q")
 
 
+def _mark_id(marks: dict[str, str], meant: str) -> str:
+    """As long as what is meant, since some templates look at that."""
+    return marks.setdefault(meant, str(len(marks)).rjust(len(meant), "i"))
+
+
 def _check(turns: Sequence[Turn], written: str) -> None:
     """Raises: ConfigError unless all marks of the turns are in what was written."""
     expected, fix, written = "a chat template that writes it", "Leave it out.", written.lower()
@@ -144,8 +161,9 @@ def _check(turns: Sequence[Turn], written: str) -> None:
         for call in _calls(turn):
             name = call["function"]["name"]
             marks = [mark for pair in _object(call).items() for mark in pair]
-            if written.count(name) < names[name] or any(mark not in written for mark in marks):
-                got = "one that leaves out calls of tools, or all but one"
+            is_python = any(f"'{key}'" in written for key in _object(call))  # a dict as Python shows it, and no JSON
+            if written.count(name) < names[name] or any(mark not in written for mark in marks) or is_python:
+                got = "one that leaves out calls of tools, or all but one, or their arguments"
                 raise ConfigError(f"messages[{i}].tool_calls", expected=expected, got=got, fix=fix)
 
 
@@ -164,10 +182,6 @@ def _object(call: Any) -> dict[str, Any]:
         where, got = f"arguments of {name[:100]}", repr(arguments[:100])
         raise ConfigError(where, expected="an object of JSON", got=got, fix="Correct them.")
     return found
-
-
-def _read(call: Any) -> dict[str, Any]:
-    return {**call, "function": {**call["function"], "arguments": _object(call)}}
 
 
 def _written(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, Any]]) -> str:

@@ -232,6 +232,7 @@ THINKING: tuple[tuple[str, str], ...] = (
 )
 TOOL_CALLS: tuple[tuple[str, str], ...] = (
     ("<tool_call>", "</tool_call>"),
+    ("<tool_calls>", "</tool_calls>"),
     ("<|tool_call_start|>", "<|tool_call_end|>"),
     ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
     ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),

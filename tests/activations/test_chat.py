@@ -66,6 +66,7 @@ def test_a_system_message_that_a_template_does_not_write_is_said_by_the_user(
     without = with_template(loaded, template)
     assert chat_prompt(without, "hey", system="Be kind.") == "<user>Be kind.\n\nhey"
     assert chat_prompt(without, "hey", system="") == "<user>hey"
+    assert chat_prompt(without, [SYSTEM, SYSTEM, USER]) == "<user>Be kind.\n\nBe kind.\n\nhey"
     assert chat_prompt(without, [SYSTEM, USER, SAID, USER]) == "<user>Be kind.\n\nhey<assistant>Well<user>hey"
     with pytest.raises(ConfigError, match=r"no system|messages.2.: .*leaves out what the system says"):
         chat_prompt(without, [USER, SAID, SYSTEM, USER])
@@ -97,9 +98,23 @@ def test_calls_are_written_as_the_template_wants_them(loaded: LoadedModel) -> No
     assert chat_prompt(with_template(loaded, CALLING), turns) == expected
     of_texts = with_template(loaded, CALLING.replace("c.function.arguments | tojson", "'' + c.function.arguments"))
     assert chat_prompt(of_texts, turns) == expected.replace('"at": 1', '"at":1')
+    shown = with_template(loaded, CALLING.replace("c.function.arguments | tojson", "c.function.arguments"))
+    assert chat_prompt(shown, turns) == expected.replace('"at": 1', '"at":1'), "and not as Python shows an object"
     for got in ("{", "[]", "null", "[" * 100_000):
         with pytest.raises(ConfigError, match="arguments of tide: expected an object of JSON"):
             chat_prompt(of_texts, calling(("tide", got)))
+
+
+def test_ids_are_the_clients_or_such_as_the_template_takes(loaded: LoadedModel) -> None:
+    turns = calling(("tide", "{}"), ("moon", "{}"))
+    named = CALLING.replace("<{{ m.role }}>", "<{{ m.tool_call_id or m.role }}>").replace("c.function.name", "c.id")
+    named = named.replace("<call", "<{{ c.function.name }} call")
+    assert "<tide call call_0>{}<moon call call_1>{}<call_0>call_0!<call_1>" in chat_prompt(
+        with_template(loaded, named), turns
+    )
+    nine = named.replace("<{{ c.function", "{{ raise_exception('nine') if c.id | length != 9 }}<{{ c.function")
+    short = "<tide call i0000000q>{}<moon call i0000001q>{}<i0000000q>call_0!<i0000001q>"
+    assert short in chat_prompt(with_template(loaded, nine), turns)
 
 
 @pytest.mark.parametrize(("template", "turns", "says"), [
