@@ -17,9 +17,18 @@ if TYPE_CHECKING:
     from steer.vectors import SteeringVector
 
 MOST_ITEMS = 8
+MOST_KEYS = 100
+"""of an object, more than any has; each that is not known would be an error by itself"""
 Ref = Annotated[str, Field(max_length=300)]
 Dose = Annotated[float, Field(ge=-16, le=16, allow_inf_nan=False)]
 Level = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+
+
+def few(given: dict[str, Any], most: int = MOST_KEYS) -> dict[str, Any]:
+    """The same. Raises: ValueError if it has more keys than are worth looking at."""
+    if len(given) > most:
+        raise ValueError(f"at most {most} keys")
+    return given
 
 
 class Body(BaseModel):
@@ -33,7 +42,7 @@ class Body(BaseModel):
         """Whole numbers however JSON spells them: 5.0 is 5 there."""
         if not isinstance(given, dict):
             return given
-        return {key: int(x) if isinstance(x, float) and x.is_integer() else x for key, x in given.items()}
+        return {key: int(x) if isinstance(x, float) and x.is_integer() else x for key, x in few(given).items()}
 
 
 class Levels(Body):

@@ -4,6 +4,9 @@ What is in that API and changes nothing here (who asks, what to keep) is read an
 as clients spell what they leave out; what would change the answer and cannot be done is refused, never ignored: tools,
 formats, images, sound, prediction, effort. Tools that were called earlier are read as a part of the conversation
 (`steer.serving.turns`).
+
+The first thing that is wrong is what is told, so lists are read up to it (`fail_fast`), and no further: of a body with
+half a million of wrong things a list of all of them takes seconds, in which nobody else is answered.
 """
 
 from __future__ import annotations
@@ -13,12 +16,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from activations.errors import ConfigError
+from steer.items import few
 from steer.serving.items import Asked
 from steer.serving.sampling import Sampling
 
 MOST_STOPS = 4
 MOST_CALLS = 128
 MOST_BIASES = 300
+MOST_ANSWERS = 1 << 16
+"""of a request that is read; the server's own limit is lower"""
 MOST_SEED = 2**63 - 1
 MOST_TOP_K = 2**31 - 1
 LEAST_TOP_P = 1e-9
@@ -35,7 +41,9 @@ class Wire(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, said: Any) -> Any:
-        return {key: value for key, value in said.items() if value is not None} if isinstance(said, dict) else said
+        if not isinstance(said, dict):
+            return said
+        return {key: value for key, value in few(said).items() if value is not None}
 
 
 class Part(Wire):
@@ -43,6 +51,8 @@ class Part(Wire):
 
     type: Literal["text"]
     text: Text
+    cache_control: dict[str, Any] = {}
+    """what to keep, in the words of Anthropic's API, which proxies hand on"""
 
 
 class Function(Wire):
@@ -67,11 +77,12 @@ class Message(Wire):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part] = ""
+    content: Text | Annotated[list[Part], Field(fail_fast=True)] = ""
     name: Text = ""
+    cache_control: dict[str, Any] = {}
     annotations: list[Any] = []
     """of an answer that is sent back; no template reads them"""
-    tool_calls: Annotated[list[Call], Field(max_length=MOST_CALLS)] = []
+    tool_calls: Annotated[list[Call], Field(max_length=MOST_CALLS, fail_fast=True)] = []
     """of the assistant"""
     tool_call_id: Text = ""
     """of a tool: the call that it answers"""
@@ -111,7 +122,7 @@ class Request(Wire):
     model: Text
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    n: int = Field(default=1, ge=1)
+    n: int = Field(default=1, ge=1, le=MOST_ANSWERS)
     stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] = []
     seed: Seed | None = None
     temperature: float = Field(default=1.0, ge=0, le=2)
@@ -120,7 +131,7 @@ class Request(Wire):
     """0 and -1: all of them, as vLLM's and llama.cpp's clients say it"""
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default={}, max_length=MOST_BIASES)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     steering: Asked | None = None
     """what it is steered with, beside what the model's name asks for"""
@@ -131,6 +142,11 @@ class Request(Wire):
     safety_identifier: Text = ""
     prompt_cache_key: Text = ""
     prompt_cache_retention: Text = ""
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few_biases(cls, bias: Any) -> Any:
+        return few(bias, MOST_BIASES) if isinstance(bias, dict) else bias
 
     @field_validator("stop")
     @classmethod
@@ -168,7 +184,7 @@ class Request(Wire):
 class ChatRequest(Request):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=1000)
+    messages: list[Message] = Field(min_length=1, max_length=1000, fail_fast=True)
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -176,11 +192,11 @@ class ChatRequest(Request):
     tools: Annotated[list[Any], Field(max_length=0)] = []
     tool_choice: Literal["none", "auto"] = "none"
     parallel_tool_calls: bool = False
-    modalities: list[Literal["text"]] = []
+    modalities: list[Literal["text"]] = Field(default=[], fail_fast=True)
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("logprobs true beside top_logprobs")
         return self
 
@@ -201,8 +217,8 @@ class CompletionRequest(Request):
     prompt: (
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=64)]
-        | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1 << 20)]
-        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=64)]
+        | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
+        | Annotated[list[Annotated[list[int], Field(min_length=1, fail_fast=True)]], Field(min_length=1, max_length=64)]
     )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Literal[False] = False

@@ -8,6 +8,7 @@ Prompts that begin alike share that part of the cache where nothing steers them 
 eagerly, as hooks ask for. Left out: models that the library cannot batch so (`steer.serving.one_by_one`).
 """
 
+import queue
 from contextlib import ExitStack
 from typing import Any
 
@@ -64,6 +65,7 @@ class Continuous:
         processors.tensors_required += 1
         processors._retrieve_processors_kwargs()
         processors.do_processing = True
+        manager.output_router.output_queue = _Nowhere()
         self._manager = manager
 
     def start(self) -> None:
@@ -82,6 +84,8 @@ class Continuous:
         planned_of(self.loaded, job, self.most_tokens)
 
     def submit(self, job: Job) -> Ticket:
+        if not self.is_alive:  # of which the library would write to the log, with some of the prompt
+            raise _stopped()
         ticket = ticket_of(self.loaded, job, self.most_tokens)
         self._tickets[job.id] = ticket
         self._manager.register_result_handler(job.id, lambda output: self._ended(ticket, output))
@@ -89,7 +93,7 @@ class Continuous:
         added = self._manager.add_request(job.ids, request_id=job.id, max_new_tokens=job.sampling.max_tokens)
         if added is None:
             self._forget(ticket)
-            raise EngineError("engine", expected="an engine that works", got="one that has stopped", fix="Restart it.")
+            raise _stopped()
         return ticket
 
     def close(self) -> None:
@@ -125,6 +129,17 @@ class Continuous:
             Span(self._tickets.get(request.state.request_id), request.query_length)
             for request in self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         ]
+
+
+def _stopped() -> EngineError:
+    return EngineError("engine", expected="an engine that works", got="one that has stopped", fix="Restart it.")
+
+
+class _Nowhere(queue.Queue[Any]):
+    """Where the library puts what has ended and nobody waits for any more: it would lie there for good."""
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        """Forget it."""
 
 
 class _Picking(ContinuousBatchingLogitsProcessor):

@@ -6,7 +6,7 @@ Left out: several answers at once (`steer.serving.continuous`).
 import queue
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 
 import torch
 from jaxtyping import Float, Int
@@ -45,8 +45,14 @@ class OneByOne:
 
     def submit(self, job: Job) -> Ticket:
         ticket = ticket_of(self.loaded, job, self.most_tokens)
+        ticket.on_cancel = lambda: self._forget(ticket)
         self._waiting.put(ticket)
         return ticket
+
+    def _forget(self, ticket: Ticket) -> None:
+        """One that waits: it would lie there until the answers before it have ended."""
+        with self._waiting.mutex, suppress(ValueError):
+            self._waiting.queue.remove(ticket)
 
     def close(self) -> None:
         self._is_closing = True

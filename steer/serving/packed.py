@@ -11,7 +11,7 @@ point tokens go through what steers them; hooks are put on when a point is first
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from activations.hook_points import HookPoint
 from activations.hooks import edit
 from activations.models import LoadedModel
 from steer.packed.prepared import check_room
-from steer.packed.rows import Rows
+from steer.packed.rows import Fired, Rows
 from steer.packed.tables import Sizes
 from steer.runtime import Steering
 from steer.serving.engine import Ticket
@@ -143,9 +143,11 @@ class PackedSteering:
 
     # --- what is told ------------------------------------------------------------------------------------------------
 
-    def _asked(self, ticket: Ticket) -> dict[str, list[int]]:
+    def _asked(self, ticket: Ticket) -> Fired | Awaitable[Fired]:
         with self._lock:
-            return self._fired(ticket)
+            if ticket.job.id in self._alone or ticket.job.id in self._rows:
+                return self._fired(ticket)
+        return ticket.fired_on()  # of one that was given back while the lock was waited for, what was told then
 
     def _fired(self, ticket: Ticket) -> dict[str, list[int]]:
         """By gate: the tokens on which it was open."""

@@ -66,7 +66,11 @@ async def as_answer(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, RequestValidationError):
         got, fix = type(error).__name__, "Tell whoever runs the server."
         return answer_of(refusal(500, "server", expected="an answer", got=got, fix=fix))
-    first = error.errors()[0]
+    # Where a text or a list may stand, what is wrong inside the list is behind its being no text.
+    first = max(error.errors(), key=lambda each: len(each["loc"]))
+    if isinstance(first.get("input"), bytes):  # a body that is not said to be JSON comes as it was sent
+        got, fix = request.headers.get("content-type", "none")[:100], "Send the header content-type: application/json."
+        return answer_of(refusal(400, "content-type", expected="application/json", got=got, fix=fix))
     where, got = ".".join(str(part) for part in first["loc"][1:]) or "body", repr(first.get("input"))[:100]
     if first["type"] == "extra_forbidden":
         detail = {"where": where, "expected": "only what can be done here", "got": got, "fix": "Leave it out."}

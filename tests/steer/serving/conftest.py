@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import numpy as np
 import pytest
 import torch
@@ -116,12 +117,32 @@ def answering(loaded: LoadedModel, config: ServeConfig, keys: Keys) -> Iterator[
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         try:
+            httpx.get(f"{address}/health", timeout=60).raise_for_status()  # once its engine has written something
             with contextlib.ExitStack() as clients:
-                yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, log, clients)
+                yield Server(address, engine, log, clients)
         finally:
             server.should_exit = True
             thread.join()
+
+
+@contextlib.contextmanager
+def at_rest(loaded: LoadedModel, behind: int = 0) -> Iterator[None]:
+    """Behind so many passes the model waits until the context ends, so that no answer ends before, however slow a
+    test goes on."""
+    go, left = threading.Event(), iter(range(behind))
+
+    def wait(*given: Any) -> None:
+        if next(left, None) is None:
+            go.wait()
+
+    handle = loaded.model.base_model.register_forward_pre_hook(wait)
+    try:
+        yield
+    finally:
+        handle.remove()
+        go.set()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,13 +20,14 @@ from steer.library import find_vectors, load_library
 from steer.operations import Ablate, Add, Clamp, Intervention, Rotate
 from steer.runtime import Steering, steering
 from steer.scopes import Scope
+from steer.serving import continuous as engines
 from steer.serving.catalogue import Catalogue
 from steer.serving.continuous import Continuous
 from steer.serving.engine import Engine, Job, Planned, TooLongError
 from steer.serving.items import Asked
 from steer.serving.one_by_one import OneByOne
 from steer.serving.sampling import Sampling, Step
-from tests.steer.serving.conftest import written
+from tests.steer.serving.conftest import at_rest, written
 
 CHAT = "<|im_start|>user\nhi there<|im_end|>\n<|im_start|>assistant\n"
 TEXTS = ["The river", "The river ran past the mill and on to the sea, " * 6, "a", "def add(a, b):\n"]
@@ -214,6 +216,77 @@ def test_an_answer_that_has_ended_leaves_nothing_that_steers_it_alone(
     asyncio.run(run(continuous(served), [every[name] for name in ("many-0", "patient-1", "none-0", "none-1")]))
 
 
+def test_where_gates_were_open_is_told_of_an_answer_that_is_given_back_meanwhile(
+    served: LoadedModel, library: Path
+) -> None:
+    """Whoever asks may have to wait for a pass to begin, which gives back what has ended."""
+    every = {job.id: job for job in jobs_of(served, library, bias={served.tokenizer.eos_token_id: -100.0})}
+
+    async def told(engine: Engine, name: str) -> tuple[Any, Any]:
+        ticket = engine.submit(every[name])
+        await anext(ticket)
+        asked = ticket.fired_on
+        async for _ in ticket:
+            pass
+        for other in ("none-0", "none-2"):
+            async for _ in engine.submit(replace(every[other], id=f"{other} after {name}")):
+                pass
+        assert ticket.fired_on is not asked, "it was given back"
+        return asked(), (await ticket.account()).fired
+
+    async def run(engine: Engine) -> list[tuple[Any, Any]]:
+        engine.start()
+        try:
+            return [await told(engine, name) for name in ("many-1", "gated-1")]
+        finally:
+            await asyncio.to_thread(engine.close)
+
+    for late, fired in asyncio.run(run(continuous(served))):
+        assert late == fired
+        assert any(fired.values())
+
+
+def test_what_ends_in_the_pass_in_which_it_is_cancelled_is_not_kept(
+    served: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled, ids = threading.Event(), served.tokenizer(TEXTS[0])["input_ids"]
+    original = engines.hand_over
+
+    def told(steps: Any) -> None:
+        original(steps)
+        assert all(ticket.n_written < 3 for ticket, _ in steps) or cancelled.wait(60)
+
+    monkeypatch.setattr(engines, "hand_over", told)
+    engine = Continuous(served, max_running=4, batch_tokens=32, cache_tokens=1024)
+
+    async def run() -> None:
+        engine.start()
+        ticket = engine.submit(Job("x", ids, Sampling(3, bias={served.tokenizer.eos_token_id: -100.0})))
+        assert len([step async for step in ticket]) == 3
+        ticket.cancel()
+        cancelled.set()
+        await asyncio.to_thread(engine.close)
+
+    asyncio.run(run())
+    router = engine._manager.output_router
+    assert router.output_queue.empty()
+    assert not router.result_handlers
+
+
+def test_a_cancelled_answer_that_waits_takes_no_room(served: LoadedModel) -> None:
+    async def run() -> list[bool]:
+        engine = OneByOne(served)
+        first, second = (engine.submit(Job(name, [5, 6], Sampling(3))) for name in "ab")
+        there = [weakref.ref(first), weakref.ref(second)]
+        second.cancel()
+        second.cancel()
+        del second
+        gc.collect()
+        return [each() is not None for each in there]
+
+    assert asyncio.run(run()) == [True, False]
+
+
 def test_a_cancelled_answer_stops_and_the_others_go_on(make: Make, served: LoadedModel) -> None:
     ids = served.tokenizer(TEXTS[0])["input_ids"]
     never = {served.tokenizer.eos_token_id: -100.0}
@@ -223,16 +296,17 @@ def test_a_cancelled_answer_stops_and_the_others_go_on(make: Make, served: Loade
 
     async def run(engine: Engine) -> tuple[int, list[Step]]:
         engine.start()
-        ticket = engine.submit(long)
-        await anext(ticket)
-        ticket.cancel()
+        with at_rest(served, behind=4):
+            ticket = engine.submit(long)
+            await anext(ticket)
+            ticket.cancel()
         found = [step async for step in engine.submit(short)]
         n = ticket.n_written
         await asyncio.to_thread(engine.close)
         return n, found
 
     n, found = asyncio.run(run(make(served)))
-    assert n < 300
+    assert n < 10
     assert len(found) == 5
 
 

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from steer.library import load_library
 from steer.operations import Intervention
 from steer.serving.config import ServeConfig
 from steer.serving.keys import Keys
-from tests.steer.serving.conftest import Server, answering
+from tests.steer.serving.conftest import Server, answering, at_rest
 
 ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "The river?"}], "max_tokens": 16}
 UP = {"steering": {"steer": [{"vector": "up", "dose": 1.0}]}}
 KEY = "a-key-of-some-length"
+get, head, post = (partial(how, timeout=60) for how in (httpx.get, httpx.head, httpx.post))
 
 
 def content(completion: Any) -> str:
@@ -156,7 +158,7 @@ def test_what_there_is_to_steer_with_is_told(server: Server, library: Path) -> N
     assert client.models.retrieve("tiny-up").steering == [{"vector": "up"}]
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
-    (told,) = httpx.get(f"{server.address}/v1/steering").json()["libraries"]
+    (told,) = get(f"{server.address}/v1/steering").json()["libraries"]
     assert (told["library"], told["version"], told["signature"]) == ("rivers", "1.0.0", "unsigned")
     assert {each["name"] for each in told["vectors"]} == {"up", "gated", "tone"}
     assert told["kits"] == [{"name": "both", "summary": "", "vectors": {"up": 0.5, "tone": -1.0}}]
@@ -190,6 +192,9 @@ def test_what_clients_send_along_and_changes_nothing_is_left(server: Server) -> 
     turns = [*ASK["messages"], plain.choices[0].message.model_dump(), {"role": "user", "content": "Why?"}]
     assert {"tool_calls", "function_call", "audio", "annotations"} <= turns[1].keys()
     client.chat.completions.create(**{**ASK, "messages": turns})
+    kept = {"cache_control": {"type": "ephemeral"}}  # as LiteLLM hands it on
+    parts: Any = [{"role": "user", "content": [{"type": "text", "text": "The river?", **kept}], **kept}]
+    assert content(client.chat.completions.create(**{**ASK, "messages": parts}, temperature=0)) == content(plain)
     greedy = client.chat.completions.create(**ASK, top_p=0, seed=1)
     assert content(greedy) == content(plain)
     drawn = content(client.chat.completions.create(**ASK, temperature=1.5, seed=1))
@@ -199,10 +204,12 @@ def test_what_clients_send_along_and_changes_nothing_is_left(server: Server) -> 
         )
     likeliest = client.chat.completions.create(**ASK, temperature=1.5, seed=1, extra_body={"top_k": 1})
     assert content(likeliest) == content(plain) != drawn
+    untold = client.chat.completions.create(**ASK, top_p=0, logprobs=False, top_logprobs=0)
+    assert (content(untold), untold.choices[0].logprobs) == (content(plain), None)
 
 
 def test_a_head_of_health_is_what_probes_ask_for(server: Server) -> None:
-    assert httpx.head(f"{server.address}/health").status_code == 200
+    assert head(f"{server.address}/health").status_code == 200
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -212,7 +219,8 @@ def test_a_head_of_health_is_what_probes_ask_for(server: Server) -> None:
     ({"temperature": -1}, "temperature"), ({"temperature": "hot"}, "temperature"), ({"top_p": -0.1}, "top_p"),
     ({"n": 0}, "n:"), ({"n": 9}, "at most 8 answers"), ({"max_tokens": 65}, "at most 64"), ({"stop": ""}, "stop"),
     ({"messages": []}, "messages"), ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "'text', got"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "loud": 1}]}]}, "loud: expected only"),
     ({"logit_bias": {"999": 1}}, "below 300"), ({"logit_bias": {"x": 1}}, "below 300"),
     ({"logit_bias": {"0" * 9 + "299999": 1}}, "below 300"), ({"logit_bias": {"0" * 5000: 1}}, "below 300"),
     ({"wishes": 1}, "wishes"), ({"tools": [{"type": "function"}]}, "tools"),
@@ -227,9 +235,7 @@ def test_a_request_that_cannot_be_done_is_refused_with_the_reason(
     server: Server, change: dict[str, Any], says: str
 ) -> None:
     body = json.dumps({**ASK, **change}).encode()
-    found = httpx.post(
-        f"{server.address}/v1/chat/completions", content=body, headers={"content-type": "application/json"}
-    )
+    found = post(f"{server.address}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert found.status_code == 400
     error = found.json()["error"]
     assert says in error["message"]
@@ -241,7 +247,7 @@ def test_a_request_that_cannot_be_done_is_refused_with_the_reason(
 def test_a_prompt_of_tokens_that_are_not_there_is_refused_and_the_engine_goes_on(server: Server, prompt: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="prompt"):
         server.client().completions.create(model="tiny", prompt=prompt, max_tokens=1)
-    assert httpx.get(f"{server.address}/health").status_code == 200
+    assert get(f"{server.address}/health").status_code == 200
 
 
 @pytest.mark.parametrize(("steering", "says"), [
@@ -290,6 +296,21 @@ def test_a_model_that_is_not_there_is_404(server: Server) -> None:
     assert caught.value.code == "model_not_found"
 
 
+def test_a_number_too_long_to_be_written_is_refused(server: Server) -> None:
+    body = json.dumps({"model": "tiny", "prompt": ["a", "b"]}).removesuffix("}") + f', "n": {"9" * 4300}}}'
+    found = post(f"{server.address}/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert (found.status_code, found.json()["error"]["param"]) == (400, "n")
+
+
+def test_a_body_that_is_not_said_to_be_json_is_refused_with_how_to_say_it(server: Server) -> None:
+    command = ["curl", "-sS", f"{server.address}/v1/chat/completions", "-d", json.dumps(ASK)]
+    error = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["error"]
+    assert error["detail"] == {
+        "where": "content-type", "expected": "application/json", "got": "application/x-www-form-urlencoded",
+        "fix": "Send the header content-type: application/json.",
+    }  # fmt: skip
+
+
 def test_hostile_requests_are_refused_and_the_server_goes_on(server: Server) -> None:
     url = f"{server.address}/v1/chat/completions"
     json_type = {"content-type": "application/json"}
@@ -299,9 +320,9 @@ def test_hostile_requests_are_refused_and_the_server_goes_on(server: Server) -> 
         (b"x" * ((1 << 20) + 1), json_type, 413), (json.dumps(ASK).encode(), {"content-type": "text/plain"}, 400),
         (json.dumps(ASK).encode(), json_type | {"host": "evil.example"}, 421),
     ]:  # fmt: skip
-        assert httpx.post(url, content=sent, headers=headers).status_code == status
-    assert httpx.get(url).status_code == 405
-    assert httpx.get(f"{server.address}/../../etc/passwd").status_code == 404
+        assert post(url, content=sent, headers=headers).status_code == status
+    assert get(url).status_code == 405
+    assert get(f"{server.address}/../../etc/passwd").status_code == 404
     assert content(server.client().chat.completions.create(**ASK)) is not None
 
 
@@ -316,7 +337,7 @@ def slow(config: ServeConfig, **changes: Any) -> ServeConfig:
 LONG = {**ASK, "max_tokens": 400, "logit_bias": {"0": -100}}
 
 
-def eventually(what: Any, timeout_s: float = 20) -> None:
+def eventually(what: Any, timeout_s: float = 60) -> None:
     """Wait until it holds."""
     end = time.monotonic() + timeout_s
     while not what():
@@ -325,15 +346,16 @@ def eventually(what: Any, timeout_s: float = 20) -> None:
 
 
 def n_answers(server: Server) -> int:
-    return httpx.get(f"{server.address}/health").json()["answers"]
+    return get(f"{server.address}/health").json()["answers"]
 
 
 def test_more_than_there_is_room_for_is_refused_at_once(served: LoadedModel, config: ServeConfig) -> None:
     with answering(served, slow(config, max_running=2, max_waiting=1), Keys(None)) as server:
         client = server.client()
-        streams = [client.chat.completions.create(**LONG, stream=True) for _ in range(3)]
-        with pytest.raises(openai.RateLimitError, match="at most 3 answers") as caught:
-            client.chat.completions.create(**ASK)
+        with at_rest(served):
+            streams = [client.chat.completions.create(**LONG, stream=True) for _ in range(3)]
+            with pytest.raises(openai.RateLimitError, match="at most 3 answers") as caught:
+                client.chat.completions.create(**ASK)
         assert caught.value.response.headers["retry-after"] == "1"
         assert caught.value.code == "rate_limit_exceeded"
         with pytest.raises(openai.BadRequestError, match="at most 3 answers at once, got 4 in one request"):
@@ -352,12 +374,13 @@ def test_whoever_is_gone_is_written_for_no_longer(served: LoadedModel, config: S
         host, port = server.address.removeprefix("http://").split(":")
         body = json.dumps({**LONG, "stream": streams}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
-        with socket.create_connection((host, int(port))) as client:
-            client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-            if streams:
-                assert client.recv(1000).startswith(b"HTTP/1.1 200")
-            eventually(lambda: n_answers(server) == 1)
-        eventually(lambda: n_answers(server) == 0)
+        with at_rest(served):
+            with socket.create_connection((host, int(port))) as client:
+                client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+                if streams:
+                    assert client.recv(1000).startswith(b"HTTP/1.1 200")
+                eventually(lambda: n_answers(server) == 1)
+            eventually(lambda: n_answers(server) == 0)
         eventually(lambda: any(line["why"] == "gone" for line in server.lines()))
         (line,) = [line for line in server.lines() if line["why"] == "gone"]
         assert line["status"] == 499
@@ -388,7 +411,7 @@ def test_an_answer_that_takes_too_long_is_given_up(served: LoadedModel, config: 
                 pass
         eventually(lambda: n_answers(server) == 0)
         assert [line["why"] for line in server.lines()] == ["timeout"]
-        assert 'saekit_cancelled_requests_total{why="timeout"} 1.0' in httpx.get(f"{server.address}/metrics").text
+        assert 'saekit_cancelled_requests_total{why="timeout"} 1.0' in get(f"{server.address}/metrics").text
 
 
 def test_a_key_is_needed_where_there_are_keys(served: LoadedModel, config: ServeConfig, tmp_path: Path) -> None:
@@ -397,24 +420,28 @@ def test_a_key_is_needed_where_there_are_keys(served: LoadedModel, config: Serve
     file.chmod(0o600)
     with answering(served, slow(config, max_running_per_key=1), Keys.read(file)) as server:
         for route in ("v1/models", "v1/steering", "metrics"):
-            assert httpx.get(f"{server.address}/{route}").status_code == 401
-        assert httpx.get(f"{server.address}/openapi.json").status_code == 404
-        assert httpx.get(f"{server.address}/health").status_code == 200
+            assert get(f"{server.address}/{route}").status_code == 401
+        assert get(f"{server.address}/openapi.json").status_code == 404
+        assert get(f"{server.address}/health").status_code == 200
         with pytest.raises(openai.AuthenticationError) as caught:
             server.client("wrong" * 5).chat.completions.create(**ASK)
         assert caught.value.code == "invalid_api_key"
         ada, bob = server.client(KEY), server.client("another-key-of-length")
-        stream = ada.chat.completions.create(**LONG, stream=True)
-        with pytest.raises(openai.RateLimitError, match="of one key"):
-            ada.chat.completions.create(**ASK)
-        with pytest.raises(openai.BadRequestError, match="at most 1 answers of one key, got 2 in one request"):
-            ada.chat.completions.create(**ASK, n=2)
-        assert content(bob.chat.completions.create(**ASK)) is not None
-        stream.close()
+        with ThreadPoolExecutor(1) as pool, at_rest(served):
+            stream = ada.chat.completions.create(**LONG, stream=True)
+            with pytest.raises(openai.RateLimitError, match="of one key"):
+                ada.chat.completions.create(**ASK)
+            with pytest.raises(openai.BadRequestError, match="at most 1 answers of one key, got 2 in one request"):
+                ada.chat.completions.create(**ASK, n=2)
+            other = pool.submit(bob.chat.completions.create, **ASK)
+            eventually(lambda: n_answers(server) == 2)
+            stream.close()
+            eventually(lambda: n_answers(server) == 1)
+        assert content(other.result()) is not None
         eventually(lambda: "ada" in {line["key"] for line in server.lines() if line["why"] == "gone"})
         assert KEY not in server.log.getvalue()
         for _ in range(25):
-            status = httpx.get(f"{server.address}/v1/models", headers={"authorization": "Bearer x"}).status_code
+            status = get(f"{server.address}/v1/models", headers={"authorization": "Bearer x"}).status_code
         assert status == 429
 
 
@@ -451,8 +478,8 @@ def test_numbers_and_lines_tell_what_was_done_and_nothing_that_was_said(
         first = client.chat.completions.create(**ASK, extra_body=UP)
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(**{**ASK, "model": "gpt"})
-        httpx.get(f"{server.address}/nowhere")
-        numbers = httpx.get(f"{server.address}/metrics").text
+        get(f"{server.address}/nowhere")
+        numbers = get(f"{server.address}/metrics").text
         for line in [
             'saekit_requests_total{route="/v1/chat/completions",status="200"} 1.0',
             'saekit_requests_total{route="/v1/chat/completions",status="404"} 1.0',

@@ -41,6 +41,25 @@ def test_what_nobody_foresaw_is_told_at_once(served: LoadedModel) -> None:
         asyncio.run(asyncio.wait_for(read(), 20))
 
 
+def test_answers_that_were_asked_for_are_given_up_where_the_next_one_fails(served: LoadedModel) -> None:
+    """Whoever asked has no answers by which to cancel them."""
+    asked = list[Ticket]()
+
+    class Failing(OneByOne):
+        def submit(self, job: Job) -> Ticket:
+            if asked:
+                raise RuntimeError("out of memory")
+            asked.append(super().submit(job))
+            return asked[-1]
+
+    async def ask() -> None:
+        Answers(Failing(served), [Job(name, [5], Sampling(8)) for name in "ab"], [], float("inf"))
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        asyncio.run(ask())
+    assert [ticket.stop.is_set() for ticket in asked] == [True]
+
+
 def test_tokens_behind_a_stop_string_are_not_counted(served: LoadedModel) -> None:
     """An engine may be ahead of whoever looks for the string."""
 
