@@ -25,6 +25,9 @@ from steer.runtime import Steering
 from steer.serving.items import Asked
 from steer.serving.sampling import Sampler, Sampling, Step
 
+AT_ONCE = 16
+"""tokens of an answer that nobody reads before its end, which are told together, behind the first"""
+
 
 class TooLongError(ConfigError):
     """A prompt that with its answer is longer than the model's context."""
@@ -43,7 +46,7 @@ class Job:
     asked: Asked = field(default_factory=Asked)
     """interventions and budget in the words of requests, for an engine that finds them itself"""
     is_whole: bool = False
-    """whether nobody needs a token before the last one: an engine may hand all over together"""
+    """whether nobody needs a token before the last one: an engine may hand several over together, or all"""
 
 
 class Account(NamedTuple):
@@ -90,6 +93,8 @@ class Ticket:
     """told when no more tokens are needed"""
     stop: threading.Event = field(default_factory=threading.Event)
     n_written: int = 0
+    held: list[Step] = field(default_factory=list)
+    """tokens that are written and not told yet"""
     _steps: asyncio.Queue[Step | SaekitError | None] = field(default_factory=asyncio.Queue)
 
     def __post_init__(self) -> None:
@@ -139,11 +144,19 @@ _News = tuple[Ticket, Sequence[Step | SaekitError | None]]
 
 
 def hand_over(steps: Sequence[tuple[Ticket, Step]]) -> None:
-    """Hand the tokens of a forward pass over to those who wait, waking each event loop once."""
+    """Hand the tokens of a forward pass over to those who wait, waking each event loop once.
+
+    Of answers that nobody reads before their end AT_ONCE are handed over together: each time two tasks go on.
+    """
     news: dict[asyncio.AbstractEventLoop, list[_News]] = {}
     for ticket, step in steps:
         ticket.n_written += 1
-        news.setdefault(ticket.loop, []).append((ticket, [step, None] if ticket.is_last(step) else [step]))
+        ticket.held.append(step)
+        is_last = ticket.is_last(step)
+        if ticket.job.is_whole and not is_last and ticket.n_written % AT_ONCE != 1:
+            continue
+        told, ticket.held = ticket.held, []
+        news.setdefault(ticket.loop, []).append((ticket, [*told, None] if is_last else told))
     for loop, told in news.items():
         _tell(loop, told)
 

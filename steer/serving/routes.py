@@ -39,8 +39,11 @@ class Whose:
     def __init__(self, keys: Keys):
         self._keys, self._pace = keys, Pace()
 
-    def __call__(self, request: Request) -> str:
-        """The key's name. Raises: HTTPException for one that is not known."""
+    async def __call__(self, request: Request) -> str:
+        """The key's name; a coroutine, as FastAPI asks others in a thread, which takes longer than the answer.
+
+        Raises: HTTPException for one that is not known.
+        """
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         name = self._keys.name_of(key if kind.lower() == "bearer" else None)
         if name is None:

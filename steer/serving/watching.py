@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -67,7 +67,7 @@ class Watch:
             self._cancelled.labels(seen.why).inc()
         if seen.route in QUIET and seen.status == 200:
             return
-        told = {key: round(each, 4) if isinstance(each, float) else each for key, each in asdict(seen).items()}
+        told = {key: round(each, 4) if isinstance(each, float) else each for key, each in vars(seen).items()}
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **told}
         (self._log or sys.stderr.write)(json.dumps(line) + "\n")
 

@@ -90,16 +90,17 @@ class Answers:
         """
         queue: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
         tasks = [asyncio.create_task(self._write(index, queue)) for index in range(len(self.choices))]
+        late = asyncio.get_running_loop().call_at(self._deadline, queue.put_nowait, TimeoutError())
         try:
             left = len(tasks)
             while left:
-                async with asyncio.timeout_at(self._deadline):
-                    delta = await queue.get()
+                delta = await queue.get()
                 if isinstance(delta, BaseException):
                     raise delta
                 left -= delta.finish is not None
                 yield delta
         finally:
+            late.cancel()
             self.cancel()
             for task in tasks:
                 task.cancel()

@@ -23,7 +23,7 @@ from steer.scopes import Scope
 from steer.serving import continuous as engines
 from steer.serving.catalogue import Catalogue
 from steer.serving.continuous import Continuous
-from steer.serving.engine import Engine, Job, Planned, TooLongError
+from steer.serving.engine import Engine, Job, Planned, Ticket, TooLongError
 from steer.serving.items import Asked
 from steer.serving.one_by_one import OneByOne
 from steer.serving.sampling import Sampling, Step
@@ -214,6 +214,28 @@ def test_an_answer_that_has_ended_leaves_nothing_that_steers_it_alone(
     monkeypatch.setattr(Planned, "steering", noted)
     every = {job.id: job for job in jobs_of(served, library, max_tokens=2)}
     asyncio.run(run(continuous(served), [every[name] for name in ("many-0", "patient-1", "none-0", "none-1")]))
+
+
+@pytest.mark.parametrize(("is_whole", "wakes"), [(True, [1, 16, 16, 7]), (False, [1] * 40)])
+def test_an_answer_that_is_read_as_a_whole_wakes_its_reader_seldom(is_whole: bool, wakes: list[int]) -> None:
+    steps = [Step(i, None, []) for i in range(40)]
+
+    async def run() -> list[list[Any]]:
+        told = list[list[Any]]()
+
+        class Told(Ticket):
+            def heard(self, what: Any) -> None:
+                told.append([*what])
+
+        ticket = Told(Job("a", [5], Sampling(40), is_whole=is_whole), asyncio.get_running_loop(), frozenset(), None)
+        for step in steps:
+            engines.hand_over([(ticket, step)])
+        await asyncio.sleep(0)
+        return told
+
+    told = asyncio.run(run())
+    assert [each for what in told for each in what] == [*steps, None]
+    assert [sum(each is not None for each in what) for what in told] == wakes
 
 
 def test_where_gates_were_open_is_told_of_an_answer_that_is_given_back_meanwhile(
