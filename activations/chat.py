@@ -4,14 +4,16 @@
 (`_WAYS`): the system message by itself or at the head of the first turn, the ids of calls as they are or short, their
 arguments as an object or as text. 2. What a template does not know it leaves out without a word, and the model would
 read another conversation than the one meant. So each way is tried with marks in place of all that is said (`_marked`):
-the first in which the template writes every mark is taken, and if there is none the conversation is refused. 3. A model
-without a template gets plain lines.
+the first in which the template writes every mark is taken, and if there is none the conversation is refused. 3. An
+answer that thinks and is to go on stands behind the prompt for an answer (`_continued`). 4. A model without a template
+gets plain lines.
 
 What a template does to a text is its own affair: many strip it, or leave thoughts of earlier answers out. Left out:
 tools that are offered, and turns of another kind than text.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -189,6 +191,8 @@ def _written(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, Any]]) ->
 
     is_open = bool(turns) and turns[-1]["role"] == "assistant"
     try:
+        if is_open and _MARKER.search(str(tokenizer.chat_template)) and _THOUGHT.search(turns[-1]["content"]):
+            return _continued(tokenizer, turns)
         return str(
             tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=not is_open, continue_final_message=is_open
@@ -197,6 +201,22 @@ def _written(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, Any]]) ->
     except (TemplateError, ValueError, TypeError, RecursionError) as error:
         got, fix = " ".join(str(error).split())[:300].rstrip("."), "Change the conversation as the chat template says."
         raise ConfigError("messages", expected="what the chat template takes", got=got, fix=fix) from error
+
+
+_START, _END = r"<think>|\[THINK\]|<seed:think>", r"</think>|\[/THINK\]|</seed:think>"
+_MARKER = re.compile(f"{_START}|{_END}")
+_THOUGHT = re.compile(rf"^\s*({_START})|{_END}")
+"""in an answer that thinks: what it begins with, or else, where the prompt began the thought, what ends it"""
+_BEGUN = re.compile(rf"(({_START})\s*)?(({_END})\s*)?$")
+"""a thought that a prompt ends with"""
+
+
+def _continued(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, Any]]) -> str:
+    """The prompt for the last turn, and that as the model wrote it: templates leave its thought out, or add another."""
+    *before, answer = turns
+    asked = str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
+    starts = re.match(rf"\s*({_START})", answer["content"])
+    return (_BEGUN.sub("", asked) if starts else asked) + answer["content"]
 
 
 def _plain_prompt(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> str:

@@ -17,7 +17,7 @@ chat template of the model's tokenizer; 3. `run_latches` goes over the tokens of
 the pass before left, so that a sequence may arrive in chunks of any length.
 
 Indices count attended tokens, so padding changes nothing. Left out: markers that are neither a token of their own nor
-one with a word behind it, such as a role; tool calls that are plain text; answers of tools that the user says.
+one with a word behind it, such as a role; tool calls and answers that are plain text.
 """
 
 import re
@@ -163,7 +163,7 @@ class ChatFormat(NamedTuple):
 
 _WORDS = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 CHAT_FORMATS: dict[str, ChatFormat] = {
-    "chatml": ChatFormat("<|im_start|>", _WORDS, ("<|im_end|>",)),
+    "chatml": ChatFormat("<|im_start|>", _WORDS, ("<|im_end|>",), ("<|im_sep|>",)),
     "llama3": ChatFormat(
         "<|start_header_id|>", _WORDS | {"tool": "ipython"}, ("<|eot_id|>", "<|eom_id|>"), ("<|end_header_id|>",)
     ),
@@ -182,7 +182,7 @@ CHAT_FORMATS: dict[str, ChatFormat] = {
     "minimax": ChatFormat("]~b]", _WORDS | {"assistant": "ai"}, ("[e~[",)),
     "harmony": ChatFormat(
         "<|start|>",
-        {"system": "system", "developer": "developer", "user": "user", "assistant": "assistant"},
+        {"system": "developer", "user": "user", "assistant": "assistant"},
         ("<|end|>", "<|return|>", "<|call|>"),
         ("<|channel|>", "<|message|>", "<|constrain|>"),
     ),
@@ -190,6 +190,7 @@ CHAT_FORMATS: dict[str, ChatFormat] = {
         "<|START_OF_TURN_TOKEN|>",
         {"system": "<|SYSTEM_TOKEN|>", "user": "<|USER_TOKEN|>", "assistant": "<|CHATBOT_TOKEN|>"},
         ("<|END_OF_TURN_TOKEN|>",),
+        ("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
     ),
     "deepseek": ChatFormat(
         None,
@@ -247,6 +248,11 @@ TOOL_CALLS: tuple[tuple[str, str], ...] = (
     ("｜DSML｜function_calls", "<｜end▁of▁sentence｜>"),
 )
 """What opens and closes them; the end of a turn, and the start of another, close them too."""
+TOOL_ANSWERS: tuple[tuple[str, str], ...] = (
+    ("<tool_response>", "</tool_response>"),
+    ("<|START_TOOL_RESULT|>", "<|END_TOOL_RESULT|>"),
+)
+"""What opens and closes answers of tools that stand in a turn of the user, or of another role."""
 
 
 def latches_of(scope: Scope, tokenizer: Any) -> list[tuple[Latch, bool]]:
@@ -284,18 +290,23 @@ class _Markers:
         self._format = next(formats, None)
 
     def role(self, role: str) -> Latch:
-        form = self._format
-        if form is None or role not in form.roles or (form.start is None and not self._has_token(form.roles[role])):
+        form = self._format or ChatFormat(None, {}, ())
+        answers = [pair for pair in TOOL_ANSWERS if self._holds(pair[0])][:1]
+        opens = {self._opens(form, role)} if self._has_role(form, role) else set[tuple[int, ...]]()
+        if role == "tool":
+            opens = {tokens for tokens in opens if self._is_written(tokens)}
+            opens |= {*self._known(start for start, _ in answers)}
+        if not opens:
             raise self._missing(f"markers of the role {role}")
-        opens = {self._opens(form, role)}
-        if role == "tool" and not self._is_written(*opens):
-            raise self._missing("markers of the role tool")
         if role == "assistant":
             opens |= {*self._known([marker for marker in form.returns if marker in self._template][:1])}
-        shut = {*self._known(form.ends)} | self._starts(form)
+        shut = {*self._known((*form.ends, *(pair[role == "tool"] for pair in answers)))} | self._starts(form)
         events = {Event(tokens, -1) for tokens in shut - opens} | {Event(tokens, 1) for tokens in opens}
         frames = {Event(tokens, 0) for tokens in self._known(form.frames)}
         return Latch(role, frozenset(events | frames), with_markers=False)
+
+    def _has_role(self, form: ChatFormat, role: str) -> bool:
+        return role in form.roles and (form.start is not None or self._has_token(form.roles[role]))
 
     def _opens(self, form: ChatFormat, role: str) -> tuple[int, ...]:
         token, word = (form.start, form.roles[role]) if form.start else _split(form.roles[role])

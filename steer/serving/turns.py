@@ -1,10 +1,12 @@
 """A conversation of OpenAI's API in the words of chat templates, tools that were called in it included.
 
-The developer's word is the system's; a tool's answer has its name. Left out: what a template makes of it, and what it
-leaves out (`activations.chat`); tools that are offered, which no answer could call (`steer.serving.bodies`).
+The developer's word is the system's; a tool's answer has its name, and those of a message's calls stand in the order of
+the calls, since most templates leave out the ids that tell which is whose. Left out: what a template makes of it, and
+what it leaves out (`activations.chat`); tools that are offered, which no answer could call (`steer.serving.bodies`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from activations.chat import chat_prompt
@@ -25,7 +27,7 @@ def turns_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages in the words of chat templates."""
     turns: list[dict[str, Any]] = []
     names: dict[str, str] = {}
-    for message in messages:
+    for message in _in_order(messages):
         role = "system" if message.role == "developer" else message.role
         turn: dict[str, Any] = {"role": role, "content": message.text}
         if message.tool_calls:
@@ -37,6 +39,15 @@ def turns_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
                 turn["name"] = name
         turns.append(turn)
     return turns
+
+
+def _in_order(messages: Sequence[Message]) -> Iterator[Message]:
+    """Messages, with the answers of tools in the order of their calls."""
+    place: dict[str, int] = {}
+    for are_answers, group in groupby(messages, lambda message: message.role == "tool"):
+        found = list(group)
+        yield from sorted(found, key=lambda each: place.get(each.tool_call_id, len(place))) if are_answers else found
+        place = {call.id: i for i, call in enumerate(found[-1].tool_calls)}
 
 
 def _called(call: Call) -> dict[str, Any]:

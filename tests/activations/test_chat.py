@@ -1,5 +1,6 @@
 """A prompt holds all that was said, as the chat template writes it, or there is none."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,16 +106,49 @@ def test_calls_are_written_as_the_template_wants_them(loaded: LoadedModel) -> No
             chat_prompt(of_texts, calling(("tide", got)))
 
 
-def test_ids_are_the_clients_or_such_as_the_template_takes(loaded: LoadedModel) -> None:
-    turns = calling(("tide", "{}"), ("moon", "{}"))
-    named = CALLING.replace("<{{ m.role }}>", "<{{ m.tool_call_id or m.role }}>").replace("c.function.name", "c.id")
-    named = named.replace("<call", "<{{ c.function.name }} call")
-    assert "<tide call call_0>{}<moon call call_1>{}<call_0>call_0!<call_1>" in chat_prompt(
-        with_template(loaded, named), turns
+def test_arguments_are_json_where_a_template_puts_an_object_into_text(loaded: LoadedModel) -> None:
+    printing = with_template(loaded, CALLING.replace(" | tojson", ""))
+    assert (
+        chat_prompt(printing, calling(("tide", '{"at":1}'))) == '<user>hey<assistant><call tide>{"at":1}<tool>call_0!'
     )
-    nine = named.replace("<{{ c.function", "{{ raise_exception('nine') if c.id | length != 9 }}<{{ c.function")
-    short = "<tide call i0000000q>{}<moon call i0000001q>{}<i0000000q>call_0!<i0000001q>"
-    assert short in chat_prompt(with_template(loaded, nine), turns)
+
+
+def test_ids_have_nine_letters_where_a_template_takes_no_others(loaded: LoadedModel) -> None:
+    refusal = "{{ raise_exception('nine letters') if c.id | length != 9 }}{{ c.id }}<call "
+    nine = with_template(loaded, CALLING.replace("<call ", refusal).replace("<{{", "{{ m.tool_call_id }}<{{"))
+    turns = calling(("tide", "{}"))
+    before, answered = chat_prompt(nine, turns).split("<call tide>{}")
+    assert before[-9:].isalnum()
+    assert answered == f"{before[-9:]}<tool>call_0!"
+    own = json.loads(json.dumps(turns).replace('id": "call_0"', 'id": "abcdefgh1"'))
+    assert chat_prompt(nine, own).count("abcdefgh1") == 2
+    assert "call_0<tool>" in chat_prompt(
+        with_template(loaded, CALLING.replace("<{{", "{{ m.tool_call_id }}<{{")), turns
+    )
+
+
+WITHOUT_THOUGHTS = (
+    "{% for m in messages %}<{{ m.role }}>{{ '<think></think>' if loop.last and m.role == 'assistant' }}"
+    "{{ m.content.split('</think>')[-1] }}{% endfor %}{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+)
+"""leaves out what was thought, and writes an empty thought in the last answer, as those of Qwen 3 and R1 do"""
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("<think>so", "<think>so"), ("<think>so</think>Well", "<think>so</think>Well"),
+    ("so</think>Well", "<think>\nso</think>Well"), ("Well", "<think></think>Well"),
+])  # fmt: skip
+def test_an_open_answer_that_thinks_goes_on_as_it_was_written(loaded: LoadedModel, text: str, expected: str) -> None:
+    turns = [USER, {"role": "assistant", "content": text}]
+    assert chat_prompt(with_template(loaded, WITHOUT_THOUGHTS), turns) == f"<user>hey<assistant>{expected}"
+    closed = with_template(loaded, WITHOUT_THOUGHTS.replace("<think>\n", "</think>"))
+    if text.startswith("<think>"):
+        assert chat_prompt(closed, turns) == f"<user>hey<assistant>{text}"
+
+
+def test_a_thought_is_text_to_a_template_that_knows_none(loaded: LoadedModel) -> None:
+    turns = [USER, {"role": "assistant", "content": "<think>so"}]
+    assert chat_prompt(with_template(loaded, EACH.replace(">{{", ">|{{")), turns) == "<user>|hey<assistant>|<think>so"
 
 
 @pytest.mark.parametrize(("template", "turns", "says"), [

@@ -212,6 +212,7 @@ def test_formats_whose_roles_have_tokens_of_their_own(tiny_tokenizer: Any) -> No
 
 SAID_BY_USER = "the user"
 CALLS = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
+TURN = "<|START_OF_TURN_TOKEN|>"
 END, OUTPUT = "<｜end▁of▁sentence｜>", ("<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>")
 FORMATS: dict[str, dict[str, tuple[str, str]]] = {
     "chatml": {
@@ -221,6 +222,21 @@ FORMATS: dict[str, dict[str, tuple[str, str]]] = {
     f"chatml, {SAID_BY_USER}": {
         "user": ("<|im_start|>user\n", "<|im_end|>"), "assistant": ("<|im_start|>assistant\n", "<|im_end|>"),
         "tool": ("<|im_start|>user\n", "<|im_end|>"), "call": ("<tool_call>", "</tool_call>"),
+    },
+    "chatml, with words set apart": {
+        "user": ("<|im_start|>user<|im_sep|>", "<|im_end|>"), "tool": ("<|im_start|>tool<|im_sep|>", "<|im_end|>"),
+        "assistant": ("<|im_start|>assistant<|im_sep|>", "<|im_end|>"), "call": ("<tool_call>", "</tool_call>"),
+    },
+    "chatml, answers set apart": {
+        "user": ("<|im_start|>user\n", "<|im_end|>"), "assistant": ("<|im_start|>assistant\n", "<|im_end|>"),
+        "tool": ("<|im_start|>user\n<tool_response>", "</tool_response><|im_end|>"),
+        "call": ("<tool_call>", "</tool_call>"),
+    },
+    "command": {
+        "user": (f"{TURN}<|USER_TOKEN|><|START_TEXT|>", "<|END_TEXT|><|END_OF_TURN_TOKEN|>"),
+        "assistant": (f"{TURN}<|CHATBOT_TOKEN|><|START_TEXT|>", "<|END_TEXT|><|END_OF_TURN_TOKEN|>"),
+        "tool": (f"{TURN}<|SYSTEM_TOKEN|><|START_TOOL_RESULT|>", "<|END_TOOL_RESULT|><|END_OF_TURN_TOKEN|>"),
+        "call": ("<|START_ACTION|>", "<|END_ACTION|>"),
     },
     "glm": {
         "user": ("<|user|>", ""), "assistant": ("<|assistant|>", ""), "tool": ("<|observation|>", ""),
@@ -298,7 +314,7 @@ def test_who_says_what_in_each_format(tiny_tokenizer: Any, name: str) -> None:
     form = FORMATS[name]
     tokenizer = with_format(tiny_tokenizer, form)
     text = write(tokenizer, TURNS)
-    who = name.partition(", ")[2] or "tool"
+    who = SAID_BY_USER if SAID_BY_USER in name else "nobody" if "nobody" in name else "tool"
     expected = {"user": "asktoldask" if who == SAID_BY_USER else "askask", "tool": "told"}
     for words, said in expected.items():
         if words != who and words == "tool":
@@ -320,3 +336,11 @@ def test_a_call_that_is_spoken_of_ends_with_the_turn(tiny_tokenizer: Any, name: 
     text = write(tokenizer, [{"role": "user", "content": f"Why {opens} now"}, {"role": "assistant", "content": "say"}])
     sparing = chosen(tokenizer, "no-tool-calls", text)
     assert ("now" in sparing, "say" in sparing) == (False, True)
+
+
+def test_what_the_client_says_as_system_is_gpt_oss_developers(tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    text = "<|start|>system<|message|>I am<|end|><|start|>developer<|message|>be kind<|end|><|start|>user<|message|>hi"
+    tokenizer.add_tokens(sorted({*TOKEN.findall(text)}), special_tokens=True)
+    tokenizer.chat_template = text
+    assert chosen(tokenizer, "system", text) == "be kind"

@@ -65,7 +65,6 @@ def calling(arguments: str) -> list[dict[str, Any]]:
 
 
 NO_TOOLS = TEMPLATE.replace("m.role == 'tool'", "m.role == 'tool' and raise_exception('no tools here')")
-NINE_LETTERS = TEMPLATE.replace("<call ", "{{ raise_exception('nine letters') if c.id | length != 9 }}<call ")
 OF_THE_USER = TEMPLATE.replace("{{ m.content }}", "{{ m.content if m.role == 'user' }}")
 
 
@@ -75,7 +74,6 @@ OF_THE_USER = TEMPLATE.replace("{{ m.content }}", "{{ m.content if m.role == 'us
     (OF_THE_USER, MESSAGES, "messages.2.: .*leaves out what the tool says"),
     (None, MESSAGES, "without a chat template"),
     (TEMPLATE, MESSAGES[:2], "an answer of each tool, got a call that comes last"),
-    (NINE_LETTERS, MESSAGES, "expected what the chat template takes, got nine letters"),
     *((TEMPLATE, calling(text), "of tide: expected an object of JSON") for text in ("{", "[]", "[" * 100_000, "null")),
 ])  # fmt: skip
 def test_a_conversation_that_the_model_would_read_otherwise_is_refused(
@@ -83,6 +81,15 @@ def test_a_conversation_that_the_model_would_read_otherwise_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=says):
         prompt(with_template(served, template), messages)
+
+
+def test_answers_stand_in_the_order_of_their_calls(served: LoadedModel) -> None:
+    calls = [{**CALL, "id": f"call_{i}"} for i in (1, 2)]
+    answers = [{"role": "tool", "tool_call_id": f"call_{i}", "content": f"{i} m"} for i in (2, 1)]
+    said = [MESSAGES[0], {**MESSAGES[1], "tool_calls": calls}, *answers]
+    assert prompt(with_template(served, TEMPLATE), said).endswith(
+        "<|im_start|>tool\n1 m of tide<|im_end|>\n<|im_start|>tool\n2 m of tide<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_what_has_no_calls_needs_nothing_of_the_template(served: LoadedModel) -> None:
