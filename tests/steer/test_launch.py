@@ -91,7 +91,7 @@ def test_a_process_that_hangs_is_ended(
     cluster: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch_module, "END_S", 1.0)
-    long = ["--set", "train_tokens=64000000", "--set", "compute.patience_s=30"]
+    long = ["--set", "train_tokens=64000000", "--set", "compute.patience_s=60"]
     stopper = threading.Thread(target=stop_at_first_row, args=(tmp_path / "run",))
     stopper.start()
     with pytest.raises(WorkerError, match=f"got exit codes 1, {-signal.SIGKILL}"):
