@@ -32,6 +32,8 @@ else:  # Importing it takes 3 seconds.
 
 LONGEST_KEPT = 10_000
 """letters of marked turns for which is kept what became of them, since clients may send any number of forms"""
+THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
+"""what stands around a thought, in the text of an answer"""
 Turn = Mapping[str, Any]
 """{"role", "content"}; {"tool_calls"} of the assistant, as OpenAI's API has them; {"tool_call_id", "name"} of a tool"""
 
@@ -161,9 +163,9 @@ def _check(turns: Sequence[Turn], written: str) -> None:
     names = Counter(call["function"]["name"] for turn in turns for call in _calls(turn))
     for i, turn in enumerate(turns):
         for call in _calls(turn):
-            name = call["function"]["name"]
-            marks = [mark for pair in _object(call).items() for mark in pair]
-            is_python = any(f"'{key}'" in written for key in _object(call))  # a dict as Python shows it, and no JSON
+            name, arguments = call["function"]["name"], _object(call)
+            marks = [mark for pair in arguments.items() for mark in pair]
+            is_python = any(f"'{key}'" in written for key in arguments)  # a dict as Python shows it, and no JSON
             if written.count(name) < names[name] or any(mark not in written for mark in marks) or is_python:
                 got = "one that leaves out calls of tools, or all but one, or their arguments"
                 raise ConfigError(f"messages[{i}].tool_calls", expected=expected, got=got, fix=fix)
@@ -171,6 +173,11 @@ def _check(turns: Sequence[Turn], written: str) -> None:
 
 def _calls(turn: Turn) -> Sequence[Any]:
     return turn.get("tool_calls", ())
+
+
+def _is_open(turns: Sequence[Turn]) -> bool:
+    """Whether the last turn is an answer that is to go on."""
+    return bool(turns) and turns[-1]["role"] == "assistant"
 
 
 def _object(call: Any) -> dict[str, Any]:
@@ -189,7 +196,7 @@ def _object(call: Any) -> dict[str, Any]:
 def _written(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, Any]]) -> str:
     from jinja2 import TemplateError
 
-    is_open = bool(turns) and turns[-1]["role"] == "assistant"
+    is_open = _is_open(turns)
     try:
         if is_open and _MARKER.search(str(tokenizer.chat_template)) and _THOUGHT.search(turns[-1]["content"]):
             return _continued(tokenizer, turns)
@@ -203,7 +210,7 @@ def _written(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, Any]]) ->
         raise ConfigError("messages", expected="what the chat template takes", got=got, fix=fix) from error
 
 
-_START, _END = r"<think>|\[THINK\]|<seed:think>", r"</think>|\[/THINK\]|</seed:think>"
+_START, _END = ("|".join(map(re.escape, markers)) for markers in zip(*THOUGHTS, strict=True))
 _MARKER = re.compile(f"{_START}|{_END}")
 _THOUGHT = re.compile(rf"^\s*({_START})|{_END}")
 """in an answer that thinks: what it begins with, or else, where the prompt began the thought, what ends it"""
@@ -226,5 +233,4 @@ def _plain_prompt(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> 
             raise ConfigError(f"messages[{i}].tool_calls", expected=expected, got=got, fix="Leave them out.")
     bos = str(tokenizer.decode(bos_ids(tokenizer)))
     lines = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns if turn["content"]]
-    is_open = bool(turns) and turns[-1]["role"] == "assistant"
-    return bos + "\n\n".join(lines if is_open else [*lines, "Assistant:"])
+    return bos + "\n\n".join(lines if _is_open(turns) else [*lines, "Assistant:"])

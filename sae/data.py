@@ -14,7 +14,6 @@ has an order of its own, in `sae.live`. Left out: anything that depends on a fra
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
@@ -216,12 +215,13 @@ class TokenOrder:
 
     def locate(self, i: int) -> Place:
         """Where batch i is."""
-        for epoch in count():  # all of them: where blocks are hardly a batch, some epochs have none
+        epoch = 0
+        while True:  # where blocks are hardly a batch, some epochs have none
             for number, block in enumerate(self.epoch(epoch)):
                 if i < block.n_batches:
                     return Place(epoch, number, i)
                 i -= block.n_batches
-        raise AssertionError("epochs do not end")
+            epoch += 1
 
     def batch(self, i: int) -> Activations:
         """Activations of batch i; reads its whole block."""

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from activations.chat import write
+from activations.chat import THOUGHTS, write
 from activations.errors import ConfigError, UnknownNameError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -224,9 +224,7 @@ CHAT_FORMATS: dict[str, ChatFormat] = {
 """The first whose markers are in a chat template is its format."""
 
 THINKING: tuple[tuple[str, str], ...] = (
-    ("<think>", "</think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
+    *THOUGHTS,
     ("<|channel|>analysis", "<|end|>"),
     ("<|channel>thought", "<channel|>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
@@ -309,8 +307,7 @@ class _Markers:
         return role in form.roles and (form.start is not None or self._has_token(form.roles[role]))
 
     def _opens(self, form: ChatFormat, role: str) -> tuple[int, ...]:
-        token, word = (form.start, form.roles[role]) if form.start else _split(form.roles[role])
-        return self._ids(word or token, behind=token if word else "")
+        return self._behind(*((form.start, form.roles[role]) if form.start else _split(form.roles[role])))
 
     def _starts(self, form: ChatFormat) -> set[tuple[int, ...]]:
         """The tokens with which a turn starts, whoever's."""
@@ -342,8 +339,7 @@ class _Markers:
         if not present:
             raise self._missing(f"{name} markers")
         start, end = present[0]
-        token, word = _split(start)
-        opens, shuts = self._ids(word or token, behind=token if word else ""), self._ids(end)
+        opens, shuts = self._behind(*_split(start)), self._ids(end)
         form = self._format
         others = {*self._known(form.ends), *self._starts(form)} if form else set[tuple[int, ...]]()
         events = {Event(tokens, -1, is_marker=False) for tokens in others} | {Event(opens, 1)}
@@ -359,6 +355,10 @@ class _Markers:
         """Those that are tokens: the end of a turn has other names in other versions of a format."""
         ids = [tuple(self._tokenizer.encode(marker, add_special_tokens=False)) for marker in markers]
         return [found for found in ids if len(found) == 1]
+
+    def _behind(self, token: str, word: str) -> tuple[int, ...]:
+        """A token together with the word behind it, if there is one."""
+        return self._ids(word or token, behind=token if word else "")
 
     def _ids(self, marker: str, behind: str = "") -> tuple[int, ...]:
         """The token of a marker, or those of a word together with the one token that it stands behind."""

@@ -1,17 +1,16 @@
 """A prompt holds all that was said, as the chat template writes it, or there is none."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from activations import chat
 from activations.chat import chat_prompt
 from activations.errors import ConfigError
 from activations.models import LoadedModel, load_model
+from tests.activations.templates import with_template
 
 EACH = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 CALLING = (
@@ -27,12 +26,6 @@ SYSTEM = {"role": "system", "content": "Be kind."}
 @pytest.fixture(scope="module")
 def loaded(tiny_llama: Path) -> LoadedModel:
     return load_model(str(tiny_llama), device="cpu", dtype="float32")
-
-
-def with_template(loaded: LoadedModel, template: str | None) -> LoadedModel:
-    backend = loaded.tokenizer.backend_tokenizer
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, eos_token="<|endoftext|>")
-    return replace(loaded, tokenizer=made)
 
 
 def calling(*calls: tuple[str, str], content: str = "") -> list[dict[str, Any]]:

@@ -1,10 +1,8 @@
 """The prompt of a conversation in which tools were called is what the chat template writes of it, or there is none."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from activations.errors import ConfigError
 from activations.generate import generate
@@ -13,6 +11,7 @@ from steer.serving.bodies import ChatRequest
 from steer.serving.config import ServeConfig
 from steer.serving.keys import Keys
 from steer.serving.turns import prompt_of
+from tests.activations.templates import with_template
 from tests.steer.serving.conftest import answering
 
 TEMPLATE = (
@@ -38,12 +37,6 @@ WRITTEN = (
     '<|im_start|>assistant\n<call tide>{"at": "the \\"mill\\"", "n": 1}</call><|im_end|>\n'
     "<|im_start|>tool\n2 m of tide<|im_end|>\n<|im_start|>assistant\n"
 )
-
-
-def with_template(loaded: LoadedModel, template: str | None) -> LoadedModel:
-    backend = loaded.tokenizer.backend_tokenizer
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", chat_template=template)
-    return replace(loaded, tokenizer=made)
 
 
 def prompt(loaded: LoadedModel, messages: list[dict[str, Any]]) -> str:
