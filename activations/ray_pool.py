@@ -16,6 +16,7 @@ import heapq
 import logging
 import os
 import socket
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -174,14 +175,13 @@ class Pool:
 
     def map(self, items: Sequence[Any]) -> Iterator[Any]:
         """The result of each item, in order; no more than `size` results wait for one that comes before them."""
-        left = iter(items)
-        while True:
-            while self.has_room and self.pending < (1 + DEPTH) * self.size and (item := next(left, None)) is not None:
-                self.submit(item)
+        left = deque(items)
+        while left or self.pending:
+            while left and self.has_room and self.pending < (1 + DEPTH) * self.size:
+                self.submit(left.popleft())
             yield from self.results()
-            if not self.pending:
-                return
-            self.wait()
+            if self.pending:  # or all that was under way came at once, behind the first of it
+                self.wait()
 
     @property
     def pending(self) -> int:

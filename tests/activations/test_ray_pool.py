@@ -6,7 +6,9 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +62,25 @@ def test_results_come_in_order_whoever_is_killed(ray_here: None) -> None:
             pool.wait()
     assert kills == 3
     assert results == [item * item for item in range(200)]
+
+
+def test_items_go_on_behind_a_slow_one_for_which_all_others_waited(ray_here: None, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+
+    def run(item: int) -> int:
+        while item == 0 and not go.exists():
+            time.sleep(0.01)
+        return item
+
+    class Waited(Pool):
+        def wait(self) -> None:
+            super().wait()
+            if len(self._done) == self.pending - 1:
+                go.touch()
+
+    with Waited(worker_class(run), (), 1, "auto") as pool:
+        pool.begin()
+        assert list(pool.map(range(10))) == list(range(10))
 
 
 def test_an_item_that_kills_its_workers_ends_the_run(ray_here: None) -> None:
